@@ -1,0 +1,49 @@
+# make test             everything that must pass, on PostgreSQL 15; PG=16 and PG=18 fetch a server of their own
+# make demo             shows the main job on a throw-away server; KEEP=1 leaves it running
+# make install          builds and installs into PG_CONFIG=… (default: Debian's PostgreSQL 15)
+# make package          a Debian package
+# make pytest ARGS=…    the tests against servers alone, of the extension as it is installed
+
+export PG PG_CONFIG KEEP
+ARGS ?= tests
+
+.NOTPARALLEL:
+.DEFAULT_GOAL := build
+.PHONY: setup build install package lint unit pytest test demo clean
+
+setup:
+	@scripts/setup
+
+build:
+	@scripts/setup --build
+	@scripts/stage
+
+install:
+	@scripts/setup --build
+	@scripts/install
+
+package:
+	@scripts/setup --build
+	@scripts/package
+
+lint: setup
+	@scripts/lint
+
+unit: setup
+	@scripts/unit
+
+pytest: setup
+	@scripts/pytest $(ARGS)
+
+test: setup
+	@scripts/lint
+	@scripts/unit
+	@scripts/install
+	@scripts/pytest
+
+demo: setup
+	@scripts/install
+	@scripts/demo
+
+clean:
+	cargo clean

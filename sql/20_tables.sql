@@ -1,0 +1,151 @@
+-- State. No personal data in any of these tables: keys, times, counts and words of our own.
+-- Every table has a primary key, so that publications FOR ALL TABLES can replicate it.
+
+CREATE TABLE amazon_pii.policy (
+    policy          text        PRIMARY KEY,
+    version         int         NOT NULL,
+    document        text        NOT NULL,
+    enabled         boolean     NOT NULL,
+    search_path     text        NOT NULL,
+    applied_at      timestamptz NOT NULL DEFAULT pg_catalog.now(),
+    applied_by      name        NOT NULL,
+    suspended       text,
+    sweep_started_at timestamptz,
+    sweep_after     text,
+    swept_at        timestamptz,
+    recheck_after   text,
+    rechecked_at    timestamptz,
+    last_error      text
+);
+COMMENT ON TABLE amazon_pii.policy IS 'One row a policy: the document in force';
+COMMENT ON COLUMN amazon_pii.policy.search_path IS 'The path under which expressions and code of the tables'' owners run';
+COMMENT ON COLUMN amazon_pii.policy.suspended IS 'Why cycles leave this policy alone until it is applied again';
+COMMENT ON COLUMN amazon_pii.policy.sweep_after IS 'Key after which an unfinished sweep goes on';
+
+CREATE TABLE amazon_pii.policy_version (
+    policy          text        NOT NULL,
+    version         int         NOT NULL,
+    document        text        NOT NULL,
+    applied_at      timestamptz NOT NULL DEFAULT pg_catalog.now(),
+    applied_by      name        NOT NULL,
+    PRIMARY KEY (policy, version)
+);
+COMMENT ON TABLE amazon_pii.policy_version IS 'Every document that was ever in force';
+
+-- regclass, not oid: it survives dump and restore, and follows a rename.
+CREATE TABLE amazon_pii.policy_table (
+    policy          text        NOT NULL,
+    entry           text        NOT NULL,
+    relation        regclass    NOT NULL,
+    owner           name        NOT NULL,
+    PRIMARY KEY (policy, entry)
+);
+COMMENT ON TABLE amazon_pii.policy_table IS 'The tables of a policy and their owners when it was applied; entry '''' is the orders table';
+
+CREATE TABLE amazon_pii.order_state (
+    policy          text        NOT NULL,
+    order_key       text        NOT NULL,
+    order_number    text,
+    status          text        NOT NULL CHECK (status IN
+                        ('flagged', 'scheduled', 'archived', 'redacted', 'retrieved', 'failed', 'purged', 'gone')),
+    flagged_at      timestamptz NOT NULL DEFAULT pg_catalog.now(),
+    flagged_by      text        NOT NULL DEFAULT 'import',
+    anchor_at       timestamptz,
+    archive_due_at  timestamptz,
+    archived_at     timestamptz,
+    redact_due_at   timestamptz,
+    redacted_at     timestamptz,
+    redacted_version int,
+    retrieved_at    timestamptz,
+    retrieved_until timestamptz,
+    held_until      timestamptz,
+    pushed_by       text,
+    attempts        int         NOT NULL DEFAULT 0,
+    next_attempt_at timestamptz,
+    last_error      text,
+    next_due_at     timestamptz,
+    PRIMARY KEY (policy, order_key)
+);
+COMMENT ON TABLE amazon_pii.order_state IS 'One row a flagged order';
+COMMENT ON COLUMN amazon_pii.order_state.order_key IS 'JSON array of the key''s text forms';
+COMMENT ON COLUMN amazon_pii.order_state.next_due_at IS 'When a cycle has to look at the order again; NULL: nothing to do';
+-- Partial: an import of orders that are not dispatched yet does not touch it.
+CREATE INDEX order_state_due ON amazon_pii.order_state (policy, next_due_at) WHERE next_due_at IS NOT NULL;
+CREATE INDEX order_state_number ON amazon_pii.order_state (order_number);
+
+CREATE TABLE amazon_pii.record_state (
+    policy          text        NOT NULL,
+    order_key       text        NOT NULL,
+    table_name      text        NOT NULL,
+    record_key      text        NOT NULL,
+    entry           text        NOT NULL,
+    status          text        NOT NULL CHECK (status IN ('archived', 'redacted', 'waiting', 'retrieved', 'gone')),
+    version         int         NOT NULL DEFAULT 0,
+    changed_at      timestamptz NOT NULL DEFAULT pg_catalog.now(),
+    witness         text,
+    PRIMARY KEY (policy, order_key, table_name, record_key)
+);
+COMMENT ON TABLE amazon_pii.record_state IS 'One row for each row of the user''s that holds, or held, personal data of a flagged order';
+COMMENT ON COLUMN amazon_pii.record_state.version IS 'Newest archived version; 0: nothing archived';
+COMMENT ON COLUMN amazon_pii.record_state.witness IS 'The order that was last seen keeping a shared record alive';
+CREATE INDEX record_state_retrieved ON amazon_pii.record_state (table_name, record_key) WHERE status = 'retrieved';
+CREATE INDEX record_state_record ON amazon_pii.record_state (table_name, record_key);
+
+CREATE TABLE amazon_pii.touched (
+    touched_id      bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    policy          text        NOT NULL,
+    entry           text        NOT NULL,
+    row_key         text,
+    touched_at      timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp()
+);
+COMMENT ON TABLE amazon_pii.touched IS 'Keys that a trigger could only note: rows applied by logical replication, rows whose flagging failed';
+
+CREATE TABLE amazon_pii.run (
+    run_id          bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    policy          text        NOT NULL,
+    started_at      timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
+    finished_at     timestamptz,
+    started_by      name        NOT NULL,
+    pid             int         NOT NULL,
+    flagged         bigint      NOT NULL DEFAULT 0,
+    archived        bigint      NOT NULL DEFAULT 0,
+    redacted        bigint      NOT NULL DEFAULT 0,
+    failed          bigint      NOT NULL DEFAULT 0,
+    overdue         bigint      NOT NULL DEFAULT 0,
+    last_error      text
+);
+COMMENT ON TABLE amazon_pii.run IS 'Cycles; one without finished_at was interrupted';
+CREATE INDEX run_policy ON amazon_pii.run (policy, run_id);
+
+CREATE TABLE amazon_pii.heartbeat (
+    worker          text        PRIMARY KEY,
+    pid             int         NOT NULL,
+    beat_at         timestamptz NOT NULL,
+    last_error      text
+);
+COMMENT ON TABLE amazon_pii.heartbeat IS 'When the background worker was last seen in this database';
+
+CREATE TABLE amazon_pii.audit_entry (
+    audit_id        bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    at              timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
+    "user"          name        NOT NULL,
+    actor           text,
+    action          text        NOT NULL,
+    policy          text,
+    policy_version  int,
+    order_key       text,
+    order_number    text,
+    reason          text,
+    detail          text,
+    key_id          text,
+    mac             bytea
+);
+COMMENT ON TABLE amazon_pii.audit_entry IS 'Who did what to which order, under which policy version, why and when; append-only';
+CREATE INDEX audit_entry_order ON amazon_pii.audit_entry (policy, order_key);
+
+-- Survive a dump: everything but the triggers' notes of the moment.
+SELECT pg_catalog.pg_extension_config_dump('amazon_pii.' || t, '')
+  FROM pg_catalog.unnest(ARRAY['policy', 'policy_version', 'policy_table', 'order_state', 'record_state', 'touched',
+                               'run', 'audit_entry']) AS t;
+SELECT pg_catalog.pg_extension_config_dump(pg_catalog.pg_get_serial_sequence('amazon_pii.' || t, c), '')
+  FROM (VALUES ('touched', 'touched_id'), ('run', 'run_id'), ('audit_entry', 'audit_id')) AS s (t, c);

@@ -1,0 +1,90 @@
+-- What people read. Views belong to the extension's owner: a role needs a grant on the view only.
+
+CREATE VIEW amazon_pii.policies WITH (security_barrier) AS
+SELECT p.policy, p.version, p.enabled, p.suspended, p.applied_at, p.applied_by, p.document::pg_catalog.jsonb AS document
+  FROM amazon_pii.policy AS p;
+COMMENT ON VIEW amazon_pii.policies IS 'The policies in force, with their documents';
+
+CREATE VIEW amazon_pii.orders WITH (security_barrier) AS
+SELECT o.policy, o.order_key, o.order_number, o.status, o.flagged_at, o.anchor_at, o.archive_due_at, o.archived_at,
+       o.redact_due_at, o.redacted_at, o.retrieved_at, o.retrieved_until, o.held_until, o.attempts, o.next_attempt_at,
+       o.last_error, o.pushed_by, o.redacted_version
+  FROM amazon_pii.order_state AS o;
+COMMENT ON VIEW amazon_pii.orders IS 'One row a flagged order: where it stands and what is due when';
+
+CREATE VIEW amazon_pii.records WITH (security_barrier) AS
+SELECT r.policy, r.order_key, r.table_name, r.record_key, r.entry, r.status, r.version, r.changed_at
+  FROM amazon_pii.record_state AS r;
+COMMENT ON VIEW amazon_pii.records IS 'The rows that hold, or held, personal data of flagged orders; waiting: another order keeps it alive';
+
+-- An order is overdue when its personal data should be gone and is not.
+CREATE VIEW amazon_pii.overdue WITH (security_barrier) AS
+SELECT o.policy, o.order_key, o.order_number, o.status,
+       CASE WHEN o.status = 'retrieved' THEN o.retrieved_until ELSE o.redact_due_at END AS due_at,
+       pg_catalog.now() - CASE WHEN o.status = 'retrieved' THEN o.retrieved_until ELSE o.redact_due_at END AS overdue_by,
+       o.attempts, o.next_attempt_at, o.last_error
+  FROM amazon_pii.order_state AS o
+ WHERE o.status IN ('flagged', 'scheduled', 'archived', 'failed', 'retrieved')
+   AND o.next_due_at IS NOT NULL
+   AND CASE WHEN o.status = 'retrieved' THEN o.retrieved_until ELSE o.redact_due_at END < pg_catalog.now()
+   AND (o.held_until IS NULL OR o.held_until < pg_catalog.now());
+COMMENT ON VIEW amazon_pii.overdue IS 'Orders past their deadline, until they are done; disabled and suspended policies included';
+
+CREATE VIEW amazon_pii.upcoming WITH (security_barrier) AS
+SELECT o.policy, o.order_key, o.order_number, o.status,
+       CASE WHEN o.status IN ('flagged', 'scheduled') THEN 'archive' ELSE 'redact' END AS action,
+       CASE o.status WHEN 'scheduled' THEN o.archive_due_at WHEN 'retrieved' THEN o.retrieved_until
+                     ELSE o.redact_due_at END AS due_at,
+       o.pushed_by
+  FROM amazon_pii.order_state AS o
+ WHERE o.status IN ('scheduled', 'archived', 'failed', 'retrieved')
+   AND o.next_due_at IS NOT NULL
+   AND CASE o.status WHEN 'scheduled' THEN o.archive_due_at WHEN 'retrieved' THEN o.retrieved_until
+                     ELSE o.redact_due_at END < pg_catalog.now() + '7 days'::interval;
+COMMENT ON VIEW amazon_pii.upcoming IS 'What is due within the next seven days';
+
+CREATE VIEW amazon_pii.runs WITH (security_barrier) AS
+SELECT r.run_id, r.policy, r.started_at, r.finished_at, r.started_by, r.flagged, r.archived, r.redacted, r.failed,
+       r.overdue, r.last_error
+  FROM amazon_pii.run AS r;
+COMMENT ON VIEW amazon_pii.runs IS 'Cycles and their counts';
+
+CREATE VIEW amazon_pii.audit_log WITH (security_barrier) AS
+SELECT a.audit_id, a.at, a."user", a.actor, a.action, a.policy, a.policy_version, a.order_key, a.order_number, a.reason,
+       a.detail, a.key_id, a.mac
+  FROM amazon_pii.audit_entry AS a;
+COMMENT ON VIEW amazon_pii.audit_log IS 'Who did what to which order, under which policy version, why and when; holds no personal data';
+
+CREATE VIEW amazon_pii.status WITH (security_barrier) AS
+SELECT p.policy, p.version, p.enabled, p.suspended,
+       COALESCE(c.flagged, 0) AS flagged, COALESCE(c.scheduled, 0) AS scheduled, COALESCE(c.archived, 0) AS archived,
+       COALESCE(c.redacted, 0) AS redacted, COALESCE(c.retrieved, 0) AS retrieved, COALESCE(c.failed, 0) AS failed,
+       COALESCE(d.overdue, 0) AS overdue, d.worst_overdue_by,
+       (SELECT pg_catalog.count(*) FROM amazon_pii.record_state AS r
+         WHERE r.policy = p.policy AND r.status = 'waiting') AS records_waiting,
+       l.started_at AS last_cycle_at, l.finished_at AS last_cycle_finished_at, COALESCE(p.last_error, l.last_error) AS last_error,
+       p.swept_at,
+       CASE WHEN h.worker IS NOT NULL AND a.pid IS NOT NULL THEN 'running'
+            WHEN h.worker IS NOT NULL AND h.beat_at > pg_catalog.now() - GREATEST(
+                     3 * pg_catalog.current_setting('amazon_pii.naptime')::interval, '1 minute'::interval) THEN 'running'
+            WHEN h.worker IS NOT NULL THEN 'not running since ' || h.beat_at
+            ELSE 'no worker runs' END AS worker,
+       h.beat_at AS worker_beat_at, h.last_error AS worker_error
+  FROM amazon_pii.policy AS p
+  LEFT JOIN LATERAL (
+       SELECT pg_catalog.count(*) FILTER (WHERE o.status = 'flagged') AS flagged,
+              pg_catalog.count(*) FILTER (WHERE o.status = 'scheduled') AS scheduled,
+              pg_catalog.count(*) FILTER (WHERE o.status = 'archived') AS archived,
+              pg_catalog.count(*) FILTER (WHERE o.status = 'redacted') AS redacted,
+              pg_catalog.count(*) FILTER (WHERE o.status = 'retrieved') AS retrieved,
+              pg_catalog.count(*) FILTER (WHERE o.status = 'failed') AS failed
+         FROM amazon_pii.order_state AS o WHERE o.policy = p.policy) AS c ON true
+  LEFT JOIN LATERAL (
+       SELECT pg_catalog.count(*) AS overdue, pg_catalog.max(v.overdue_by) AS worst_overdue_by
+         FROM amazon_pii.overdue AS v WHERE v.policy = p.policy) AS d ON true
+  LEFT JOIN LATERAL (
+       SELECT r.started_at, r.finished_at, r.last_error FROM amazon_pii.run AS r
+        WHERE r.policy = p.policy ORDER BY r.run_id DESC LIMIT 1) AS l ON true
+  LEFT JOIN amazon_pii.heartbeat AS h ON h.worker = 'database'
+  LEFT JOIN pg_catalog.pg_stat_activity AS a ON a.pid = h.pid AND a.backend_type LIKE 'amazon_pii%';
+COMMENT ON VIEW amazon_pii.status IS 'One line a policy: how many orders stand where, what is overdue, whether the worker runs';

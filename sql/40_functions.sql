@@ -1,0 +1,109 @@
+-- The SQL surface. Functions check the caller in Rust before they switch; PUBLIC may execute none of them.
+
+CREATE FUNCTION amazon_pii.apply_policy(document jsonb) RETURNS text
+    LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'apply_policy_wrapper';
+COMMENT ON FUNCTION amazon_pii.apply_policy(jsonb) IS
+    'Checks a policy document and applies it as a new policy or a new version; returns name and version. Needs amazon_pii_admin and ownership of every table in it';
+
+CREATE FUNCTION amazon_pii.check_policy(document jsonb)
+    RETURNS TABLE (severity text, object text, problem text, hint text)
+    LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'check_policy_wrapper';
+COMMENT ON FUNCTION amazon_pii.check_policy(jsonb) IS
+    'Lists what is wrong with a policy document, trying it on real rows; applies nothing. Needs amazon_pii_admin and ownership of every table in it';
+
+CREATE FUNCTION amazon_pii.enable_policy(policy text) RETURNS void
+    LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'enable_policy_wrapper';
+COMMENT ON FUNCTION amazon_pii.enable_policy(text) IS 'Lets cycles archive and redact under a policy. Needs amazon_pii_admin';
+
+CREATE FUNCTION amazon_pii.disable_policy(policy text) RETURNS void
+    LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'disable_policy_wrapper';
+COMMENT ON FUNCTION amazon_pii.disable_policy(text) IS
+    'Stops cycles under a policy; orders are still flagged, and shown as overdue. Needs amazon_pii_admin';
+
+CREATE FUNCTION amazon_pii.drop_policy(policy text) RETURNS void
+    LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'drop_policy_wrapper';
+COMMENT ON FUNCTION amazon_pii.drop_policy(text) IS
+    'Removes a policy, its triggers and the states of its orders; archive, keys and audit log stay. Needs amazon_pii_admin';
+
+CREATE PROCEDURE amazon_pii.run_cycle(
+    policy text DEFAULT NULL, sweep boolean DEFAULT false,
+    INOUT flagged bigint DEFAULT 0, INOUT archived bigint DEFAULT 0, INOUT redacted bigint DEFAULT 0,
+    INOUT failed bigint DEFAULT 0, INOUT overdue bigint DEFAULT 0)
+    LANGUAGE c AS 'MODULE_PATHNAME', 'run_cycle_wrapper';
+COMMENT ON PROCEDURE amazon_pii.run_cycle(text, boolean, bigint, bigint, bigint, bigint, bigint) IS
+    'One cycle now, of one policy or of all, committing batch by batch; sweep => true also looks at every order. Not inside a transaction block (25001). Needs amazon_pii_admin';
+
+CREATE FUNCTION amazon_pii.preview(policy text, as_of timestamptz DEFAULT pg_catalog.now())
+    RETURNS TABLE (action text, table_name text, orders bigint, records bigint)
+    LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'preview_wrapper';
+COMMENT ON FUNCTION amazon_pii.preview(text, timestamptz) IS
+    'What a cycle at that moment would do, from the tables as they are; changes nothing. Needs amazon_pii_admin, amazon_pii_operator or amazon_pii_auditor';
+
+CREATE FUNCTION amazon_pii.retrieve(order_number text, reason text DEFAULT NULL, policy text DEFAULT NULL, key text DEFAULT NULL)
+    RETURNS TABLE (order_key text, table_name text, records bigint, cells bigint, kept bigint)
+    LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'retrieve_wrapper';
+COMMENT ON FUNCTION amazon_pii.retrieve(text, text, text, text) IS
+    'Writes the archived personal data of a redacted order back, read-only, for the policy''s retrieved_for; kept counts cells that no longer held what redaction left. Logged before anything is opened, even if rolled back. Needs amazon_pii_operator. P0002 unknown, P0003 ambiguous, 55000 not redacted, 55006 already retrieved, 42704 purged, 22023 bad reason, 08006 archive unreachable';
+
+CREATE FUNCTION amazon_pii.end_retrieval(order_number text, policy text DEFAULT NULL, key text DEFAULT NULL) RETURNS void
+    LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'end_retrieval_wrapper';
+COMMENT ON FUNCTION amazon_pii.end_retrieval(text, text, text) IS
+    'Ends a retrieval early; the next cycle redacts the order again. Needs amazon_pii_operator';
+
+CREATE FUNCTION amazon_pii.peek(order_number text, reason text DEFAULT NULL, policy text DEFAULT NULL, key text DEFAULT NULL)
+    RETURNS jsonb LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'peek_wrapper';
+COMMENT ON FUNCTION amazon_pii.peek(text, text, text, text) IS
+    'Gives the archived personal data of an order to the caller alone, without writing it back. Logged before anything is opened, even if rolled back. Needs amazon_pii_operator';
+
+CREATE FUNCTION amazon_pii.find_orders(search text)
+    RETURNS TABLE (policy text, order_key text, order_number text, status text, matched_by text)
+    LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'find_orders_wrapper';
+COMMENT ON FUNCTION amazon_pii.find_orders(text) IS
+    'Flagged orders by their number, or by the number of a linked record such as an invoice. Needs amazon_pii_operator or amazon_pii_admin';
+
+CREATE FUNCTION amazon_pii.hold(order_number text, reason text, until timestamptz, policy text DEFAULT NULL, key text DEFAULT NULL)
+    RETURNS void LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'hold_wrapper';
+COMMENT ON FUNCTION amazon_pii.hold(text, text, timestamptz, text, text) IS
+    'Pauses the redaction of an order until a moment in the future; archiving goes on. Needs amazon_pii_operator';
+
+CREATE FUNCTION amazon_pii.release(order_number text, policy text DEFAULT NULL, key text DEFAULT NULL) RETURNS void
+    LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'release_wrapper';
+COMMENT ON FUNCTION amazon_pii.release(text, text, text) IS 'Ends a hold. Needs amazon_pii_operator';
+
+CREATE FUNCTION amazon_pii.unflag(order_number text, reason text DEFAULT NULL, policy text DEFAULT NULL, key text DEFAULT NULL)
+    RETURNS TABLE (order_key text, table_name text, records bigint, cells bigint, kept bigint)
+    LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'unflag_wrapper';
+COMMENT ON FUNCTION amazon_pii.unflag(text, text, text, text) IS
+    'Writes an order''s personal data back for good and stops tracking it, for the victims of a wrong policy; the archive stays. Needs amazon_pii_admin';
+
+CREATE FUNCTION amazon_pii.explain_order(order_number text)
+    RETURNS TABLE (step text, object text, detail text)
+    LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'explain_order_wrapper';
+COMMENT ON FUNCTION amazon_pii.explain_order(text) IS
+    'Why an order was flagged, its anchor, what is due when, what keeps each record alive; no values. Needs amazon_pii_admin, amazon_pii_operator or amazon_pii_auditor';
+
+-- Triggers of ours on the user's tables. Nobody needs EXECUTE to fire one; creating one does.
+CREATE FUNCTION amazon_pii.on_change() RETURNS trigger
+    LANGUAGE c AS 'MODULE_PATHNAME', 'on_change_wrapper';
+COMMENT ON FUNCTION amazon_pii.on_change() IS 'Flags orders and notices changes; made and dropped by the extension';
+
+CREATE FUNCTION amazon_pii.on_apply() RETURNS trigger
+    LANGUAGE c AS 'MODULE_PATHNAME', 'on_apply_wrapper';
+COMMENT ON FUNCTION amazon_pii.on_apply() IS 'Notes the keys of rows that logical replication applies; made and dropped by the extension';
+
+CREATE FUNCTION amazon_pii.refuse_change() RETURNS trigger LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RAISE EXCEPTION 'the audit log is append-only' USING ERRCODE = 'insufficient_privilege';
+END
+$$;
+COMMENT ON FUNCTION amazon_pii.refuse_change() IS 'Keeps the audit log append-only, for superusers too';
+CREATE TRIGGER append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON amazon_pii.audit_entry
+    FOR EACH STATEMENT EXECUTE FUNCTION amazon_pii.refuse_change();
+ALTER TABLE amazon_pii.audit_entry ENABLE ALWAYS TRIGGER append_only;
+
+-- New partitions get their triggers with the command that makes or attaches them.
+CREATE FUNCTION amazon_pii.on_ddl() RETURNS event_trigger
+    LANGUAGE c AS 'MODULE_PATHNAME', 'on_ddl_wrapper';
+COMMENT ON FUNCTION amazon_pii.on_ddl() IS 'Gives new partitions of a policy''s tables their triggers';
+CREATE EVENT TRIGGER amazon_pii_ddl ON ddl_command_end WHEN TAG IN ('CREATE TABLE', 'ALTER TABLE')
+    EXECUTE FUNCTION amazon_pii.on_ddl();

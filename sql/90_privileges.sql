@@ -1,0 +1,25 @@
+-- Revoke first, grant by name. Tables are nobody's but the extension's owner; people read views.
+
+REVOKE ALL ON ALL TABLES IN SCHEMA amazon_pii FROM PUBLIC;
+REVOKE ALL ON ALL SEQUENCES IN SCHEMA amazon_pii FROM PUBLIC;
+REVOKE ALL ON ALL ROUTINES IN SCHEMA amazon_pii FROM PUBLIC;
+
+GRANT USAGE ON SCHEMA amazon_pii TO amazon_pii_admin, amazon_pii_operator, amazon_pii_auditor;
+
+GRANT EXECUTE ON FUNCTION amazon_pii.apply_policy(jsonb), amazon_pii.check_policy(jsonb), amazon_pii.enable_policy(text),
+    amazon_pii.disable_policy(text), amazon_pii.drop_policy(text), amazon_pii.unflag(text, text, text, text)
+    TO amazon_pii_admin;
+GRANT EXECUTE ON PROCEDURE amazon_pii.run_cycle(text, boolean, bigint, bigint, bigint, bigint, bigint) TO amazon_pii_admin;
+GRANT EXECUTE ON FUNCTION amazon_pii.retrieve(text, text, text, text), amazon_pii.end_retrieval(text, text, text),
+    amazon_pii.peek(text, text, text, text), amazon_pii.hold(text, text, timestamptz, text, text),
+    amazon_pii.release(text, text, text)
+    TO amazon_pii_operator;
+GRANT EXECUTE ON FUNCTION amazon_pii.find_orders(text) TO amazon_pii_admin, amazon_pii_operator;
+GRANT EXECUTE ON FUNCTION amazon_pii.preview(text, timestamptz), amazon_pii.explain_order(text)
+    TO amazon_pii_admin, amazon_pii_operator, amazon_pii_auditor;
+
+GRANT SELECT ON amazon_pii.policies TO amazon_pii_admin, amazon_pii_auditor;
+GRANT SELECT ON amazon_pii.status, amazon_pii.runs TO amazon_pii_admin, amazon_pii_operator, amazon_pii_auditor;
+GRANT SELECT ON amazon_pii.orders, amazon_pii.records, amazon_pii.overdue, amazon_pii.upcoming
+    TO amazon_pii_admin, amazon_pii_operator;
+GRANT SELECT ON amazon_pii.audit_log TO amazon_pii_auditor;

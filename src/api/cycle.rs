@@ -1,0 +1,25 @@
+use pgrx::pg_sys;
+
+use crate::engine::cycle;
+use crate::pg::call::{Call, export, row_of_numbers};
+use crate::pg::error::{Error, Result};
+use crate::pg::identity::require_role;
+use crate::pg::xact::{self, Boundary};
+
+export!(run_cycle_wrapper, pg_finfo_run_cycle_wrapper, run_cycle);
+
+fn run_cycle(call: Call) -> Result<pg_sys::Datum> {
+    require_role(&["amazon_pii_admin"], "run a cycle")?;
+    if call.is_atomic() {
+        return Err(Error::in_transaction("amazon_pii.run_cycle()"));
+    }
+    let (policy, sweep) = (call.text(0), call.bool(1).unwrap_or(false));
+    let counts = xact::non_atomic(|| cycle::run(policy.as_deref(), sweep, Boundary::Procedure))?;
+    row_of_numbers(&[
+        ("flagged", counts.flagged),
+        ("archived", counts.archived),
+        ("redacted", counts.redacted),
+        ("failed", counts.failed),
+        ("overdue", counts.overdue),
+    ])
+}

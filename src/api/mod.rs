@@ -1,0 +1,6 @@
+//! What SQL calls. Wrappers only; declared in `sql/40_functions.sql`.
+
+mod access;
+mod cycle;
+mod policy;
+mod trigger;

@@ -1,0 +1,28 @@
+use pgrx::pg_sys;
+
+use crate::engine::triggers;
+use crate::pg::call::{Call, export};
+use crate::pg::error::Result;
+use crate::pg::trigger::TriggerCall;
+
+export!(on_change_wrapper, pg_finfo_on_change_wrapper, on_change);
+export!(on_apply_wrapper, pg_finfo_on_apply_wrapper, on_apply);
+export!(on_ddl_wrapper, pg_finfo_on_ddl_wrapper, on_ddl);
+
+/// What an AFTER trigger returns is ignored.
+const NOTHING: pg_sys::Datum = pg_sys::Datum::null();
+
+fn on_change(call: Call) -> Result<pg_sys::Datum> {
+    triggers::changed(&TriggerCall::of(call)?)?;
+    Ok(NOTHING)
+}
+
+fn on_apply(call: Call) -> Result<pg_sys::Datum> {
+    triggers::applied(&TriggerCall::of(call)?)?;
+    Ok(NOTHING)
+}
+
+fn on_ddl(_call: Call) -> Result<pg_sys::Datum> {
+    triggers::structure_changed()?;
+    Ok(NOTHING)
+}

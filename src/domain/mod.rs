@@ -1,0 +1,11 @@
+//! What can be decided without a server: the policy document, treatments, the clock, sealing. Imports nothing of it.
+
+pub mod array_text;
+pub mod clock;
+pub mod document;
+pub mod json_text;
+pub mod number;
+pub mod policy;
+pub mod reason;
+pub mod treatment;
+pub mod vault;

@@ -1,0 +1,300 @@
+//! The policy document: typed, complete and consistent in itself once `Policy::parse` has returned it.
+//!
+//! What needs the server (do the tables exist, are the intervals intervals, do the treatments fit) is checked when the
+//! policy is applied.
+
+mod check;
+mod document;
+mod name;
+mod read;
+#[cfg(test)]
+mod tests;
+
+use chrono::NaiveTime;
+use chrono_tz::Tz;
+use serde::Deserialize;
+
+pub use name::QualifiedName;
+
+/// What a policy document asks for, defaults filled in.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Policy {
+    /// The policy's name: a letter, then letters, digits and underscores, at most 40 in all.
+    pub policy: String,
+    /// The table whose rows are the orders.
+    pub orders: Orders,
+    /// The entries that belong to an order, parents before their children.
+    pub linked: Vec<Linked>,
+    /// What stands in place of personal text.
+    pub placeholder: String,
+    /// Marks of earlier tools, which count as redacted already.
+    pub also_redacted: Vec<String>,
+    /// From the anchor to the archive, as the text of a PostgreSQL interval.
+    pub archive_after: String,
+    /// From the anchor to the redaction, as the text of a PostgreSQL interval.
+    pub redact_after: String,
+    /// From a retrieval to the next redaction, as the text of a PostgreSQL interval.
+    pub retrieved_for: String,
+    /// How long the archive keeps a document, as the text of a PostgreSQL interval.
+    pub archive_for: String,
+    /// Where archived documents go.
+    pub archive: Archive,
+    /// The hours in which the worker may work, if they are limited.
+    pub window: Option<Window>,
+    /// The zone in which a time without zone is read; known to the time zone database.
+    pub timezone: String,
+    /// Whether the first apply enables the policy.
+    pub enabled: bool,
+    /// What a write to a retrieved order's personal data meets.
+    pub when_retrieved: WhenRetrieved,
+    /// Whether access needs a reason.
+    pub reason: ReasonRule,
+}
+
+/// The archive of a policy.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Archive {
+    /// The schema that holds it.
+    pub schema: String,
+}
+
+/// The hours of a day in which the worker may work. May span midnight; is never empty.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Window {
+    /// The first moment of it.
+    pub from: NaiveTime,
+    /// The first moment after it.
+    pub to: NaiveTime,
+    /// The zone whose clocks show these times.
+    pub timezone: Tz,
+}
+
+/// The orders table.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Orders {
+    /// The table, as in SQL.
+    pub table: String,
+    /// The key's columns; the primary key by default.
+    pub key: Option<Vec<String>>,
+    /// A column or expression: what people know the order by.
+    pub number: Option<String>,
+    /// A condition that is true for Amazon's orders; by default, the number has Amazon's form.
+    pub amazon: Option<String>,
+    /// When the clock starts: the first that is not NULL. Never empty.
+    pub anchor: Vec<Anchor>,
+    /// An expression that gives the number of the order that this one replaces.
+    pub replaces: Option<String>,
+    /// A column or expression: when the order was placed.
+    pub placed: Option<String>,
+    /// How long after `placed` an order without an anchor is stale, as the text of a PostgreSQL interval.
+    pub stale_after: Option<String>,
+    /// What happens to a stale order.
+    pub stale: Stale,
+    /// The personal data in the order's own row.
+    pub redact: Redact,
+}
+
+/// What starts an order's clock.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Anchor {
+    /// A column of the order's row, or an expression over it.
+    Expression(String),
+    /// The last moment over linked rows.
+    Linked {
+        /// The entry's name.
+        linked: String,
+        /// A column of its rows, or an expression over them.
+        at: String,
+        /// The condition that a row must meet to count (`where`).
+        filter: Option<String>,
+        /// A condition over the order, without which it is not complete.
+        complete: Option<String>,
+    },
+}
+
+/// Rows that belong to an order.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Linked {
+    /// The table, as in SQL.
+    pub table: String,
+    /// The entry's name, unique in the policy (`as`).
+    pub alias: String,
+    /// The entry that this one hangs on; the orders table if there is none.
+    pub parent: Option<String>,
+    /// The key's columns; the primary key by default.
+    pub key: Option<Vec<String>>,
+    /// Pairs of columns or expressions, this table's and its parent's. Never empty.
+    pub on: Vec<(String, String)>,
+    /// The condition that a row must meet (`where`).
+    pub filter: Option<String>,
+    /// A column or expression: what people know such a row by (an invoice number).
+    pub number: Option<String>,
+    /// A column or expression: the moment before which the deadline of the order may not run.
+    pub not_before: Option<String>,
+    /// The personal data in these rows.
+    pub redact: Redact,
+    /// Whether a row is overwritten or removed.
+    pub on_redact: OnRedact,
+    /// What these rows are to the order.
+    pub role: Option<Role>,
+    /// Which orders keep a row alive that several of them use.
+    pub shared: Shared,
+}
+
+/// The columns of a table that hold personal data.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Redact {
+    /// None: the entry is a bridge to others.
+    Nothing,
+    /// Columns that take the default treatment of their type.
+    Columns(Vec<String>),
+    /// Columns with the treatment of each, in the document's order.
+    Treatments(Vec<(String, Treatment)>),
+}
+
+impl Redact {
+    /// Every column with its treatment, in the document's order.
+    pub fn columns(&self) -> impl Iterator<Item = (&str, &Treatment)> {
+        let (plain, treated): (&[String], &[(String, Treatment)]) = match self {
+            Self::Nothing => (&[], &[]),
+            Self::Columns(columns) => (columns, &[]),
+            Self::Treatments(columns) => (&[], columns),
+        };
+        plain
+            .iter()
+            .map(|column| (column.as_str(), &Treatment::Default))
+            .chain(treated.iter().map(|(column, treatment)| (column.as_str(), treatment)))
+    }
+}
+
+/// What redaction puts in place of a value.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Treatment {
+    /// Whatever suits the column's type.
+    Default,
+    /// The policy's placeholder.
+    Placeholder,
+    /// NULL.
+    Null,
+    /// A constant.
+    Value(serde_json::Value),
+    /// A text that holds `{key}`, and so differs from row to row.
+    Unique(String),
+    /// The values at these JSON paths.
+    Json(Vec<String>),
+    /// All values but those at these JSON paths.
+    JsonKeep(Vec<String>),
+    /// The value of an expression over the row.
+    Sql(String),
+    /// The placeholder for each element.
+    ArrayPlaceholder,
+    /// The first characters, this many.
+    Prefix(usize),
+}
+
+/// What a write to a retrieved order's personal data meets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum WhenRetrieved {
+    /// An error.
+    #[default]
+    Refuse,
+    /// The statement goes on, the value stays.
+    Ignore,
+}
+
+/// Whether access to personal data needs a reason.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ReasonRule {
+    /// It does.
+    #[default]
+    Required,
+    /// It may be left out.
+    Optional,
+}
+
+/// What happens to an order that has no anchor for too long.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Stale {
+    /// It is shown and announced.
+    #[default]
+    Report,
+    /// It is redacted all the same.
+    Redact,
+}
+
+/// What redaction does to a linked row.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnRedact {
+    /// Overwrites its personal data.
+    #[default]
+    Update,
+    /// Removes it.
+    Delete,
+}
+
+/// What the rows of an entry are to the order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    /// Its customer.
+    Customer,
+}
+
+/// Which orders keep a shared row alive.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Shared {
+    /// Those of every channel.
+    #[default]
+    Any,
+    /// Amazon's only.
+    Amazon,
+}
+
+/// What is wrong with a policy document, and where.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{}{}{problem}", .path, if .path.is_empty() { "" } else { ": " })]
+pub struct PolicyError {
+    /// The place in the document, such as `linked[2].redact.name`; empty for the document as a whole.
+    pub path: String,
+    /// What is wrong there.
+    pub problem: String,
+    /// What would be right, as a sentence.
+    pub hint: Option<String>,
+}
+
+impl PolicyError {
+    /// An error without a hint.
+    pub fn new(path: impl Into<String>, problem: impl Into<String>) -> Self {
+        Self {
+            path: path.into(),
+            problem: problem.into(),
+            hint: None,
+        }
+    }
+
+    /// The same error with a hint.
+    #[must_use]
+    pub fn with_hint(mut self, hint: impl Into<String>) -> Self {
+        self.hint = Some(hint.into());
+        self
+    }
+}
+
+impl Policy {
+    /// Reads a policy document.
+    ///
+    /// # Errors
+    /// The first thing that is wrong with it.
+    pub fn parse(text: &str) -> Result<Self, PolicyError> {
+        let value = document::load(text)?;
+        let mut policy = read::policy(&document::Node::root(&value))?;
+        check::consistent(&policy)?;
+        policy.linked = check::parents_first(std::mem::take(&mut policy.linked))?;
+        Ok(policy)
+    }
+}

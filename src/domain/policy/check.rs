@@ -1,0 +1,187 @@
+//! What the entries of a policy must be to each other. Entries are in the document's order here.
+
+use super::document::suggestion;
+use super::{Anchor, Linked, Orders, Policy, PolicyError, QualifiedName, Redact, Treatment};
+
+type Result<T> = std::result::Result<T, PolicyError>;
+
+/// Checks all that needs more than one entry.
+pub(super) fn consistent(policy: &Policy) -> Result<()> {
+    aliases(&policy.linked)?;
+    parents(&policy.linked)?;
+    anchors(&policy.orders, &policy.linked)?;
+    let tables = Tables::of(policy)?;
+    tables.agree()?;
+    tables.identify(policy)
+}
+
+fn aliases(linked: &[Linked]) -> Result<()> {
+    for (at, entry) in linked.iter().enumerate() {
+        if let Some(first) = linked[..at].iter().position(|other| other.alias == entry.alias) {
+            let problem = format!("entry \"{}\" has the name of linked[{first}]", entry.alias);
+            return Err(PolicyError::new(format!("linked[{at}].as"), problem)
+                .with_hint("Give each entry a name of its own with \"as\"."));
+        }
+    }
+    Ok(())
+}
+
+fn parents(linked: &[Linked]) -> Result<()> {
+    for (at, entry) in linked.iter().enumerate() {
+        let mut above = entry;
+        // A chain longer than the list has met an entry twice.
+        for _ in 0..=linked.len() {
+            let Some(parent) = &above.parent else { break };
+            match linked.iter().find(|other| other.alias == *parent) {
+                Some(next) => above = next,
+                None if above.alias == entry.alias => {
+                    return Err(no_entry(&format!("linked[{at}].parent"), parent, linked, true));
+                }
+                // The entry above is refused with its own place.
+                None => break,
+            }
+            if above.alias == entry.alias {
+                return Err(
+                    PolicyError::new(format!("linked[{at}].parent"), "parents form a circle")
+                        .with_hint("Leave \"parent\" out where the orders table is the parent."),
+                );
+            }
+        }
+    }
+    Ok(())
+}
+
+fn anchors(orders: &Orders, linked: &[Linked]) -> Result<()> {
+    for (at, anchor) in orders.anchor.iter().enumerate() {
+        let Anchor::Linked { linked: name, .. } = anchor else {
+            continue;
+        };
+        if !linked.iter().any(|entry| entry.alias == *name) {
+            let path = match orders.anchor.len() {
+                1 => "orders.anchor.linked".to_owned(),
+                _ => format!("orders.anchor[{at}].linked"),
+            };
+            return Err(no_entry(&path, name, linked, false));
+        }
+    }
+    Ok(())
+}
+
+fn no_entry(path: &str, name: &str, linked: &[Linked], parent: bool) -> PolicyError {
+    let known: Vec<&str> = linked.iter().map(|entry| entry.alias.as_str()).collect();
+    let hint = suggestion(name, &known);
+    let hint = if parent {
+        format!("{hint} Leave \"parent\" out for the orders table.")
+    } else {
+        hint
+    };
+    PolicyError::new(path, format!("no entry is named \"{name}\"")).with_hint(hint)
+}
+
+/// Every place that names a table, with what is redacted there.
+struct Tables<'a>(Vec<(String, QualifiedName, &'a Redact)>);
+
+impl<'a> Tables<'a> {
+    fn of(policy: &'a Policy) -> Result<Self> {
+        let mut tables = vec![(
+            "orders".to_owned(),
+            QualifiedName::parse(&policy.orders.table)?,
+            &policy.orders.redact,
+        )];
+        for (at, entry) in policy.linked.iter().enumerate() {
+            tables.push((
+                format!("linked[{at}]"),
+                QualifiedName::parse(&entry.table)?,
+                &entry.redact,
+            ));
+        }
+        Ok(Self(tables))
+    }
+
+    /// Two entries of one table may reach the same row, so a column has one treatment wherever it is named.
+    fn agree(&self) -> Result<()> {
+        for (at, (path, table, redact)) in self.0.iter().enumerate() {
+            for (first, _, other) in self.0[..at].iter().filter(|(_, name, _)| name == table) {
+                for (column, treatment) in redact.columns() {
+                    let earlier = other.columns().find(|(name, _)| *name == column);
+                    if earlier.is_some_and(|(_, earlier)| !compatible(treatment, earlier)) {
+                        let problem = format!("treatment of \"{column}\" differs from that in {first}");
+                        return Err(PolicyError::new(format!("{path}.redact.{column}"), problem)
+                            .with_hint("Both entries name the same table; give the column one treatment."));
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// What finds a row must still find it when the row is redacted. Expressions are tried on rows when applied.
+    fn identify(&self, policy: &Policy) -> Result<()> {
+        let orders = &policy.orders;
+        let key = orders.key.iter().flatten();
+        for column in key {
+            self.keeps(0, column, "orders.key", "key")?;
+        }
+        if let Some(number) = &orders.number {
+            self.keeps(0, number, "orders.number", "number")?;
+        }
+        for (at, entry) in policy.linked.iter().enumerate() {
+            let path = format!("linked[{at}]");
+            for column in entry.key.iter().flatten() {
+                self.keeps(at + 1, column, &format!("{path}.key"), "key")?;
+            }
+            if let Some(number) = &entry.number {
+                self.keeps(at + 1, number, &format!("{path}.number"), "number")?;
+            }
+            let parent = entry
+                .parent
+                .as_ref()
+                .and_then(|name| policy.linked.iter().position(|e| e.alias == *name));
+            for (child, above) in &entry.on {
+                let path = format!("{path}.on.{child}");
+                self.keeps(at + 1, child, &path, "link")?;
+                self.keeps(parent.map_or(0, |parent| parent + 1), above, &path, "link")?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Refuses a column that any entry of the same table redacts.
+    fn keeps(&self, place: usize, column: &str, path: &str, purpose: &str) -> Result<()> {
+        let (_, table, _) = &self.0[place];
+        let redacted = |redact: &Redact| redact.columns().any(|(name, _)| name == column);
+        match self
+            .0
+            .iter()
+            .find(|(_, name, redact)| name == table && redacted(redact))
+        {
+            None => Ok(()),
+            Some((redacting, ..)) => {
+                let problem = format!("column \"{column}\" serves as {purpose} and is redacted in {redacting}");
+                Err(PolicyError::new(path, problem).with_hint("Use a column that holds no personal data."))
+            }
+        }
+    }
+}
+
+/// The default is placeholder or NULL, whichever suits the type, which is not known here.
+fn compatible(a: &Treatment, b: &Treatment) -> bool {
+    use Treatment::{Default, Null, Placeholder};
+    a == b || matches!((a, b), (Default, Placeholder | Null) | (Placeholder | Null, Default))
+}
+
+/// Orders entries so that every parent precedes its children, otherwise as in the document.
+pub(super) fn parents_first(mut waiting: Vec<Linked>) -> Result<Vec<Linked>> {
+    let mut sorted: Vec<Linked> = Vec::with_capacity(waiting.len());
+    while !waiting.is_empty() {
+        let placed = |name: &String| sorted.iter().any(|entry| entry.alias == *name);
+        let Some(next) = waiting
+            .iter()
+            .position(|entry| entry.parent.as_ref().is_none_or(placed))
+        else {
+            return Err(PolicyError::new("linked", "parents form a circle"));
+        };
+        sorted.push(waiting.remove(next));
+    }
+    Ok(sorted)
+}

@@ -1,0 +1,393 @@
+//! From a JSON document to the typed policy: keys, types, words and defaults.
+
+use chrono::NaiveTime;
+use chrono_tz::Tz;
+use serde_json::Value;
+
+use super::document::{Node, nearest, suggestion};
+use super::{
+    Anchor, Archive, Linked, Orders, Policy, PolicyError, QualifiedName, Redact, Role, Shared, Treatment, Window,
+};
+
+type Result<T> = std::result::Result<T, PolicyError>;
+
+const POLICY: &[&str] = &[
+    "policy",
+    "orders",
+    "linked",
+    "placeholder",
+    "also_redacted",
+    "archive_after",
+    "redact_after",
+    "retrieved_for",
+    "archive_for",
+    "archive",
+    "deadline",
+    "window",
+    "timezone",
+    "enabled",
+    "when_retrieved",
+    "reason",
+];
+const ORDERS: &[&str] = &[
+    "table",
+    "key",
+    "number",
+    "amazon",
+    "anchor",
+    "replaces",
+    "placed",
+    "stale_after",
+    "stale",
+    "redact",
+];
+const ANCHOR: &[&str] = &["linked", "at", "where", "complete"];
+const LINKED: &[&str] = &[
+    "table",
+    "as",
+    "parent",
+    "key",
+    "on",
+    "where",
+    "number",
+    "not_before",
+    "redact",
+    "on_redact",
+    "role",
+    "shared",
+];
+const ARCHIVE: &[&str] = &["schema", "foreign_table"];
+const WINDOW: &[&str] = &["from", "to", "timezone"];
+const TREATMENTS: &[&str] = &["value", "unique", "json", "sql", "array", "prefix"];
+
+/// Reads the whole document.
+pub(super) fn policy(root: &Node<'_>) -> Result<Policy> {
+    let document = root.object(POLICY)?;
+    let name = document.need("policy")?;
+    let timezone = document
+        .get("timezone")
+        .map(|node| zone(&node))
+        .transpose()?
+        .unwrap_or(Tz::UTC);
+    if let Some(deadline) = document.get("deadline") {
+        deadline_word(&deadline)?;
+    }
+    let linked = match document.get("linked") {
+        Some(node) => node
+            .list("a list of tables")?
+            .iter()
+            .map(linked)
+            .collect::<Result<_>>()?,
+        None => Vec::new(),
+    };
+    Ok(Policy {
+        policy: policy_name(&name)?,
+        orders: orders(&document.need("orders")?)?,
+        linked,
+        placeholder: document.text_or("placeholder", "[Redacted]")?,
+        also_redacted: match document.get("also_redacted") {
+            Some(node) => node.texts("a list of texts")?,
+            None => Vec::new(),
+        },
+        archive_after: document.text_or("archive_after", "29 days")?,
+        redact_after: document.text_or("redact_after", "30 days")?,
+        retrieved_for: document.text_or("retrieved_for", "30 days")?,
+        archive_for: document.text_or("archive_for", "10 years")?,
+        archive: archive(document.get("archive").as_ref())?,
+        window: document.get("window").map(|node| window(&node, timezone)).transpose()?,
+        timezone: timezone.name().to_owned(),
+        enabled: document
+            .get("enabled")
+            .map(|node| node.boolean())
+            .transpose()?
+            .unwrap_or(false),
+        when_retrieved: document.word_or_default("when_retrieved", &["refuse", "ignore"])?,
+        reason: document.word_or_default("reason", &["required", "optional"])?,
+    })
+}
+
+fn policy_name(node: &Node<'_>) -> Result<String> {
+    let name = node.text()?;
+    let right = name.len() <= 40
+        && name.starts_with(|c: char| c.is_ascii_lowercase())
+        && name
+            .chars()
+            .all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_');
+    if right {
+        return Ok(name);
+    }
+    Err(node
+        .error("is not a policy's name")
+        .with_hint("Use at most 40 lower-case letters, digits and underscores, and start with a letter."))
+}
+
+fn orders(node: &Node<'_>) -> Result<Orders> {
+    let orders = node.object(ORDERS)?;
+    let placed = orders.text("placed")?;
+    let stale_after = orders.text("stale_after")?;
+    if let (Some(node), None) = (orders.get("stale_after"), &placed) {
+        return Err(node
+            .error("needs \"placed\"")
+            .with_hint("Name the column that says when an order was placed."));
+    }
+    if let (Some(node), None) = (orders.get("stale"), &stale_after) {
+        return Err(node
+            .error("needs \"stale_after\"")
+            .with_hint("Say after which time an order is stale."));
+    }
+    Ok(Orders {
+        table: table(&orders.need("table")?)?.0,
+        key: orders.get("key").map(|node| columns(&node)).transpose()?,
+        number: orders.text("number")?,
+        amazon: orders.text("amazon")?,
+        anchor: anchors(&orders.need("anchor")?)?,
+        replaces: orders.text("replaces")?,
+        placed,
+        stale_after,
+        stale: orders.word_or_default("stale", &["report", "redact"])?,
+        redact: redact(orders.get("redact").as_ref())?,
+    })
+}
+
+fn linked(node: &Node<'_>) -> Result<Linked> {
+    let entry = node.object(LINKED)?;
+    let (table, name) = table(&entry.need("table")?)?;
+    Ok(Linked {
+        table,
+        alias: entry.text("as")?.unwrap_or(name.name),
+        parent: entry.text("parent")?,
+        key: entry.get("key").map(|node| columns(&node)).transpose()?,
+        on: on(&entry.need("on")?)?,
+        filter: entry.text("where")?,
+        number: entry.text("number")?,
+        not_before: entry.text("not_before")?,
+        redact: redact(entry.get("redact").as_ref())?,
+        on_redact: entry.word_or_default("on_redact", &["update", "delete"])?,
+        role: entry
+            .get("role")
+            .map(|node| node.word::<Role>(&["customer"]))
+            .transpose()?,
+        shared: entry.word_or_default::<Shared>("shared", &["any", "amazon"])?,
+    })
+}
+
+fn table(node: &Node<'_>) -> Result<(String, QualifiedName)> {
+    let text = node.text()?;
+    match QualifiedName::parse(&text) {
+        Ok(name) => Ok((text, name)),
+        Err(error) => Err(PolicyError {
+            hint: error.hint,
+            ..node.error(error.problem)
+        }),
+    }
+}
+
+/// A list of columns, or one column alone.
+fn columns(node: &Node<'_>) -> Result<Vec<String>> {
+    match node.value() {
+        Value::String(_) => Ok(vec![node.text()?]),
+        _ => node.some_texts("a list of columns"),
+    }
+}
+
+fn on(node: &Node<'_>) -> Result<Vec<(String, String)>> {
+    let pairs = node.map("an object of this table's columns and its parent's")?;
+    if pairs.is_empty() {
+        return Err(node
+            .error("joins nothing")
+            .with_hint("Map a column of this table to a column of its parent."));
+    }
+    pairs
+        .into_iter()
+        .map(|(child, parent)| Ok((child.to_owned(), parent.text()?)))
+        .collect()
+}
+
+fn anchors(node: &Node<'_>) -> Result<Vec<Anchor>> {
+    match node.value() {
+        Value::Array(_) => {
+            let anchors = node.list("a list of anchors")?;
+            if anchors.is_empty() {
+                return Err(node.error("is an empty list"));
+            }
+            anchors.iter().map(anchor).collect()
+        }
+        _ => Ok(vec![anchor(node)?]),
+    }
+}
+
+fn anchor(node: &Node<'_>) -> Result<Anchor> {
+    if !node.value().is_object() {
+        return node.text().map(Anchor::Expression);
+    }
+    let anchor = node.object(ANCHOR)?;
+    Ok(Anchor::Linked {
+        linked: anchor.need("linked")?.text()?,
+        at: anchor.need("at")?.text()?,
+        filter: anchor.text("where")?,
+        complete: anchor.text("complete")?,
+    })
+}
+
+fn redact(node: Option<&Node<'_>>) -> Result<Redact> {
+    let Some(node) = node else {
+        return Ok(Redact::Nothing);
+    };
+    if node.value().is_array() {
+        return node.some_texts("a list of columns").map(Redact::Columns);
+    }
+    let columns = node.map("a list of columns, or an object of columns and treatments")?;
+    if columns.is_empty() {
+        return Err(node
+            .error("names no column")
+            .with_hint("Leave the key out for a table that only links others."));
+    }
+    let treatments = columns
+        .into_iter()
+        .map(|(column, node)| Ok((column.to_owned(), treatment(&node)?)));
+    treatments.collect::<Result<_>>().map(Redact::Treatments)
+}
+
+fn treatment(node: &Node<'_>) -> Result<Treatment> {
+    if let Value::String(word) = node.value() {
+        return match word.as_str() {
+            "placeholder" => Ok(Treatment::Placeholder),
+            "null" => Ok(Treatment::Null),
+            _ => Err(unknown_treatment(node, word)),
+        };
+    }
+    // A wrong type is best answered with all that a treatment can be.
+    if !node.value().is_object() {
+        return Err(node
+            .error("is not a treatment")
+            .with_hint("Write \"placeholder\", \"null\" or an object such as {\"prefix\": 2}."));
+    }
+    let object = node.object(TREATMENTS)?;
+    let Some((kind, argument)) = object.only() else {
+        return Err(node
+            .error("must say exactly one treatment")
+            .with_hint("Keep one key of the object."));
+    };
+    match kind {
+        "value" if argument.value().is_null() => Ok(Treatment::Null),
+        "value" => Ok(Treatment::Value(argument.value().clone())),
+        "unique" => unique(&argument),
+        "json" if argument.value().is_object() => {
+            let keep = argument.object(&["keep"])?.need("keep")?;
+            // Nothing to keep is meant: every leaf is redacted.
+            Ok(Treatment::JsonKeep(paths(&keep, keep.texts("a list of JSON paths")?)?))
+        }
+        "json" => Ok(Treatment::Json(paths(
+            &argument,
+            argument.some_texts("a list of JSON paths")?,
+        )?)),
+        "sql" => argument.text().map(Treatment::Sql),
+        "array" => match argument.text()?.as_str() {
+            "placeholder" => Ok(Treatment::ArrayPlaceholder),
+            word => Err(argument
+                .error(format!("unknown word \"{word}\""))
+                .with_hint("Only \"placeholder\" is known here.")),
+        },
+        "prefix" => argument.count().map(Treatment::Prefix),
+        _ => Err(unknown_treatment(node, kind)),
+    }
+}
+
+fn unknown_treatment(node: &Node<'_>, word: &str) -> PolicyError {
+    let known = [&["placeholder", "null"], TREATMENTS].concat();
+    node.error(format!("unknown treatment \"{word}\""))
+        .with_hint(suggestion(word, &known))
+}
+
+/// Without the key, the second row under a unique constraint could not be redacted.
+fn unique(node: &Node<'_>) -> Result<Treatment> {
+    let text = node.text()?;
+    if text.contains("{key}") {
+        return Ok(Treatment::Unique(text));
+    }
+    Err(node
+        .error("has no \"{key}\"")
+        .with_hint("Write a text such as \"redacted-{key}@redacted.invalid\"."))
+}
+
+/// Paths are compiled with the treatment; here only what is no path at all is caught, with its place.
+fn paths(node: &Node<'_>, paths: Vec<String>) -> Result<Vec<String>> {
+    match paths.iter().position(|path| !path.starts_with('$')) {
+        None => Ok(paths),
+        Some(at) => {
+            let items = node.list("a list of JSON paths")?;
+            Err(items[at]
+                .error("is not a JSON path")
+                .with_hint("Start it with $, as in $.ShippingAddress.Name."))
+        }
+    }
+}
+
+fn archive(node: Option<&Node<'_>>) -> Result<Archive> {
+    let Some(node) = node else {
+        return Ok(Archive {
+            schema: "amazon_pii_archive".to_owned(),
+        });
+    };
+    let archive = node.object(ARCHIVE)?;
+    if let Some(node) = archive.get("foreign_table") {
+        return Err(node
+            .error("a foreign archive is not supported yet")
+            .with_hint("Name a local \"schema\"."));
+    }
+    Ok(Archive {
+        schema: archive.text_or("schema", "amazon_pii_archive")?,
+    })
+}
+
+/// What happens while the archive is down: there is one way so far.
+fn deadline_word(node: &Node<'_>) -> Result<()> {
+    if node.text()? == "spool" {
+        return Err(node
+            .error("\"spool\" is not supported yet")
+            .with_hint("Use \"wait\", or leave the key out."));
+    }
+    node.word::<String>(&["wait", "spool"]).map(drop)
+}
+
+fn window(node: &Node<'_>, default: Tz) -> Result<Window> {
+    let window = node.object(WINDOW)?;
+    let from = time(&window.need("from")?)?;
+    let to = time(&window.need("to")?)?;
+    if from == to {
+        return Err(node
+            .error("window begins when it ends")
+            .with_hint("Leave the window out to work at any hour, or give it two different times."));
+    }
+    let timezone = window
+        .get("timezone")
+        .map(|node| zone(&node))
+        .transpose()?
+        .unwrap_or(default);
+    Ok(Window { from, to, timezone })
+}
+
+fn time(node: &Node<'_>) -> Result<NaiveTime> {
+    let text = node.text()?;
+    // chrono takes the 60 of a leap second, which no clock of a window shows.
+    let time = ["%H:%M", "%H:%M:%S"]
+        .iter()
+        .find_map(|form| NaiveTime::parse_from_str(&text, form).ok());
+    time.filter(|_| !text.ends_with(":60")).ok_or_else(|| {
+        node.error("is not a time of day")
+            .with_hint("Write hours and minutes, as in \"01:00\".")
+    })
+}
+
+fn zone(node: &Node<'_>) -> Result<Tz> {
+    let text = node.text()?;
+    text.parse().map_err(|_| {
+        let names = || chrono_tz::TZ_VARIANTS.iter().map(|zone| zone.name());
+        let exact = names().find(|name| name.eq_ignore_ascii_case(&text));
+        let hint = match exact.or_else(|| nearest(&text, names())) {
+            Some(name) => format!("Perhaps you meant \"{name}\"."),
+            None => "Use a name of the time zone database, such as \"Europe/Berlin\".".to_owned(),
+        };
+        node.error(format!("unknown time zone \"{text}\"")).with_hint(hint)
+    })
+}

@@ -1,0 +1,295 @@
+//! Applying, enabling, disabling and dropping policies.
+
+use pgrx::pg_sys;
+
+use super::audit::{self, AuditEntry};
+use super::check::{self, Problem, Severity};
+use super::plan::{Plan, require_ownership};
+use super::{state, sweep, triggers, vault};
+use crate::domain::policy::{Policy, QualifiedName};
+use crate::pg::error::{Error, Result};
+use crate::pg::identity::{as_extension, require_role, session_user};
+use crate::pg::sql::{self, Arg};
+use crate::pg::{catalog, invalidation, keys};
+
+/// Parses a document and makes it ready in the caller's name, checking that the caller owns every table.
+fn ready(document: &str) -> Result<Plan> {
+    let policy = Policy::parse(document).map_err(|e| {
+        let error = Error::invalid(e.to_string());
+        match e.hint {
+            Some(hint) => error.hint(hint),
+            None => error,
+        }
+    })?;
+    let mut oids = vec![table(&policy.orders.table, "orders.table")?];
+    for linked in &policy.linked {
+        oids.push(table(&linked.table, &format!("linked \"{}\"", linked.alias))?);
+    }
+    let path = search_path()?;
+    // Ownership first: nobody learns of, or runs, anything in tables of others.
+    for oid in &oids {
+        if let Some(facts) = as_extension(|| catalog::facts(*oid))? {
+            require_ownership(&facts.relation, facts.owner)?;
+        }
+    }
+    intervals(&policy)?;
+    Plan::build(policy, &path, &oids)
+}
+
+/// The OID of a table that the document names.
+fn table(name: &str, place: &str) -> Result<pg_sys::Oid> {
+    let parsed = QualifiedName::parse(name).map_err(|e| Error::invalid(format!("{place}: {}", e.problem)))?;
+    catalog::find(parsed.schema.as_deref(), &parsed.name)?.ok_or_else(|| {
+        Error::undefined(format!("{place}: table {name} does not exist")).hint(
+            "Tables are named as in SQL, with their schema: \"shop.orders\", or \"\\\"My Shop\\\".\\\"Orders\\\"\".",
+        )
+    })
+}
+
+/// The caller's effective path, without temporary tables in front.
+fn search_path() -> Result<String> {
+    let rows = sql::read(
+        "SELECT pg_catalog.array_to_string(ARRAY(SELECT pg_catalog.quote_ident(s) \
+         FROM pg_catalog.unnest(pg_catalog.current_schemas(false)) AS s) || ARRAY['pg_temp'], ', ')",
+        &[],
+    )?;
+    rows.first().ok_or_else(|| Error::internal("no row"))?.string(0)
+}
+
+/// Intervals are PostgreSQL's; their relation is what the clock stands on.
+fn intervals(policy: &Policy) -> Result<()> {
+    let named = [
+        ("archive_after", Some(&policy.archive_after)),
+        ("redact_after", Some(&policy.redact_after)),
+        ("retrieved_for", Some(&policy.retrieved_for)),
+        ("archive_for", Some(&policy.archive_for)),
+        ("orders.stale_after", policy.orders.stale_after.as_ref()),
+    ];
+    for (name, text) in named.into_iter().filter_map(|(n, t)| t.map(|t| (n, t))) {
+        let positive = as_extension(|| {
+            let rows = sql::read("SELECT $1::interval >= '0'::interval", &[Arg::Text(Some(text))])?;
+            rows.first().ok_or_else(|| Error::internal("no row"))?.bool(0)
+        });
+        match positive {
+            Ok(true) => {}
+            Err(e) if e.is_cancel() => return Err(e),
+            _ => {
+                return Err(Error::invalid(format!("{name}: not an interval of zero or more"))
+                    .hint("Write it as PostgreSQL does, for example \"29 days\"."));
+            }
+        }
+    }
+    let ordered = as_extension(|| {
+        let rows = sql::read(
+            "SELECT $1::interval <= $2::interval",
+            &[
+                Arg::Text(Some(&policy.archive_after)),
+                Arg::Text(Some(&policy.redact_after)),
+            ],
+        )?;
+        rows.first().ok_or_else(|| Error::internal("no row"))?.bool(0)
+    })?;
+    if ordered {
+        Ok(())
+    } else {
+        Err(Error::invalid("archive_after is longer than redact_after")
+            .hint("Personal data is archived before it is redacted, by default 29 and 30 days after the anchor."))
+    }
+}
+
+/// Everything that is wrong with a document; applies nothing.
+///
+/// # Errors
+/// The caller is no member of `amazon_pii_admin`; errors of the server that are not the document's.
+pub fn check(document: &str) -> Result<Vec<Problem>> {
+    require_role(&["amazon_pii_admin"], "check a policy")?;
+    let plan = match crate::pg::subxact::subtransaction(|| ready(document)) {
+        Ok(plan) => plan,
+        Err(e) if e.is_cancel() => return Err(e),
+        Err(e) => return Ok(vec![Problem::of(&e)]),
+    };
+    let mut out = check::problems(&plan)?;
+    if let Err(e) = keys::master_keys() {
+        out.push(Problem::of(&e));
+    }
+    Ok(out)
+}
+
+/// Checks and applies a document: a new policy, or a new version of one.
+///
+/// # Errors
+/// The first problem that is an error; not owner of a table; no master key.
+pub fn apply(document: &str) -> Result<String> {
+    require_role(&["amazon_pii_admin"], "apply a policy")?;
+    keys::master_keys()?;
+    let plan = ready(document)?;
+    for problem in check::problems(&plan)? {
+        match problem.severity {
+            Severity::Error => {
+                return Err(Error::invalid(format!("{}: {}", problem.object, problem.problem)).hint(problem.hint));
+            }
+            Severity::Warning => pgrx::notice!("{}: {} ({})", problem.object, problem.problem, problem.hint),
+        }
+    }
+    vault::create(&plan.archive_schema)?;
+    let (version, changed) = store(&plan, document)?;
+    triggers::drop_all(&plan.policy)?;
+    triggers::ensure(&plan)?;
+    audit::insert(&[AuditEntry {
+        policy: Some(plan.policy.clone()),
+        policy_version: Some(version),
+        ..AuditEntry::new("apply_policy")?
+    }])?;
+    if changed {
+        reschedule(&plan)?;
+    }
+    crate::worker::wake();
+    Ok(format!("{} version {version}", plan.policy))
+}
+
+/// Writes the document. Returns its version, and whether it replaces an older one.
+fn store(plan: &Plan, document: &str) -> Result<(i64, bool)> {
+    let user = session_user();
+    as_extension(|| {
+        let known = sql::write(
+            "SELECT version, document::jsonb = $2::jsonb FROM amazon_pii.policy WHERE policy = $1 FOR UPDATE",
+            &[Arg::Text(Some(&plan.policy)), Arg::Text(Some(document))],
+        )?;
+        let (version, new) = match known.first() {
+            None => {
+                let kept = sql::read(
+                    "SELECT COALESCE(pg_catalog.max(version), 0) + 1 FROM amazon_pii.policy_version WHERE policy = $1",
+                    &[Arg::Text(Some(&plan.policy))],
+                )?;
+                (kept.first().ok_or_else(|| Error::internal("no row"))?.int(0)?, true)
+            }
+            Some(row) => (row.int(0)? + i64::from(!row.bool(1)?), !row.bool(1)?),
+        };
+        sql::execute(
+            "INSERT INTO amazon_pii.policy AS p (policy, version, document, enabled, search_path, applied_by) \
+             VALUES ($1, $2, $3, $4, $5, $6) ON CONFLICT (policy) DO UPDATE SET version = EXCLUDED.version, \
+                document = EXCLUDED.document, search_path = EXCLUDED.search_path, applied_at = pg_catalog.now(), \
+                applied_by = EXCLUDED.applied_by, suspended = NULL, last_error = NULL",
+            &[
+                Arg::Text(Some(&plan.policy)),
+                Arg::Int(version),
+                Arg::Text(Some(document)),
+                Arg::Bool(plan.document.enabled),
+                Arg::Text(Some(&plan.search_path)),
+                Arg::Text(Some(&user)),
+            ],
+        )?;
+        if new {
+            sql::execute(
+                "INSERT INTO amazon_pii.policy_version (policy, version, document, applied_by) VALUES ($1, $2, $3, $4)",
+                &[
+                    Arg::Text(Some(&plan.policy)),
+                    Arg::Int(version),
+                    Arg::Text(Some(document)),
+                    Arg::Text(Some(&user)),
+                ],
+            )?;
+        }
+        sql::execute(
+            "DELETE FROM amazon_pii.policy_table WHERE policy = $1",
+            &[Arg::Text(Some(&plan.policy))],
+        )?;
+        for entry in &plan.entries {
+            let table = &plan.tables[entry.table];
+            sql::execute(
+                "INSERT INTO amazon_pii.policy_table (policy, entry, relation, owner) VALUES ($1, $2, $3::regclass, $4)",
+                &[
+                    Arg::Text(Some(&plan.policy)),
+                    Arg::Text(Some(&entry.alias)),
+                    Arg::Oid(table.relation.oid),
+                    Arg::Text(Some(&crate::pg::error::role_name(table.owner))),
+                ],
+            )?;
+        }
+        invalidation::announce_policy_change()?;
+        Ok((version, new && !known.is_empty()))
+    })
+}
+
+/// A new version: clocks of orders that are not redacted follow it, and those that are done are looked at again.
+fn reschedule(plan: &Plan) -> Result<()> {
+    as_extension(|| {
+        sql::execute(
+            "UPDATE amazon_pii.order_state SET archive_due_at = anchor_at + $2::interval, redact_due_at = anchor_at + $3::interval, \
+                pushed_by = NULL, next_due_at = CASE status WHEN 'scheduled' THEN anchor_at + $2::interval \
+                    WHEN 'archived' THEN GREATEST(anchor_at + $3::interval, held_until) ELSE next_due_at END \
+             WHERE policy = $1 AND status IN ('scheduled', 'archived', 'failed')",
+            &[
+                Arg::Text(Some(&plan.policy)),
+                Arg::Text(Some(&plan.document.archive_after)),
+                Arg::Text(Some(&plan.document.redact_after)),
+            ],
+        )
+    })?;
+    sweep::request(plan)
+}
+
+/// Switches a policy on or off.
+///
+/// # Errors
+/// It does not exist; the caller is no member of `amazon_pii_admin`.
+pub fn enable(policy: &str, on: bool) -> Result<()> {
+    require_role(
+        &["amazon_pii_admin"],
+        if on { "enable a policy" } else { "disable a policy" },
+    )?;
+    let version = as_extension(|| {
+        let rows = sql::write(
+            "UPDATE amazon_pii.policy SET enabled = $2 WHERE policy = $1 RETURNING version",
+            &[Arg::Text(Some(policy)), Arg::Bool(on)],
+        )?;
+        invalidation::announce_policy_change()?;
+        rows.first().map(|r| r.int(0)).transpose()
+    })?
+    .ok_or_else(|| missing(policy))?;
+    let action = if on { "enable_policy" } else { "disable_policy" };
+    audit::insert(&[AuditEntry {
+        policy: Some(policy.to_owned()),
+        policy_version: Some(version),
+        ..AuditEntry::new(action)?
+    }])?;
+    state::announce_keys(policy, action, &[])?;
+    crate::worker::wake();
+    Ok(())
+}
+
+/// Forgets a policy and its orders' states. The archive, its keys and the audit log stay.
+///
+/// # Errors
+/// As [`enable`].
+pub fn drop(policy: &str) -> Result<()> {
+    require_role(&["amazon_pii_admin"], "drop a policy")?;
+    let known = as_extension(|| {
+        let known = sql::write(
+            "DELETE FROM amazon_pii.policy WHERE policy = $1 RETURNING version",
+            &[Arg::Text(Some(policy))],
+        )?;
+        for statement in [
+            "DELETE FROM amazon_pii.policy_table WHERE policy = $1",
+            "DELETE FROM amazon_pii.order_state WHERE policy = $1",
+            "DELETE FROM amazon_pii.record_state WHERE policy = $1",
+            "DELETE FROM amazon_pii.touched WHERE policy = $1",
+        ] {
+            sql::execute(statement, &[Arg::Text(Some(policy))])?;
+        }
+        invalidation::announce_policy_change()?;
+        known.first().map(|r| r.int(0)).transpose()
+    })?;
+    let version = known.ok_or_else(|| missing(policy))?;
+    triggers::drop_all(policy)?;
+    audit::insert(&[AuditEntry {
+        policy: Some(policy.to_owned()),
+        policy_version: Some(version),
+        ..AuditEntry::new("drop_policy")?
+    }])
+}
+
+fn missing(policy: &str) -> Error {
+    Error::undefined(format!("policy \"{policy}\" does not exist"))
+        .hint("The view amazon_pii.policies lists the policies.")
+}

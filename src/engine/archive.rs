@@ -1,0 +1,147 @@
+//! The first transaction of a batch: seal what is personal and store it.
+
+use std::collections::HashMap;
+
+use super::audit::{self, AuditEntry};
+use super::due::Due;
+use super::gather::{self, Gathered};
+use super::plan::Plan;
+use super::state;
+use super::vault::{self, NewDocument, OrderArchive};
+use crate::domain::document::{Cell, Document};
+use crate::domain::vault::MasterKeys;
+use crate::pg::error::Result;
+use crate::pg::sql;
+
+/// What one transaction archived.
+#[derive(Debug, Default)]
+pub struct Archived {
+    /// Orders whose copy is complete now.
+    pub orders: u64,
+    /// Orders whose row is gone.
+    pub gone: u64,
+}
+
+/// Archives every cell of the batch that holds PII and that the archive does not hold as it is.
+///
+/// # Errors
+/// Anything: nothing of the batch is kept then.
+pub fn batch(plan: &Plan, keys: &MasterKeys, batch: &[Due]) -> Result<Archived> {
+    let order_keys: Vec<String> = batch.iter().map(|d| d.order_key.clone()).collect();
+    let inputs: Vec<_> = batch.iter().map(|d| d.key.clone()).collect();
+    let live = gather::gather(plan, &inputs)?;
+    let known = vault::open(&plan.archive_schema, keys, &plan.policy, &order_keys)?;
+    let (documents, records) = missing(plan, batch, &live, &known)?;
+    vault::store(&plan.archive_schema, keys, &plan.policy, &known, &documents)?;
+    state::records_archived(plan, &records)?;
+    let (present, gone): (Vec<&Due>, Vec<&Due>) = {
+        let (a, b): (Vec<_>, Vec<_>) = batch.iter().enumerate().partition(|(i, _)| live.exists[*i]);
+        (
+            a.into_iter().map(|x| x.1).collect(),
+            b.into_iter().map(|x| x.1).collect(),
+        )
+    };
+    state::archived(plan, &present)?;
+    state::gone(plan, &gone)?;
+    let mut entries = Vec::new();
+    for due in &present {
+        let count = documents.iter().filter(|d| d.order_key == due.order_key).count();
+        // A check that found nothing new is no event.
+        if count > 0 {
+            entries.push(AuditEntry {
+                detail: Some(format!("{count} records")),
+                ..entry("archive", plan, due)?
+            });
+        }
+    }
+    for due in &gone {
+        entries.push(entry("order_gone", plan, due)?);
+    }
+    audit::insert(&entries)?;
+    Ok(Archived {
+        orders: present.iter().filter(|d| !d.archived).count() as u64,
+        gone: gone.len() as u64,
+    })
+}
+
+/// An audit entry about one order.
+///
+/// # Errors
+/// Errors of the server.
+pub fn entry(action: &str, plan: &Plan, due: &Due) -> Result<AuditEntry> {
+    Ok(AuditEntry {
+        policy: Some(plan.policy.clone()),
+        policy_version: Some(plan.version),
+        order_key: Some(due.order_key.clone()),
+        order_number: due.number.clone(),
+        ..AuditEntry::new(action)?
+    })
+}
+
+/// A record's place in our own list.
+pub struct RecordNote {
+    pub order_key: String,
+    pub table: String,
+    pub record_key: String,
+    pub entry: String,
+    pub version: i64,
+}
+
+/// The documents that the archive lacks, and the records they are of.
+fn missing(
+    plan: &Plan,
+    batch: &[Due],
+    live: &Gathered,
+    known: &HashMap<String, OrderArchive>,
+) -> Result<(Vec<NewDocument>, Vec<RecordNote>)> {
+    let mut documents = Vec::new();
+    let mut notes = Vec::new();
+    for record in &live.records {
+        let pii = record.pii(plan)?;
+        if pii.is_empty() {
+            continue;
+        }
+        let table = &plan.tables[record.table];
+        let order = &batch[record.order].order_key;
+        let place = (table.relation.shown(), record.key_text.clone());
+        let newest = known.get(order).and_then(|a| a.records.get(&place));
+        let value = |i: usize| record.cells[i].as_ref().and_then(|c| c.value.clone());
+        let covered = newest.is_some_and(|n| {
+            pii.iter().all(|(i, _)| {
+                n.cells
+                    .get(table.cells[*i].name.bare())
+                    .is_some_and(|a| a.text == value(*i))
+            })
+        });
+        let mut version = newest.map_or(0, |n| n.version);
+        if !covered {
+            version += 1;
+            let cells = pii
+                .iter()
+                .map(|(i, _)| {
+                    let column = &table.cells[*i];
+                    let cell = Cell {
+                        type_name: sql::type_name(column.type_oid),
+                        text: value(*i),
+                    };
+                    (column.name.bare().to_owned(), cell)
+                })
+                .collect();
+            documents.push(NewDocument {
+                order_key: order.clone(),
+                table: place.0.clone(),
+                record_key: place.1.clone(),
+                version,
+                document: Document { cells },
+            });
+        }
+        notes.push(RecordNote {
+            order_key: order.clone(),
+            table: place.0,
+            record_key: place.1,
+            entry: plan.entries[record.entry].alias.clone(),
+            version,
+        });
+    }
+    Ok((documents, notes))
+}

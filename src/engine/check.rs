@@ -1,0 +1,344 @@
+//! What would go wrong on day 30, found out when the policy is applied: facts of the catalog, and a trial of the real
+//! treatment on real rows in a subtransaction that is rolled back.
+
+use super::flag;
+use super::gather::{self, LiveRecord};
+use super::overwrite::{self, CellWrite, NewValue, RowWrite};
+use super::plan::{AnchorPlan, Plan, Table};
+use super::walk::Values;
+use crate::domain::policy::Treatment as Rule;
+use crate::domain::treatment::{Outcome, Shape};
+use crate::pg::error::{Error, Result};
+use crate::pg::ident::Expr;
+use crate::pg::identity::as_extension;
+use crate::pg::sql::{self, Arg};
+use crate::pg::subxact::{subtransaction, trial};
+use crate::pg::xact;
+
+/// How bad it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Severity {
+    Error,
+    Warning,
+}
+
+impl Severity {
+    /// The word in `check_policy`'s column.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Error => "error",
+            Self::Warning => "warning",
+        }
+    }
+}
+
+/// Something that is wrong with a policy.
+#[derive(Debug, Clone)]
+pub struct Problem {
+    pub severity: Severity,
+    pub object: String,
+    pub problem: String,
+    pub hint: String,
+}
+
+impl Problem {
+    fn new(severity: Severity, object: impl Into<String>, problem: impl Into<String>, hint: impl Into<String>) -> Self {
+        Self {
+            severity,
+            object: object.into(),
+            problem: problem.into(),
+            hint: hint.into(),
+        }
+    }
+
+    /// An error that kept the policy from being made ready at all.
+    pub fn of(error: &Error) -> Self {
+        Self::new(
+            Severity::Error,
+            "policy",
+            error.message(),
+            error.hint_text().unwrap_or_default(),
+        )
+    }
+}
+
+/// Orders that the trial takes.
+const SAMPLE: i64 = 50;
+
+/// Everything that can be found.
+///
+/// # Errors
+/// A cancel, or errors of the server that are not the policy's.
+pub fn problems(plan: &Plan) -> Result<Vec<Problem>> {
+    let mut out = Vec::new();
+    for table in &plan.tables {
+        out.extend(lengths(plan, table));
+        out.extend(cascades(plan, table)?);
+    }
+    out.extend(indexes(plan));
+    out.extend(anchors(plan));
+    let before_trial = out.iter().any(|p| p.severity == Severity::Error);
+    if !before_trial {
+        match subtransaction(|| try_out(plan)) {
+            Ok(found) => out.extend(found),
+            Err(e) if e.is_cancel() => return Err(e),
+            Err(e) => out.push(Problem::of(&e)),
+        }
+    }
+    Ok(out)
+}
+
+/// Placeholders that do not fit their columns.
+fn lengths(plan: &Plan, table: &Table) -> Vec<Problem> {
+    let placeholder = plan.document.placeholder.chars().count() as i64;
+    table
+        .cells
+        .iter()
+        .filter(|c| c.shape == Shape::Text && c.treatment.is_some())
+        .filter_map(|cell| {
+            let limit = table.facts.column(cell.name.bare())?.max_length?;
+            let needed = match cell.rule()? {
+                Rule::Default | Rule::Placeholder => placeholder,
+                _ => return None,
+            };
+            (needed > limit).then(|| {
+                Problem::new(
+                    Severity::Error,
+                    format!("{}.{}", table.relation.shown(), cell.name.bare()),
+                    format!("the placeholder has {needed} characters, the column holds {limit}"),
+                    "Use {\"value\": \"…\"} with a shorter text, {\"prefix\": n} or \"null\", or make the column longer.",
+                )
+            })
+        })
+        .collect()
+}
+
+/// Foreign keys that would take rows along which are no part of the policy.
+fn cascades(plan: &Plan, table: &Table) -> Result<Vec<Problem>> {
+    if !table.delete {
+        return Ok(Vec::new());
+    }
+    let known: Vec<i64> = plan
+        .tables
+        .iter()
+        .map(|t| i64::from(u32::from(t.relation.oid)))
+        .collect();
+    let rows = as_extension(|| {
+        sql::read(
+            "SELECT c.conname, c.conrelid::pg_catalog.regclass::text FROM pg_catalog.pg_constraint c WHERE c.contype = 'f' \
+             AND c.confrelid = $1 AND c.confdeltype IN ('c', 'n', 'd') AND c.conrelid::bigint <> ALL ($2)",
+            &[Arg::Oid(table.relation.oid), Arg::Ints(known)],
+        )
+    })?;
+    rows.iter()
+        .map(|r| {
+            Ok(Problem::new(
+                Severity::Error,
+                table.relation.shown(),
+                format!(
+                    "deleting its rows would change rows of {} through foreign key \"{}\"",
+                    r.str(1)?,
+                    r.str(0)?
+                ),
+                "Make that table an entry of the policy, or redact the columns instead of deleting the row.",
+            ))
+        })
+        .collect()
+}
+
+/// Lookups without an index: each batch would read the whole table.
+fn indexes(plan: &Plan) -> Vec<Problem> {
+    let missing = |table: &Table, on: &[Expr]| {
+        (!table.has_index(on)).then(|| {
+            let list: Vec<String> = on.iter().map(Expr::index_text).collect();
+            Problem::new(
+                Severity::Warning,
+                table.relation.shown(),
+                "no usable index for the link to it; every batch reads the whole table",
+                format!("CREATE INDEX ON {} ({});", table.relation, list.join(", ")),
+            )
+        })
+    };
+    let mut out = Vec::new();
+    for entry in &plan.entries {
+        let Some(parent) = entry.parent else { continue };
+        out.extend(missing(&plan.tables[entry.table], &entry.on_child));
+        if plan.tables[entry.table].shared {
+            out.extend(missing(&plan.tables[plan.entries[parent].table], &entry.on_parent));
+        }
+    }
+    out
+}
+
+fn anchors(plan: &Plan) -> Vec<Problem> {
+    plan.anchors
+        .iter()
+        .filter_map(|a| match a {
+            AnchorPlan::Linked {
+                entry, complete: None, ..
+            } => Some(Problem::new(
+                Severity::Warning,
+                "orders.anchor",
+                format!(
+                    "entry \"{}\" may not have a row yet for the open part of a part-shipped order",
+                    plan.entries[*entry].alias
+                ),
+                "Add \"complete\": a condition over the order that is true once nothing is left to dispatch.",
+            )),
+            _ => None,
+        })
+        .collect()
+}
+
+/// Treats some real orders and rolls everything back.
+fn try_out(plan: &Plan) -> Result<Vec<Problem>> {
+    let sample: Vec<Values> = flag::page(plan, None, SAMPLE)?
+        .facts
+        .into_iter()
+        .map(|f| f.key)
+        .collect();
+    if sample.is_empty() {
+        return Ok(Vec::new());
+    }
+    // Triggers that the caller left pending fire as the caller.
+    xact::fire_deferred()?;
+    let before = gather::gather(plan, &sample)?;
+    let facts = flag::by_keys(plan, &sample)?;
+    let mut out = Vec::new();
+    for (index, table) in plan.tables.iter().enumerate() {
+        let records: Vec<&LiveRecord> = distinct(before.records.iter().filter(|r| r.table == index));
+        let tried = trial(|| {
+            let rows = rows(plan, &records)?;
+            let keys: Vec<Values> = rows.iter().map(|r| r.key.clone()).collect();
+            let locked = overwrite::lock(plan, table, &keys, false)?;
+            let rows: Vec<RowWrite> = rows
+                .into_iter()
+                .zip(locked)
+                .filter(|(_, l)| *l)
+                .map(|(r, _)| r)
+                .collect();
+            if rows.is_empty() {
+                return Ok(Vec::new());
+            }
+            if table.delete {
+                overwrite::delete(plan, table, &rows)?;
+                return Ok(Vec::new());
+            }
+            overwrite::update(plan, table, &rows)?;
+            compare(plan, table, &sample, &before, &facts)
+        });
+        match tried {
+            Ok(found) => out.extend(found),
+            Err(e) if e.is_cancel() => return Err(e),
+            Err(e) if e.is_lock() => {}
+            Err(e) => out.push(Problem::new(
+                Severity::Error,
+                table.relation.shown(),
+                format!("the treatment fails on existing rows: {}", e.stored()),
+                e.hint_text()
+                    .unwrap_or("Choose a treatment that the table's constraints and triggers accept."),
+            )),
+        }
+    }
+    Ok(out)
+}
+
+/// One record a row, whichever orders reach it.
+fn distinct<'a>(records: impl Iterator<Item = &'a LiveRecord>) -> Vec<&'a LiveRecord> {
+    let mut seen = std::collections::HashSet::new();
+    records.filter(|r| seen.insert(r.key_text.clone())).collect()
+}
+
+fn rows(plan: &Plan, records: &[&LiveRecord]) -> Result<Vec<RowWrite>> {
+    let mut out = Vec::new();
+    for record in records {
+        let pii = record.pii(plan)?;
+        if pii.is_empty() {
+            continue;
+        }
+        let mut cells: Vec<CellWrite> = record
+            .cells
+            .iter()
+            .map(|c| {
+                c.as_ref()
+                    .map_or(CellWrite::Leave, |c| CellWrite::Compare(c.value.clone()))
+            })
+            .collect();
+        for (i, outcome) in pii {
+            let expected = record.cells[i].as_ref().and_then(|c| c.value.clone());
+            let new = match outcome {
+                Outcome::Text(text) => NewValue::Text(text),
+                Outcome::Sql => NewValue::Computed,
+                Outcome::Null | Outcome::Keep => NewValue::Null,
+            };
+            cells[i] = CellWrite::Write { expected, new };
+        }
+        out.push(RowWrite {
+            key: record.key.clone(),
+            cells,
+        });
+    }
+    Ok(out)
+}
+
+/// What the policy says of the same orders after the treatment must be what it said before, and the treatment must
+/// find nothing more to do.
+fn compare(
+    plan: &Plan,
+    table: &Table,
+    sample: &[Values],
+    before: &gather::Gathered,
+    facts: &[flag::OrderFact],
+) -> Result<Vec<Problem>> {
+    let mut out = Vec::new();
+    let after = gather::gather(plan, sample)?;
+    let reached = |g: &gather::Gathered| {
+        let mut all: Vec<(usize, usize, String)> = g
+            .records
+            .iter()
+            .map(|r| (r.order, r.table, r.key_text.clone()))
+            .collect();
+        all.sort();
+        all
+    };
+    if reached(before) != reached(&after) {
+        out.push(Problem::new(
+            Severity::Error,
+            table.relation.shown(),
+            "a link or condition of the policy gives another result once its columns are redacted",
+            "Link by keys, not by columns that hold personal data.",
+        ));
+    }
+    let shown = |list: &[flag::OrderFact]| -> Vec<(String, Option<String>, Option<String>)> {
+        let mut all: Vec<_> = list
+            .iter()
+            .map(|f| (f.key_text.clone(), f.number.clone(), f.anchor.clone()))
+            .collect();
+        all.sort();
+        all
+    };
+    if shown(facts) != shown(&flag::by_keys(plan, sample)?) {
+        out.push(Problem::new(
+            Severity::Error,
+            table.relation.shown(),
+            "\"amazon\", \"number\" or \"anchor\" gives another result once its columns are redacted",
+            "Leave the columns that these expressions read out of \"redact\".",
+        ));
+    }
+    for record in after
+        .records
+        .iter()
+        .filter(|r| plan.tables[r.table].relation == table.relation)
+    {
+        if let Some((i, _)) = record.pii(plan)?.first() {
+            out.push(Problem::new(
+                Severity::Error,
+                format!("{}.{}", table.relation.shown(), table.cells[*i].name.bare()),
+                "the treatment changes its own result again",
+                "A treatment must leave what it has written as it is.",
+            ));
+            break;
+        }
+    }
+    Ok(out)
+}

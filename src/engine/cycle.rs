@@ -1,0 +1,342 @@
+//! One pass over what is due: flag, archive, redact, batch by batch, each batch two transactions. The same code
+//! serves the worker, `CALL run_cycle()` and the tests.
+
+use std::collections::HashSet;
+
+use super::alive;
+use super::archive;
+use super::audit;
+use super::due::{self, Clock, Due};
+use super::plan::Plan;
+use super::redact;
+use super::state;
+use super::sweep;
+use super::triggers;
+use crate::domain::clock::horizons;
+use crate::domain::vault::MasterKeys;
+use crate::pg::error::{Error, Result};
+use crate::pg::identity::{as_extension, session_user};
+use crate::pg::sql::{self, Arg};
+use crate::pg::subxact::subtransaction;
+use crate::pg::xact::{self, Boundary};
+use crate::pg::{guc, keys};
+
+/// What a cycle did.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub struct Counts {
+    pub flagged: i64,
+    pub archived: i64,
+    pub redacted: i64,
+    pub failed: i64,
+    /// Orders that are past their deadline when the cycle ends.
+    pub overdue: i64,
+}
+
+impl Counts {
+    fn add(&mut self, other: Self) {
+        self.flagged += other.flagged;
+        self.archived += other.archived;
+        self.redacted += other.redacted;
+        self.failed += other.failed;
+        self.overdue += other.overdue;
+    }
+}
+
+/// Runs one cycle of one policy, or of all. Called with an open transaction, leaves one open.
+///
+/// # Errors
+/// A named policy does not exist, the caller canceled, or (for a named policy) the policy cannot run at all; what was
+/// committed before stays. Without a name one broken policy stops no other.
+pub fn run(policy: Option<&str>, sweep: bool, boundary: Boundary) -> Result<Counts> {
+    // The caller's snapshot may be older than what was committed since: begin anew, in our own isolation.
+    boundary.commit()?;
+    let names = as_extension(|| {
+        let rows = sql::read(
+            "SELECT p.policy FROM amazon_pii.policy p WHERE $1 IS NULL OR p.policy = $1 ORDER BY p.policy",
+            &[Arg::Text(policy)],
+        )?;
+        rows.iter().map(|r| r.string(0)).collect::<Result<Vec<_>>>()
+    })?;
+    if let (Some(name), true) = (policy, names.is_empty()) {
+        return Err(Error::undefined(format!("policy \"{name}\" does not exist"))
+            .hint("The view amazon_pii.policies lists the policies."));
+    }
+    let mut total = Counts::default();
+    for name in names {
+        match run_policy(&name, sweep, boundary) {
+            Ok(counts) => total.add(counts),
+            Err(e) if e.is_cancel() => return Err(e),
+            Err(e) => {
+                boundary.rollback();
+                note_error(&name, Some(&e))?;
+                boundary.commit()?;
+                if policy.is_some() {
+                    return Err(e);
+                }
+            }
+        }
+    }
+    Ok(total)
+}
+
+/// What is wrong with a policy as a whole, for `status`.
+fn note_error(policy: &str, error: Option<&Error>) -> Result<()> {
+    as_extension(|| {
+        sql::execute(
+            "UPDATE amazon_pii.policy SET last_error = $2 WHERE policy = $1 AND last_error IS DISTINCT FROM $2",
+            &[Arg::Text(Some(policy)), Arg::Text(error.map(Error::stored).as_deref())],
+        )
+    })?;
+    Ok(())
+}
+
+/// Two cycles of one policy take turns, batch by batch. Held until the transaction ends, so that nothing a failed
+/// call leaves behind can stop redaction; correctness rests on the row locks in `order_state`.
+fn take_turn(policy: &str) -> Result<()> {
+    sql::write(
+        "SELECT pg_catalog.pg_advisory_xact_lock(pg_catalog.hashtextextended('amazon_pii ' || $1, 0))",
+        &[Arg::Text(Some(policy))],
+    )?;
+    Ok(())
+}
+
+struct Run<'a> {
+    plan: &'a Plan,
+    keys: MasterKeys,
+    clock: Clock,
+    boundary: Boundary,
+    counts: Counts,
+    id: i64,
+    /// Orders that were already archived again in this cycle: a second time they wait.
+    set_back: HashSet<String>,
+}
+
+fn run_policy(policy: &str, sweep: bool, boundary: Boundary) -> Result<Counts> {
+    take_turn(policy)?;
+    let plan = Plan::load(policy)?;
+    if !plan.enabled || plan.suspended.is_some() {
+        let counts = Counts {
+            overdue: overdue(policy)?,
+            ..Counts::default()
+        };
+        if counts.overdue > 0 {
+            announce_overdue(policy, counts.overdue)?;
+        }
+        boundary.commit()?;
+        return Ok(counts);
+    }
+    let keys = keys::master_keys()?;
+    let now = xact::now()?;
+    let clock = Clock::new(now, &horizons(plan.document.window.as_ref(), now));
+    let id = start(policy)?;
+    boundary.commit()?;
+    let mut run = Run {
+        plan: &plan,
+        keys,
+        clock,
+        boundary,
+        counts: Counts::default(),
+        id,
+        set_back: HashSet::new(),
+    };
+    run.flag(sweep)?;
+    while run.batch()? {
+        run.report()?;
+    }
+    run.counts.overdue = overdue(policy)?;
+    if run.counts.overdue > 0 {
+        announce_overdue(policy, run.counts.overdue)?;
+    }
+    note_error(policy, None)?;
+    finish(id, run.counts)?;
+    boundary.commit()?;
+    Ok(run.counts)
+}
+
+impl Run<'_> {
+    /// New partitions, keys that triggers could only note, and the sweep when it is due.
+    fn flag(&mut self, sweep: bool) -> Result<()> {
+        triggers::ensure(self.plan)?;
+        self.counts.flagged += sweep::touched(self.plan)?;
+        self.boundary.commit()?;
+        if sweep {
+            sweep::request(self.plan)?;
+            self.boundary.commit()?;
+        }
+        while let Some(flagged) = sweep::slice(self.plan, &self.clock)? {
+            self.counts.flagged += flagged;
+            self.boundary.commit()?;
+        }
+        self.boundary.commit()
+    }
+
+    /// One batch; false when nothing is due any more.
+    fn batch(&mut self) -> Result<bool> {
+        take_turn(&self.plan.policy)?;
+        let batch = due::take(self.plan, &self.clock, guc::batch_size())?;
+        if batch.is_empty() {
+            self.boundary.commit()?;
+            return Ok(false);
+        }
+        let (copy, ready): (Vec<Due>, Vec<Due>) = batch.into_iter().partition(Due::needs_copy);
+        let mut to_redact = ready;
+        for (orders, archived) in self.contained(copy, |run, orders| archive::batch(run.plan, &run.keys, orders))? {
+            self.counts.archived += archived.orders as i64;
+            to_redact.extend(orders.into_iter().filter(|d| d.redact));
+        }
+        self.boundary.commit()?;
+
+        take_turn(&self.plan.policy)?;
+        to_redact.retain(|d| d.redact);
+        let locked = due::relock(self.plan, to_redact)?;
+        if !locked.is_empty() {
+            let others = alive::other_policies(self.plan)?;
+            let results = self.contained(locked, |run, orders| {
+                redact::batch(run.plan, &others, &run.keys, &run.clock, orders)
+            })?;
+            for (orders, outcome) in results {
+                self.settle(&orders, &outcome)?;
+            }
+        }
+        self.boundary.commit()?;
+        Ok(true)
+    }
+
+    /// Orders that were not redacted in their batch go back, each for its reason.
+    fn settle(&mut self, orders: &[Due], outcome: &redact::Redacted) -> Result<()> {
+        self.counts.redacted += outcome.done.len() as i64;
+        let wait = i64::try_from(guc::naptime()).unwrap_or(60);
+        let locked: Vec<&Due> = outcome.locked.iter().map(|i| &orders[*i]).collect();
+        state::set_back(self.plan, &locked, wait, false)?;
+        let (again, stubborn): (Vec<&Due>, Vec<&Due>) = outcome
+            .unproven
+            .iter()
+            .map(|i| &orders[*i])
+            .partition(|d| self.set_back.insert(d.order_key.clone()));
+        state::set_back(self.plan, &again, 0, true)?;
+        for due in stubborn {
+            self.fail(
+                due,
+                &Error::not_overwritten("its personal data differs from its archived copy again and again"),
+            )?;
+        }
+        Ok(())
+    }
+
+    /// Runs a step for a whole batch in one subtransaction; only when that fails, order by order, so that one bad
+    /// order stops nobody else.
+    fn contained<T>(
+        &mut self,
+        batch: Vec<Due>,
+        step: impl Fn(&Self, &[Due]) -> Result<T>,
+    ) -> Result<Vec<(Vec<Due>, T)>> {
+        let mut out = Vec::new();
+        if batch.is_empty() {
+            return Ok(out);
+        }
+        let whole = subtransaction(|| step(self, &batch));
+        match whole {
+            Ok(result) => out.push((batch, result)),
+            Err(e) if e.is_cancel() => return Err(e),
+            Err(_) => {
+                for due in batch {
+                    let alone = [due];
+                    match subtransaction(|| step(self, &alone)) {
+                        Ok(result) => out.push((alone.into(), result)),
+                        Err(e) if e.is_cancel() => return Err(e),
+                        Err(e) => self.fail(&alone[0], &e)?,
+                    }
+                }
+            }
+        }
+        Ok(out)
+    }
+
+    /// Sets an order back with its error; a lock that was not to be had is nobody's fault.
+    fn fail(&mut self, due: &Due, error: &Error) -> Result<()> {
+        if error.is_lock() {
+            return state::set_back(self.plan, &[due], i64::try_from(guc::naptime()).unwrap_or(60), false);
+        }
+        self.counts.failed += 1;
+        state::failed(self.plan, due, error)?;
+        audit::insert(&[audit::AuditEntry {
+            detail: Some(error.stored()),
+            ..archive::entry("failed", self.plan, due)?
+        }])?;
+        state::announce(self.plan, "failed", &[due])
+    }
+
+    /// Progress, for whoever watches and for the run's row.
+    fn report(&self) -> Result<()> {
+        let c = &self.counts;
+        pgrx::notice!(
+            "policy {}: {} archived, {} redacted, {} failed so far",
+            self.plan.policy,
+            c.archived,
+            c.redacted,
+            c.failed
+        );
+        as_extension(|| {
+            sql::execute(
+                "UPDATE amazon_pii.run SET flagged = $2, archived = $3, redacted = $4, failed = $5 WHERE run_id = $1",
+                &[
+                    Arg::Int(self.id),
+                    Arg::Int(c.flagged),
+                    Arg::Int(c.archived),
+                    Arg::Int(c.redacted),
+                    Arg::Int(c.failed),
+                ],
+            )
+        })?;
+        Ok(())
+    }
+}
+
+fn start(policy: &str) -> Result<i64> {
+    as_extension(|| {
+        let rows = sql::write(
+            "INSERT INTO amazon_pii.run (policy, started_by, pid) VALUES ($1, $2, pg_catalog.pg_backend_pid()) RETURNING run_id",
+            &[Arg::Text(Some(policy)), Arg::Text(Some(&session_user()))],
+        )?;
+        rows.first().ok_or_else(|| Error::internal("no row"))?.int(0)
+    })
+}
+
+fn finish(id: i64, c: Counts) -> Result<()> {
+    as_extension(|| {
+        sql::execute(
+            "UPDATE amazon_pii.run SET finished_at = pg_catalog.clock_timestamp(), flagged = $2, archived = $3, redacted = $4, \
+                failed = $5, overdue = $6 WHERE run_id = $1",
+            &[
+                Arg::Int(id),
+                Arg::Int(c.flagged),
+                Arg::Int(c.archived),
+                Arg::Int(c.redacted),
+                Arg::Int(c.failed),
+                Arg::Int(c.overdue),
+            ],
+        )
+    })?;
+    Ok(())
+}
+
+fn overdue(policy: &str) -> Result<i64> {
+    as_extension(|| {
+        let rows = sql::read(
+            "SELECT pg_catalog.count(*) FROM amazon_pii.overdue WHERE policy = $1",
+            &[Arg::Text(Some(policy))],
+        )?;
+        rows.first().ok_or_else(|| Error::internal("no row"))?.int(0)
+    })
+}
+
+fn announce_overdue(policy: &str, count: i64) -> Result<()> {
+    let payload = serde_json::json!({ "policy": policy, "status": "overdue", "count": count });
+    as_extension(|| {
+        sql::write(
+            "SELECT pg_catalog.pg_notify('amazon_pii', $1)",
+            &[Arg::Text(Some(&payload.to_string()))],
+        )
+    })?;
+    Ok(())
+}

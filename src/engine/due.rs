@@ -1,0 +1,112 @@
+//! Which orders a cycle takes next.
+
+use super::plan::Plan;
+use super::walk::{Values, key_parts};
+use crate::domain::clock::Horizons;
+use crate::pg::error::Result;
+use crate::pg::identity::as_extension;
+use crate::pg::sql::{self, Arg};
+use crate::pg::xact::timestamp_text;
+
+/// An order that a batch works on.
+#[derive(Debug, Clone)]
+pub struct Due {
+    pub order_key: String,
+    pub key: Values,
+    pub number: Option<String>,
+    pub status: String,
+    /// Its copy has been archived once.
+    pub archived: bool,
+    /// Its PII is to be overwritten now; otherwise archived only.
+    pub redact: bool,
+    pub attempts: u32,
+}
+
+impl Due {
+    /// Whether the live values have to be archived (again) before anything is overwritten.
+    pub fn needs_copy(&self) -> bool {
+        self.status != "archived"
+    }
+}
+
+/// The instants of one cycle, fixed at its start so that it ends.
+#[derive(Debug, Clone)]
+pub struct Clock {
+    pub now: String,
+    pub archive: Option<String>,
+    pub redact: String,
+}
+
+impl Clock {
+    /// As text, for statements.
+    pub fn new(now: chrono::DateTime<chrono::Utc>, horizons: &Horizons) -> Self {
+        Self {
+            now: timestamp_text(now),
+            archive: horizons.archive.map(timestamp_text),
+            redact: timestamp_text(horizons.redact),
+        }
+    }
+}
+
+/// The condition under which an order's overwrite is due, over `o` with $2 = now and $4 = the redaction horizon.
+pub const REDACT_DUE: &str = "(o.held_until IS NULL OR o.held_until <= $2::timestamptz) AND (o.status = 'redacted' \
+     OR CASE WHEN o.status = 'retrieved' OR o.retrieved_until IS NOT NULL THEN o.retrieved_until ELSE o.redact_due_at END <= $4::timestamptz)";
+
+/// Locks and returns the next orders that have something to do, oldest deadline first; those that another cycle or a
+/// retrieval has locked are left out.
+///
+/// # Errors
+/// Errors of the server.
+pub fn take(plan: &Plan, clock: &Clock, limit: i64) -> Result<Vec<Due>> {
+    let rows = as_extension(|| {
+        sql::write(
+            &format!(
+                "SELECT o.order_key, o.order_number, o.status, o.archived_at IS NOT NULL, COALESCE({REDACT_DUE}, false), \
+                        o.attempts \
+                 FROM amazon_pii.order_state o \
+                 WHERE o.policy = $1 AND o.next_due_at <= GREATEST($2::timestamptz, $4::timestamptz) \
+                   AND (o.next_attempt_at IS NULL OR o.next_attempt_at <= $2::timestamptz) \
+                   AND ((o.archived_at IS NULL AND o.archive_due_at <= $3::timestamptz) OR ({REDACT_DUE})) \
+                 ORDER BY o.next_due_at, o.order_key LIMIT $5 FOR UPDATE SKIP LOCKED"
+            ),
+            &[
+                Arg::Text(Some(&plan.policy)),
+                Arg::Text(Some(&clock.now)),
+                Arg::Text(clock.archive.as_deref()),
+                Arg::Text(Some(&clock.redact)),
+                Arg::Int(limit),
+            ],
+        )
+    })?;
+    rows.iter()
+        .map(|r| {
+            Ok(Due {
+                order_key: r.string(0)?,
+                key: key_parts(r.str(0)?)?,
+                number: r.owned(1)?,
+                status: r.string(2)?,
+                archived: r.bool(3)?,
+                redact: r.bool(4)?,
+                attempts: u32::try_from(r.int(5)?).unwrap_or(u32::MAX),
+            })
+        })
+        .collect()
+}
+
+/// Locks orders again for the next transaction of their batch; returns those that could be.
+///
+/// # Errors
+/// Errors of the server.
+pub fn relock(plan: &Plan, batch: Vec<Due>) -> Result<Vec<Due>> {
+    let keys: Vec<&str> = batch.iter().map(|d| d.order_key.as_str()).collect();
+    let rows = as_extension(|| {
+        sql::write(
+            "SELECT o.order_key FROM amazon_pii.order_state o WHERE o.policy = $1 AND o.order_key = ANY ($2) \
+             AND o.status IN ('archived', 'redacted', 'retrieved', 'failed') \
+             AND (o.held_until IS NULL OR o.held_until <= pg_catalog.now()) FOR UPDATE SKIP LOCKED",
+            &[Arg::Text(Some(&plan.policy)), Arg::texts(&keys)],
+        )
+    })?;
+    let locked: std::collections::HashSet<String> = rows.iter().map(|r| r.string(0)).collect::<Result<_>>()?;
+    Ok(batch.into_iter().filter(|d| locked.contains(&d.order_key)).collect())
+}

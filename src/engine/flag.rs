@@ -1,0 +1,301 @@
+//! Which rows are Amazon orders, and when their clocks start.
+
+use std::collections::{BTreeMap, HashSet};
+
+use super::plan::{AnchorPlan, Plan};
+use super::walk::{self, Values, down, key_text};
+use crate::pg::error::Result;
+use crate::pg::identity::{Identity, act_as, as_extension};
+use crate::pg::sql::{self, Arg, Row};
+use crate::pg::trigger::TriggerCall;
+
+/// A row of the orders table that is to be flagged.
+#[derive(Debug, Clone)]
+pub struct OrderFact {
+    pub key: Values,
+    pub key_text: String,
+    pub number: Option<String>,
+    /// The moment the clock starts, UTC; `None` while it has not.
+    pub anchor: Option<String>,
+}
+
+/// The columns that decide about an order, in the order in which [`facts`] reads them.
+fn select(plan: &Plan) -> Vec<String> {
+    let mut out = plan.orders().key_list();
+    let or_null = |e: Option<String>| e.unwrap_or_else(|| "NULL::pg_catalog.text".to_owned());
+    out.push(or_null(plan.number.as_ref().map(|n| format!("{n}::pg_catalog.text"))));
+    out.push(plan.amazon.to_string());
+    out.push(or_null(plan.replaces.as_ref().map(|r| format!("{r}::pg_catalog.text"))));
+    for anchor in &plan.anchors {
+        out.push(match anchor {
+            AnchorPlan::Order(sql) => sql.clone(),
+            AnchorPlan::Linked { complete, .. } => {
+                complete.as_ref().map_or_else(|| "true".to_owned(), ToString::to_string)
+            }
+        });
+    }
+    out
+}
+
+/// The rows that may have to be flagged: Amazon's own, and those that replace another.
+fn candidates(plan: &Plan) -> String {
+    match &plan.replaces {
+        Some(replaces) => format!("({} OR {replaces} IS NOT NULL)", plan.amazon),
+        None => plan.amazon.to_string(),
+    }
+}
+
+/// Evaluates the rows of a trigger's transition table.
+///
+/// # Errors
+/// Errors of the server or of the owner's expressions.
+pub fn in_transition(plan: &Plan, call: &TriggerCall) -> Result<Vec<OrderFact>> {
+    let table = plan.orders();
+    let query = format!(
+        "SELECT {} FROM amazon_pii_new AS {} WHERE {}",
+        select(plan).join(", "),
+        table.relation.name,
+        candidates(plan)
+    );
+    let rows = act_as(Identity::Owner(table.owner), &plan.search_path, &[], || {
+        sql::in_trigger(call, &query, &[])
+    })?;
+    facts(plan, rows.iter().map(|r| (r, 0)))
+}
+
+/// Evaluates orders by their keys.
+///
+/// # Errors
+/// As [`in_transition`].
+pub fn by_keys(plan: &Plan, keys: &[Values]) -> Result<Vec<OrderFact>> {
+    let mut select = select(plan);
+    select.push(candidates(plan));
+    let last = walk::FIRST + select.len() - 1;
+    let found = walk::by_key(plan, plan.orders(), keys, &select)?;
+    facts(
+        plan,
+        found
+            .iter()
+            .filter(|f| f.row.bool(last).unwrap_or(false))
+            .map(|f| (&f.row, walk::FIRST)),
+    )
+}
+
+/// A slice of a pass over the whole table.
+pub struct Page {
+    pub facts: Vec<OrderFact>,
+    /// Where the next slice begins; `None` when this was the last.
+    pub next: Option<Values>,
+}
+
+/// Evaluates the next orders of a pass over the whole table, in the order of its key.
+///
+/// # Errors
+/// As [`in_transition`].
+pub fn page(plan: &Plan, after: Option<&Values>, limit: i64) -> Result<Page> {
+    let table = plan.orders();
+    let keys = table.key_list().join(", ");
+    let mut args: Vec<Arg<'_>> = vec![Arg::Int(limit)];
+    let mut condition = candidates(plan);
+    if let Some(after) = after {
+        let places: Vec<String> = (2..2 + after.len()).map(|i| format!("${i}")).collect();
+        condition = format!("{condition} AND ({keys}) > ({})", places.join(", "));
+        args.extend(
+            table
+                .key
+                .iter()
+                .zip(after)
+                .map(|((_, oid), v)| Arg::Typed(*oid, v.as_deref())),
+        );
+    }
+    let query = format!(
+        "SELECT {} FROM {} AS {} WHERE {condition} ORDER BY {keys} LIMIT $1",
+        select(plan).join(", "),
+        table.relation,
+        table.relation.name,
+    );
+    // In key order by its index: sorting the table for each page would make the pass quadratic.
+    let pins = &[
+        ("enable_seqscan", "off"),
+        ("enable_sort", "off"),
+        ("enable_bitmapscan", "off"),
+    ];
+    let rows = act_as(Identity::Owner(table.owner), &plan.search_path, pins, || {
+        sql::read(&query, &args)
+    })?;
+    let full = rows.len() as i64 == limit;
+    let next = rows
+        .last()
+        .filter(|_| full)
+        .map(|r| r.texts(0..table.key.len()))
+        .transpose()?;
+    Ok(Page {
+        facts: facts(plan, rows.iter().map(|r| (r, 0)))?,
+        next,
+    })
+}
+
+/// Reads what [`select`] selected, and adds what linked rows say about the anchor.
+fn facts<'a>(plan: &Plan, rows: impl Iterator<Item = (&'a Row, usize)>) -> Result<Vec<OrderFact>> {
+    struct Candidate {
+        fact: OrderFact,
+        amazon: bool,
+        replaces: Option<String>,
+        anchors: Vec<Option<String>>,
+    }
+    let keys = plan.orders().key.len();
+    let mut candidates = Vec::new();
+    let mut seen = HashSet::new();
+    for (row, base) in rows {
+        let key = row.texts(base..base + keys)?;
+        let text = key_text(&key)?;
+        if !seen.insert(text.clone()) {
+            continue;
+        }
+        let at = base + keys;
+        candidates.push(Candidate {
+            fact: OrderFact {
+                key,
+                key_text: text,
+                number: row.owned(at)?,
+                anchor: None,
+            },
+            amazon: row.bool(at + 1)?,
+            replaces: row.owned(at + 2)?,
+            anchors: row.texts(at + 3..at + 3 + plan.anchors.len())?,
+        });
+    }
+    let replaced: Vec<&str> = candidates
+        .iter()
+        .filter(|c| !c.amazon)
+        .filter_map(|c| c.replaces.as_deref())
+        .collect();
+    let flagged = flagged_numbers(plan, &replaced)?;
+    candidates.retain(|c| c.amazon || c.replaces.as_ref().is_some_and(|r| flagged.contains(r)));
+    let inputs: Vec<Values> = candidates.iter().map(|c| c.fact.key.clone()).collect();
+    for (i, anchor) in plan.anchors.iter().enumerate() {
+        if let AnchorPlan::Linked { entry, at, filter, .. } = anchor {
+            let linked = last_moments(plan, &inputs, *entry, at, filter.as_ref())?;
+            for (order, candidate) in candidates.iter_mut().enumerate() {
+                let complete = candidate.anchors[i].as_deref() == Some("t");
+                candidate.anchors[i] = if complete {
+                    linked.get(&order).cloned().flatten()
+                } else {
+                    None
+                };
+            }
+        }
+    }
+    Ok(candidates
+        .into_iter()
+        .map(|c| OrderFact {
+            anchor: c.anchors.into_iter().flatten().next(),
+            ..c.fact
+        })
+        .collect())
+}
+
+/// The last moment of each order's linked rows; absent without a row, `None` while one has no moment.
+fn last_moments(
+    plan: &Plan,
+    orders: &[Values],
+    entry: usize,
+    at: &str,
+    filter: Option<&crate::pg::ident::Expr>,
+) -> Result<BTreeMap<usize, Option<String>>> {
+    let mut out: BTreeMap<usize, Option<String>> = BTreeMap::new();
+    for found in down(plan, orders, entry, &[at.to_owned()], filter)? {
+        let moment = found.row.owned(walk::FIRST)?;
+        out.entry(found.input)
+            // UTC in ISO form sorts as text.
+            .and_modify(|known| *known = known.take().zip(moment.clone()).map(|(a, b)| a.max(b)))
+            .or_insert(moment);
+    }
+    Ok(out)
+}
+
+/// Which of these numbers belong to orders that are flagged.
+fn flagged_numbers(plan: &Plan, numbers: &[&str]) -> Result<HashSet<String>> {
+    if numbers.is_empty() {
+        return Ok(HashSet::new());
+    }
+    let rows = as_extension(|| {
+        sql::read(
+            "SELECT DISTINCT order_number FROM amazon_pii.order_state WHERE policy = $1 AND order_number = ANY ($2)",
+            &[Arg::Text(Some(&plan.policy)), Arg::texts(numbers)],
+        )
+    })?;
+    rows.iter().map(|r| r.string(0)).collect()
+}
+
+/// Writes what was found: new orders are flagged, clocks of those that are not archived yet follow their anchor, and
+/// with `touched` redacted ones are looked at again by the next cycle. Returns the number of newly flagged orders.
+///
+/// # Errors
+/// Errors of the server.
+pub fn upsert(plan: &Plan, facts: &[OrderFact], by: &str, touched: bool) -> Result<i64> {
+    if facts.is_empty() {
+        return Ok(0);
+    }
+    let rows = as_extension(|| {
+        sql::write(
+            "INSERT INTO amazon_pii.order_state AS o (policy, order_key, order_number, status, flagged_by, anchor_at, \
+                    archive_due_at, redact_due_at, next_due_at) \
+             SELECT $1, k, n, CASE WHEN a IS NULL THEN 'flagged' ELSE 'scheduled' END, $5, a, a + $6::interval, \
+                    a + $7::interval, a + $6::interval \
+             FROM (SELECT k, n, CASE WHEN pg_catalog.isfinite(t::timestamptz) THEN t::timestamptz END AS a \
+                   FROM ROWS FROM (pg_catalog.unnest($2), pg_catalog.unnest($3), pg_catalog.unnest($4)) AS u (k, n, t)) AS s \
+             ON CONFLICT (policy, order_key) DO UPDATE SET \
+                order_number = EXCLUDED.order_number, \
+                status = CASE WHEN o.status IN ('flagged', 'scheduled', 'gone') THEN EXCLUDED.status ELSE o.status END, \
+                anchor_at = CASE WHEN o.archived_at IS NULL OR o.status = 'gone' THEN EXCLUDED.anchor_at ELSE o.anchor_at END, \
+                archive_due_at = CASE WHEN o.archived_at IS NULL OR o.status = 'gone' THEN EXCLUDED.archive_due_at ELSE o.archive_due_at END, \
+                redact_due_at = CASE WHEN o.archived_at IS NULL OR o.status = 'gone' THEN EXCLUDED.redact_due_at ELSE o.redact_due_at END, \
+                archived_at = CASE WHEN o.status = 'gone' THEN NULL ELSE o.archived_at END, \
+                redacted_at = CASE WHEN o.status = 'gone' THEN NULL ELSE o.redacted_at END, \
+                next_due_at = CASE WHEN o.status IN ('flagged', 'scheduled') AND o.archived_at IS NULL OR o.status = 'gone' THEN EXCLUDED.next_due_at \
+                    WHEN o.status = 'redacted' AND $8 THEN pg_catalog.now() ELSE o.next_due_at END \
+             WHERE o.status = 'gone' OR o.order_number IS DISTINCT FROM EXCLUDED.order_number \
+                OR (o.archived_at IS NULL AND o.anchor_at IS DISTINCT FROM EXCLUDED.anchor_at) \
+                OR ($8 AND o.status = 'redacted' AND o.next_due_at IS NULL) \
+             RETURNING o.xmax = 0",
+            &[
+                Arg::Text(Some(&plan.policy)),
+                Arg::Texts(facts.iter().map(|f| Some(f.key_text.as_str())).collect()),
+                Arg::Texts(facts.iter().map(|f| f.number.as_deref()).collect()),
+                Arg::Texts(facts.iter().map(|f| f.anchor.as_deref()).collect()),
+                Arg::Text(Some(by)),
+                Arg::Text(Some(&plan.document.archive_after)),
+                Arg::Text(Some(&plan.document.redact_after)),
+                Arg::Bool(touched),
+            ],
+        )
+    })?;
+    let mut new = 0;
+    for row in &rows {
+        new += i64::from(row.bool(0)?);
+    }
+    Ok(new)
+}
+
+/// Orders whose linked rows changed: redacted ones are looked at again, clocks that linked rows set are set anew.
+///
+/// # Errors
+/// As [`by_keys`].
+pub fn linked_changed(plan: &Plan, orders: &[Values]) -> Result<()> {
+    if orders.is_empty() {
+        return Ok(());
+    }
+    let texts = orders.iter().map(|k| key_text(k)).collect::<Result<Vec<_>>>()?;
+    as_extension(|| {
+        sql::execute(
+            "UPDATE amazon_pii.order_state SET next_due_at = pg_catalog.now() \
+             WHERE policy = $1 AND order_key = ANY ($2) AND status = 'redacted' AND next_due_at IS NULL",
+            &[Arg::Text(Some(&plan.policy)), Arg::texts(&texts)],
+        )
+    })?;
+    if plan.anchors.iter().any(|a| matches!(a, AnchorPlan::Linked { .. })) {
+        upsert(plan, &by_keys(plan, orders)?, "import", false)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,202 @@
+//! Reads the rows of a batch of orders as they are now.
+
+use std::collections::HashMap;
+
+use super::plan::Plan;
+use super::walk::{self, FIRST, Found, Hop, Values, by_key, hop, key_text};
+use crate::domain::treatment::Outcome;
+use crate::pg::error::{Error, Result};
+
+/// One treated column of a row.
+#[derive(Debug, Clone)]
+pub struct LiveCell {
+    /// Its text form; `None` is NULL.
+    pub value: Option<String>,
+    /// What a treatment by expression makes of it.
+    pub computed: Option<String>,
+}
+
+/// A row that holds, or may hold, PII of an order.
+pub struct LiveRecord {
+    /// Position of the order in the batch.
+    pub order: usize,
+    pub table: usize,
+    pub entry: usize,
+    pub key: Values,
+    pub key_text: String,
+    /// One for each cell of the table; `None` where no entry that reached the row treats the column.
+    pub cells: Vec<Option<LiveCell>>,
+    /// The row may not be redacted before this has passed `redact_after`; with the entry that says so.
+    pub not_before: Option<(String, usize)>,
+}
+
+impl LiveRecord {
+    /// The cells that hold PII, with what must become of them.
+    ///
+    /// # Errors
+    /// A treatment cannot be applied to a cell; names the column, not the value.
+    pub fn pii(&self, plan: &Plan) -> Result<Vec<(usize, Outcome)>> {
+        let table = &plan.tables[self.table];
+        let key: Vec<String> = self.key.iter().flatten().cloned().collect();
+        let mut out = Vec::new();
+        for (i, (cell, column)) in self.cells.iter().zip(&table.cells).enumerate() {
+            let Some(cell) = cell else { continue };
+            let Some(treatment) = &column.treatment else {
+                // A row that goes as a whole: all of it is archived, NULLs need no copy.
+                if cell.value.is_some() {
+                    out.push((i, Outcome::Null));
+                }
+                continue;
+            };
+            let outcome = treatment.apply(cell.value.as_deref(), &key).map_err(|e| {
+                Error::unsupported(format!(
+                    "column \"{}\" of {}: {e}",
+                    column.name.bare(),
+                    table.relation.shown()
+                ))
+            })?;
+            match outcome {
+                Outcome::Keep => {}
+                Outcome::Sql if cell.computed == cell.value => {}
+                outcome => out.push((i, outcome)),
+            }
+        }
+        Ok(out)
+    }
+}
+
+/// What was found for a batch.
+pub struct Gathered {
+    /// For each order of the batch, whether its row still exists.
+    pub exists: Vec<bool>,
+    pub records: Vec<LiveRecord>,
+}
+
+/// Which result columns of an entry's statement mean what.
+struct Shape {
+    select: Vec<String>,
+    keys: usize,
+    cells: Vec<(usize, Option<usize>)>,
+    links: Vec<(usize, std::ops::Range<usize>)>,
+    not_before: Option<usize>,
+}
+
+fn shape(plan: &Plan, index: usize) -> Shape {
+    let entry = &plan.entries[index];
+    let table = &plan.tables[entry.table];
+    let mut select = table.key_list();
+    let keys = select.len();
+    let mut cells = Vec::new();
+    for cell in &entry.cells {
+        select.push(table.cells[*cell].name.to_string());
+        let computed = table.cells[*cell].expression.as_ref().map(|e| {
+            // By way of the column's own type, so that both texts are its output function's.
+            select.push(format!("CAST({e} AS {})", table.cells[*cell].type_shown));
+            select.len() - 1
+        });
+        cells.push((*cell, computed));
+    }
+    let mut links = Vec::new();
+    for (child_index, child) in plan.entries.iter().enumerate() {
+        if child.parent == Some(index) {
+            let from = select.len();
+            select.extend(walk::select_all(&child.on_parent));
+            links.push((child_index, from..select.len()));
+        }
+    }
+    let not_before = entry.not_before.as_ref().map(|sql| {
+        select.push(sql.clone());
+        select.len() - 1
+    });
+    Shape {
+        select,
+        keys,
+        cells,
+        links,
+        not_before,
+    }
+}
+
+/// Reads everything that the policy reaches from these orders.
+///
+/// # Errors
+/// Errors of the server or of the owners' expressions.
+pub fn gather(plan: &Plan, orders: &[Values]) -> Result<Gathered> {
+    let mut gathered = Gathered {
+        exists: vec![false; orders.len()],
+        records: Vec::new(),
+    };
+    let mut known: HashMap<(usize, usize, String), usize> = HashMap::new();
+    // For each entry: the orders and link values that lead into it.
+    let mut pending: Vec<Vec<(usize, Values)>> = plan.entries.iter().map(|_| Vec::new()).collect();
+    for index in 0..plan.entries.len() {
+        let shape = shape(plan, index);
+        let entry = &plan.entries[index];
+        let table = &plan.tables[entry.table];
+        let found: Vec<Found> = if entry.parent.is_none() {
+            by_key(plan, table, orders, &shape.select)?
+        } else {
+            let (origins, inputs): (Vec<usize>, Vec<Values>) = std::mem::take(&mut pending[index]).into_iter().unzip();
+            let reach = Hop {
+                table,
+                on: &entry.on_child,
+                types: &entry.on_parent_types,
+                filter: entry.filter.as_ref(),
+                select: &shape.select,
+                limit: None,
+            };
+            hop(plan, &reach, &inputs)?
+                .into_iter()
+                .map(|f| Found {
+                    input: origins[f.input],
+                    row: f.row,
+                })
+                .collect()
+        };
+        for Found { input: order, row } in found {
+            let at = |i: usize| FIRST + i;
+            if entry.parent.is_none() {
+                gathered.exists[order] = true;
+            }
+            for (child, range) in &shape.links {
+                pending[*child].push((order, row.texts(at(range.start)..at(range.end))?));
+            }
+            if entry.cells.is_empty() && shape.not_before.is_none() {
+                continue;
+            }
+            let key = row.texts(at(0)..at(shape.keys))?;
+            let text = key_text(&key)?;
+            let slot = *known.entry((order, entry.table, text.clone())).or_insert_with(|| {
+                gathered.records.push(LiveRecord {
+                    order,
+                    table: entry.table,
+                    entry: index,
+                    key,
+                    key_text: text,
+                    cells: vec![None; table.cells.len()],
+                    not_before: None,
+                });
+                gathered.records.len() - 1
+            });
+            let record = &mut gathered.records[slot];
+            for (position, (cell, computed)) in shape.cells.iter().enumerate() {
+                let column = shape.keys
+                    + shape.cells[..position]
+                        .iter()
+                        .map(|(_, c)| 1 + usize::from(c.is_some()))
+                        .sum::<usize>();
+                record.cells[*cell] = Some(LiveCell {
+                    value: row.owned(at(column))?,
+                    computed: computed.map(|c| row.owned(at(c))).transpose()?.flatten(),
+                });
+            }
+            if let Some(column) = shape.not_before
+                && let Some(text) = row.owned(at(column))?
+                && record.not_before.as_ref().is_none_or(|(known, _)| *known < text)
+            {
+                record.not_before = Some((text, index));
+            }
+        }
+    }
+    Ok(gathered)
+}

@@ -1,0 +1,21 @@
+//! Statements and batches: what happens to orders, in which order, as whom.
+
+pub mod access;
+pub mod alive;
+pub mod apply;
+pub mod archive;
+pub mod audit;
+pub mod check;
+pub mod cycle;
+pub mod due;
+pub mod flag;
+pub mod gather;
+pub mod inspect;
+pub mod overwrite;
+pub mod plan;
+pub mod redact;
+pub mod state;
+pub mod sweep;
+pub mod triggers;
+pub mod vault;
+pub mod walk;

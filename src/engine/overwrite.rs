@@ -1,0 +1,304 @@
+//! The statements that write to the user's rows. Each compares every cell with the value that it is expected to hold,
+//! and what it returns with what was asked.
+
+use super::plan::{Plan, Table};
+use super::walk::{BATCH, Values, batch_column, batch_rows};
+use crate::pg::error::{Error, Result};
+use crate::pg::ident::{self, Ident};
+use crate::pg::identity::{Identity, KEYED, act_as};
+use crate::pg::sql::{self, Arg};
+use crate::pg::trigger::EngineWrite;
+
+/// The value that a cell gets.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum NewValue {
+    Null,
+    Text(String),
+    /// What the column's expression gives.
+    Computed,
+}
+
+/// What happens to one cell of a row.
+#[derive(Debug, Clone)]
+pub enum CellWrite {
+    /// No entry of the policy that reaches the row treats it.
+    Leave,
+    /// It must hold this, and keeps it.
+    Compare(Option<String>),
+    /// It must hold `expected`, and gets `new`.
+    Write { expected: Option<String>, new: NewValue },
+}
+
+/// One row to be written.
+pub struct RowWrite {
+    pub key: Values,
+    pub cells: Vec<CellWrite>,
+}
+
+/// Composes a statement's parameters, numbering them as they come.
+struct Parameters<'a> {
+    args: Vec<Arg<'a>>,
+}
+
+impl<'a> Parameters<'a> {
+    /// Adds an array, giving the name under which the statement sees its elements.
+    fn add(&mut self, arg: Arg<'a>) -> String {
+        self.args.push(arg);
+        format!("{BATCH}.{}", batch_column(self.args.len() - 1))
+    }
+}
+
+/// The condition that a batch's keys name the row.
+fn key_condition<'a>(table: &Table, rows: &'a [RowWrite], parameters: &mut Parameters<'a>) -> Vec<String> {
+    table
+        .key
+        .iter()
+        .enumerate()
+        .map(|(i, (name, oid))| {
+            let values = rows.iter().map(|r| r.key.get(i).and_then(Option::as_deref)).collect();
+            format!(
+                "{}.{name} = {}",
+                table.relation.name,
+                parameters.add(Arg::Array(*oid, values))
+            )
+        })
+        .collect()
+}
+
+/// Locks rows, leaving out those that somebody else has locked. Returns the positions of the locked ones.
+///
+/// `exclusively` also keeps out foreign keys that would begin to refer to the row.
+///
+/// # Errors
+/// Errors of the server.
+pub fn lock(plan: &Plan, table: &Table, keys: &[Values], exclusively: bool) -> Result<Vec<bool>> {
+    let mut locked = vec![false; keys.len()];
+    if keys.is_empty() {
+        return Ok(locked);
+    }
+    let rows: Vec<RowWrite> = keys
+        .iter()
+        .map(|k| RowWrite {
+            key: k.clone(),
+            cells: Vec::new(),
+        })
+        .collect();
+    let mut parameters = Parameters { args: Vec::new() };
+    let condition = key_condition(table, &rows, &mut parameters);
+    let strength = if exclusively { "UPDATE" } else { "NO KEY UPDATE" };
+    let query = format!(
+        "SELECT {BATCH}.n FROM {} JOIN {} AS {name} ON {} FOR {strength} OF {name} SKIP LOCKED",
+        batch_rows(parameters.args.len()),
+        table.relation,
+        condition.join(" AND "),
+        name = table.relation.name,
+    );
+    let found = act_as(Identity::Owner(table.owner), &plan.search_path, KEYED, || {
+        sql::write(&query, &parameters.args)
+    })
+    .map_err(|e| e.at(&table.relation.shown()))?;
+    for row in found {
+        mark(&mut locked, row.int(0)?)?;
+    }
+    Ok(locked)
+}
+
+fn mark(flags: &mut [bool], ordinal: i64) -> Result<()> {
+    let slot = usize::try_from(ordinal)
+        .ok()
+        .and_then(|n| n.checked_sub(1))
+        .and_then(|n| flags.get_mut(n));
+    *slot.ok_or_else(|| Error::internal("an ordinality is out of range"))? = true;
+    Ok(())
+}
+
+/// What a cell must compare to, and the array that holds it.
+fn compare<'a>(table: &Table, rows: &'a [RowWrite], i: usize, parameters: &mut Parameters<'a>) -> String {
+    let states = rows.iter().map(|r| Some(state(&r.cells[i]))).collect();
+    let expected = rows
+        .iter()
+        .map(|r| match &r.cells[i] {
+            CellWrite::Leave => None,
+            CellWrite::Compare(v) | CellWrite::Write { expected: v, .. } => v.as_deref(),
+        })
+        .collect();
+    let state = parameters.add(Arg::Texts(states));
+    let expected = parameters.add(Arg::Texts(expected));
+    let live = ident::out(format!("{}.{}", table.relation.name, table.cells[i].name));
+    format!("({state} = '-' OR {live} IS NOT DISTINCT FROM {expected} COLLATE pg_catalog.\"C\")")
+}
+
+fn state(cell: &CellWrite) -> &'static str {
+    match cell {
+        CellWrite::Leave => "-",
+        CellWrite::Compare(_) => "c",
+        CellWrite::Write {
+            new: NewValue::Computed,
+            ..
+        } => "x",
+        CellWrite::Write { .. } => "w",
+    }
+}
+
+/// Overwrites cells of rows that still hold what is expected.
+///
+/// # Errors
+/// A row that did not come back (changed, or gone), that the table's own triggers wrote differently, or that a
+/// constraint refused: nothing of the batch is kept.
+pub fn update(plan: &Plan, table: &Table, rows: &[RowWrite]) -> Result<()> {
+    let written: Vec<usize> = (0..table.cells.len())
+        .filter(|i| rows.iter().any(|r| matches!(r.cells[*i], CellWrite::Write { .. })))
+        .collect();
+    if written.is_empty() {
+        return Ok(());
+    }
+    let name = &table.relation.name;
+    let mut parameters = Parameters { args: Vec::new() };
+    let mut condition = key_condition(table, rows, &mut parameters);
+    let mut set = Vec::new();
+    let mut check = Vec::new();
+    for i in (0..table.cells.len()).filter(|i| rows.iter().any(|r| !matches!(r.cells[*i], CellWrite::Leave))) {
+        condition.push(compare(table, rows, i, &mut parameters));
+        if !written.contains(&i) {
+            continue;
+        }
+        let cell = &table.cells[i];
+        let values: Vec<Option<&str>> = rows
+            .iter()
+            .map(|r| match &r.cells[i] {
+                CellWrite::Write {
+                    new: NewValue::Text(t), ..
+                } => Some(t.as_str()),
+                _ => None,
+            })
+            .collect();
+        let state = format!("{BATCH}.{}", batch_column(parameters.args.len() - 2));
+        // An array of arrays would lose its shape: arrays travel as one text a value.
+        let value = if cell.is_array {
+            format!(
+                "CAST({} AS {})",
+                parameters.add(Arg::Texts(values)),
+                sql::type_name(cell.type_oid)
+            )
+        } else {
+            parameters.add(Arg::Array(cell.type_oid, values))
+        };
+        let column = format!("{name}.{}", cell.name);
+        let computed = cell
+            .expression
+            .as_ref()
+            .map_or_else(|| "NULL".to_owned(), |e| format!("CAST({e} AS {})", cell.type_shown));
+        set.push(format!(
+            "{} = CASE {state} WHEN 'w' THEN {value} WHEN 'x' THEN {computed} ELSE {column} END",
+            cell.name
+        ));
+        let trim = |e: String| {
+            if cell.padded {
+                format!("pg_catalog.rtrim({e}, ' ')")
+            } else {
+                e
+            }
+        };
+        check.push(format!(
+            "CASE {state} WHEN 'w' THEN {} IS NOT DISTINCT FROM {} WHEN 'x' THEN {} IS NOT DISTINCT FROM {} ELSE true END",
+            trim(ident::out(&column)),
+            trim(ident::out(&value)),
+            ident::out(&column),
+            ident::out(&computed),
+        ));
+    }
+    let query = format!(
+        "UPDATE {} AS {name} SET {} FROM {} WHERE {} RETURNING {BATCH}.n, {}",
+        table.relation,
+        set.join(", "),
+        batch_rows(parameters.args.len()),
+        condition.join(" AND "),
+        check.join(" AND "),
+    );
+    run(plan, table, rows.len(), &query, &parameters.args)
+}
+
+/// Removes rows that still hold what is expected.
+///
+/// # Errors
+/// As [`update`].
+pub fn delete(plan: &Plan, table: &Table, rows: &[RowWrite]) -> Result<()> {
+    let mut parameters = Parameters { args: Vec::new() };
+    let mut condition = key_condition(table, rows, &mut parameters);
+    for i in 0..table.cells.len() {
+        condition.push(compare(table, rows, i, &mut parameters));
+    }
+    let query = format!(
+        "DELETE FROM {} AS {} USING {} WHERE {} RETURNING {BATCH}.n, true",
+        table.relation,
+        table.relation.name,
+        batch_rows(parameters.args.len()),
+        condition.join(" AND "),
+    );
+    run(plan, table, rows.len(), &query, &parameters.args)
+}
+
+/// Puts rows back that redaction removed, identity values included.
+///
+/// # Errors
+/// As [`update`].
+pub fn insert(plan: &Plan, table: &Table, rows: &[Vec<(Ident, Option<String>)>]) -> Result<()> {
+    for row in rows {
+        let mut parameters = Parameters { args: Vec::new() };
+        let mut names = Vec::new();
+        let mut values = Vec::new();
+        for (name, value) in row {
+            let Some(cell) = table.cells.iter().find(|c| c.name == *name) else {
+                continue;
+            };
+            names.push(name.to_string());
+            values.push(if cell.is_array {
+                format!(
+                    "CAST({} AS {})",
+                    parameters.add(Arg::Texts(vec![value.as_deref()])),
+                    sql::type_name(cell.type_oid)
+                )
+            } else {
+                parameters.add(Arg::Array(cell.type_oid, vec![value.as_deref()]))
+            });
+        }
+        let query = format!(
+            "INSERT INTO {} ({}) OVERRIDING SYSTEM VALUE SELECT {} FROM {} RETURNING 1, true",
+            table.relation,
+            names.join(", "),
+            values.join(", "),
+            batch_rows(parameters.args.len()),
+        );
+        run(plan, table, 1, &query, &parameters.args)?;
+    }
+    Ok(())
+}
+
+fn run(plan: &Plan, table: &Table, rows: usize, query: &str, args: &[Arg<'_>]) -> Result<()> {
+    let shown = table.relation.shown();
+    let returned = act_as(Identity::Owner(table.owner), &plan.search_path, KEYED, || {
+        let partitions = crate::pg::catalog::with_partitions(table.relation.oid)?;
+        let oids: Vec<_> = partitions.iter().map(|p| p.oid).collect();
+        let _ours = EngineWrite::begin(&oids);
+        sql::write(query, args)
+    })
+    .map_err(|e| e.at(&shown))?;
+    let mut seen = vec![false; rows];
+    for row in &returned {
+        if !row.bool(1)? {
+            return Err(Error::not_overwritten(format!(
+                "{shown}: a trigger of the table writes something else than it was given"
+            ))
+            .hint("Let the trigger pass the placeholder unchanged, or choose a treatment that it does not change."));
+        }
+        mark(&mut seen, row.int(0)?)?;
+    }
+    if seen.iter().all(|s| *s) {
+        Ok(())
+    } else {
+        Err(Error::not_overwritten(format!(
+            "{shown}: a row changed, or a trigger kept it from being written"
+        ))
+        .hint("The order is tried again by itself."))
+    }
+}

@@ -1,0 +1,352 @@
+//! The second transaction of a batch: open the committed copies, compare, overwrite.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+
+use super::alive;
+use super::archive::entry;
+use super::audit;
+use super::due::{Clock, Due};
+use super::gather::{self, LiveRecord};
+use super::overwrite::{self, CellWrite, NewValue, RowWrite};
+use super::plan::Plan;
+use super::state::{self, RecordChange};
+use super::vault::{self, Newest, OrderArchive};
+use super::walk::Values;
+use crate::domain::treatment::Outcome;
+use crate::domain::vault::MasterKeys;
+use crate::pg::error::{Error, Result};
+use crate::pg::xact;
+
+/// What one transaction did; positions are into the batch.
+#[derive(Debug, Default)]
+pub struct Redacted {
+    pub done: Vec<usize>,
+    /// Edited since they were archived: to be archived again first.
+    pub unproven: Vec<usize>,
+    /// Somebody else has a row locked.
+    pub locked: Vec<usize>,
+    /// A younger linked record pushes them back.
+    pub pushed: Vec<usize>,
+}
+
+/// A row to be overwritten, for all orders of the batch that reach it.
+struct Target {
+    orders: Vec<usize>,
+    table: usize,
+    write: RowWrite,
+    /// (order, entry) that will list it.
+    notes: Vec<(usize, usize)>,
+    key_text: String,
+}
+
+/// Overwrites the PII of a batch.
+///
+/// # Errors
+/// Anything: nothing of the batch is kept then. An archived document that cannot be opened is an error when its
+/// value is needed.
+pub fn batch(plan: &Plan, others: &[Plan], keys: &MasterKeys, clock: &Clock, batch: &[Due]) -> Result<Redacted> {
+    let order_keys: Vec<String> = batch.iter().map(|d| d.order_key.clone()).collect();
+    let inputs: Vec<Values> = batch.iter().map(|d| d.key.clone()).collect();
+    // The copies first: read back from what is committed, and opened, before any row is locked.
+    let archive = vault::open(&plan.archive_schema, keys, &plan.policy, &order_keys)?;
+    let live = gather::gather(plan, &inputs)?;
+    let mut out = Redacted::default();
+    let mut excluded: HashSet<usize> = push_back(plan, clock, batch, &live.records, &mut out)?;
+    let mut targets = targets(plan, batch, &live.records, &archive, &mut excluded, &mut out)?;
+
+    // Deferred triggers of the caller fire as the caller, not as a table's owner.
+    xact::fire_deferred()?;
+    let mut waiting = wait_for_others(plan, others, clock, &order_keys, &excluded, &mut targets)?;
+    lock(plan, &mut targets, &mut excluded, &mut out)?;
+    // What began to use a shared row before it was locked is seen by this second look.
+    waiting.extend(wait_for_others(
+        plan,
+        others,
+        clock,
+        &order_keys,
+        &excluded,
+        &mut targets,
+    )?);
+    write(plan, &targets, &excluded)?;
+
+    let done: Vec<usize> = (0..batch.len()).filter(|i| !excluded.contains(i)).collect();
+    let mut changes = Vec::new();
+    for target in &targets {
+        changes.extend(notes(plan, batch, target, &excluded, "redacted", None));
+    }
+    for (target, witness) in &waiting {
+        changes.extend(notes(plan, batch, target, &excluded, "waiting", Some(witness.clone())));
+    }
+    state::records_changed(plan, &changes)?;
+    let dues: Vec<&Due> = done.iter().map(|i| &batch[*i]).collect();
+    state::redacted(plan, &dues)?;
+    let mut entries = Vec::new();
+    for due in &dues {
+        let count = changes
+            .iter()
+            .filter(|c| c.order_key == due.order_key && c.status == "redacted")
+            .count();
+        let waits = changes
+            .iter()
+            .filter(|c| c.order_key == due.order_key && c.status == "waiting")
+            .count();
+        if count > 0 || due.status != "redacted" {
+            let detail = if waits == 0 {
+                format!("{count} records")
+            } else {
+                format!("{count} records, {waits} waiting for other orders")
+            };
+            entries.push(audit::AuditEntry {
+                detail: Some(detail),
+                ..entry("redact", plan, due)?
+            });
+        }
+    }
+    audit::insert(&entries)?;
+    state::announce(plan, "redacted", &dues)?;
+    out.done = done;
+    Ok(out)
+}
+
+/// Orders that a younger linked record keeps from being redacted now.
+fn push_back(
+    plan: &Plan,
+    clock: &Clock,
+    batch: &[Due],
+    records: &[LiveRecord],
+    out: &mut Redacted,
+) -> Result<HashSet<usize>> {
+    let mut latest: BTreeMap<usize, (String, usize)> = BTreeMap::new();
+    for record in records {
+        let Some((moment, by)) = &record.not_before else {
+            continue;
+        };
+        let known = latest.entry(record.order).or_insert_with(|| (moment.clone(), *by));
+        if known.0 < *moment {
+            *known = (moment.clone(), *by);
+        }
+    }
+    let moments: Vec<String> = latest.values().map(|v| v.0.clone()).collect();
+    let young = state::still_young(plan, &moments, &clock.redact)?;
+    let mut excluded = HashSet::new();
+    for ((order, (moment, by)), young) in latest.into_iter().zip(young) {
+        if young {
+            state::pushed(plan, &batch[order], &moment, &plan.entries[by].alias)?;
+            excluded.insert(order);
+            out.pushed.push(order);
+        }
+    }
+    Ok(excluded)
+}
+
+/// What has to be written, row by row; orders whose live values are not the archived ones are excluded.
+fn targets(
+    plan: &Plan,
+    batch: &[Due],
+    records: &[LiveRecord],
+    archive: &HashMap<String, OrderArchive>,
+    excluded: &mut HashSet<usize>,
+    out: &mut Redacted,
+) -> Result<Vec<Target>> {
+    let mut targets: BTreeMap<(usize, String), Target> = BTreeMap::new();
+    for record in records {
+        if excluded.contains(&record.order) {
+            continue;
+        }
+        let pii = record.pii(plan)?;
+        if pii.is_empty() {
+            continue;
+        }
+        let due = &batch[record.order];
+        let place = (plan.tables[record.table].relation.shown(), record.key_text.clone());
+        let newest = archive.get(&due.order_key).and_then(|a| a.records.get(&place));
+        let Some(cells) = proven(plan, record, &pii, newest)? else {
+            excluded.insert(record.order);
+            out.unproven.push(record.order);
+            continue;
+        };
+        let target = targets
+            .entry((record.table, record.key_text.clone()))
+            .or_insert_with(|| Target {
+                orders: Vec::new(),
+                table: record.table,
+                write: RowWrite {
+                    key: record.key.clone(),
+                    cells: vec![CellWrite::Leave; cells.len()],
+                },
+                notes: Vec::new(),
+                key_text: record.key_text.clone(),
+            });
+        target.orders.push(record.order);
+        target.notes.push((record.order, record.entry));
+        for (slot, cell) in target.write.cells.iter_mut().zip(cells) {
+            if !matches!(slot, CellWrite::Write { .. }) && !matches!(cell, CellWrite::Leave) {
+                *slot = cell;
+            }
+        }
+    }
+    Ok(targets.into_values().collect())
+}
+
+/// The cells of a record as they are to be compared and written, or `None` when the archive does not hold every one of
+/// its PII cells exactly as it is.
+///
+/// # Errors
+/// The archive holds a document of this record that cannot be opened.
+fn proven(
+    plan: &Plan,
+    record: &LiveRecord,
+    pii: &[(usize, Outcome)],
+    newest: Option<&Newest>,
+) -> Result<Option<Vec<CellWrite>>> {
+    let table = &plan.tables[record.table];
+    let mut cells: Vec<CellWrite> = record
+        .cells
+        .iter()
+        .map(|c| {
+            c.as_ref()
+                .map_or(CellWrite::Leave, |c| CellWrite::Compare(c.value.clone()))
+        })
+        .collect();
+    for (i, outcome) in pii {
+        let live = record.cells[*i].as_ref().and_then(|c| c.value.clone());
+        let opened = newest.and_then(|n| n.cells.get(table.cells[*i].name.bare()));
+        let expected = match opened {
+            // What the statement compares with is the opened value, never the one that was just read.
+            Some(opened) if opened.text == live => opened.text.clone(),
+            _ if newest.is_some_and(|n| n.damaged) => {
+                return Err(Error::damaged(format!(
+                    "the archived copy of a record of {} cannot be opened",
+                    table.relation.shown()
+                )));
+            }
+            _ => return Ok(None),
+        };
+        let new = match outcome {
+            Outcome::Text(text) => NewValue::Text(text.clone()),
+            Outcome::Sql => NewValue::Computed,
+            Outcome::Null | Outcome::Keep => NewValue::Null,
+        };
+        cells[*i] = CellWrite::Write { expected, new };
+    }
+    Ok(Some(cells))
+}
+
+/// Takes out of `targets` the shared rows that an order outside of this batch still needs.
+fn wait_for_others(
+    plan: &Plan,
+    others: &[Plan],
+    clock: &Clock,
+    order_keys: &[String],
+    excluded: &HashSet<usize>,
+    targets: &mut Vec<Target>,
+) -> Result<Vec<(Target, String)>> {
+    let (staying, leaving): (Vec<_>, Vec<_>) = order_keys.iter().enumerate().partition(|(i, _)| excluded.contains(i));
+    let keys = |list: Vec<(usize, &String)>| list.into_iter().map(|(_, k)| k.clone()).collect::<Vec<_>>();
+    let ours = alive::Ours {
+        leaving: keys(leaving),
+        staying: keys(staying),
+    };
+    let mut waiting = Vec::new();
+    for table in 0..plan.tables.len() {
+        let named_elsewhere = others.iter().any(|p| {
+            p.tables
+                .iter()
+                .any(|t| t.relation.oid == plan.tables[table].relation.oid)
+        });
+        if !plan.tables[table].shared && !named_elsewhere {
+            continue;
+        }
+        let rows: Vec<Values> = targets
+            .iter()
+            .filter(|t| t.table == table)
+            .map(|t| t.write.key.clone())
+            .collect();
+        if rows.is_empty() {
+            continue;
+        }
+        let mut witnesses = alive::witnesses(plan, others, table, &rows, &ours, clock)?.into_iter();
+        let (mut keep, mut wait) = (Vec::new(), Vec::new());
+        for target in targets.drain(..) {
+            let witness = if target.table == table {
+                witnesses.next().flatten()
+            } else {
+                None
+            };
+            match witness {
+                Some(witness) => wait.push((target, witness)),
+                None => keep.push(target),
+            }
+        }
+        *targets = keep;
+        waiting.extend(wait);
+    }
+    Ok(waiting)
+}
+
+/// Locks every row before the first is written; an order with a row that somebody else has locked is left out.
+fn lock(plan: &Plan, targets: &mut Vec<Target>, excluded: &mut HashSet<usize>, out: &mut Redacted) -> Result<()> {
+    for (index, table) in plan.tables.iter().enumerate() {
+        let mine: Vec<usize> = (0..targets.len()).filter(|i| targets[*i].table == index).collect();
+        let keys: Vec<Values> = mine.iter().map(|i| targets[*i].write.key.clone()).collect();
+        for (i, locked) in mine
+            .iter()
+            .zip(overwrite::lock(plan, table, &keys, table.shared || table.delete)?)
+        {
+            if !locked {
+                for order in &targets[*i].orders {
+                    if excluded.insert(*order) {
+                        out.locked.push(*order);
+                    }
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+fn write(plan: &Plan, targets: &[Target], excluded: &HashSet<usize>) -> Result<()> {
+    for (index, table) in plan.tables.iter().enumerate() {
+        let rows: Vec<RowWrite> = targets
+            .iter()
+            .filter(|t| t.table == index && t.orders.iter().all(|o| !excluded.contains(o)))
+            .map(|t| RowWrite {
+                key: t.write.key.clone(),
+                cells: t.write.cells.clone(),
+            })
+            .collect();
+        if rows.is_empty() {
+            continue;
+        }
+        if table.delete {
+            overwrite::delete(plan, table, &rows)?;
+        } else {
+            overwrite::update(plan, table, &rows)?;
+        }
+    }
+    Ok(())
+}
+
+fn notes(
+    plan: &Plan,
+    batch: &[Due],
+    target: &Target,
+    excluded: &HashSet<usize>,
+    status: &'static str,
+    witness: Option<String>,
+) -> Vec<RecordChange> {
+    target
+        .notes
+        .iter()
+        .filter(|(order, _)| !excluded.contains(order))
+        .filter(|_| status != "redacted" || target.orders.iter().all(|o| !excluded.contains(o)))
+        .map(|(order, entry)| RecordChange {
+            order_key: batch[*order].order_key.clone(),
+            table: plan.tables[target.table].relation.shown(),
+            record_key: target.key_text.clone(),
+            entry: plan.entries[*entry].alias.clone(),
+            status,
+            witness: witness.clone(),
+        })
+        .collect()
+}

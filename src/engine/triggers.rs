@@ -1,0 +1,475 @@
+//! The triggers on the user's tables: made by the extension, light, and unable to fail the user's statement.
+
+use std::cell::RefCell;
+use std::rc::Rc;
+
+use super::flag;
+use super::plan::{Plan, Table};
+use super::sweep;
+use super::walk::{self, key_text};
+use crate::pg::catalog;
+use crate::pg::error::{Error, Result};
+use crate::pg::ident::{self, Ident, Relation};
+use crate::pg::identity::{Identity, act_as, as_extension};
+use crate::pg::invalidation;
+use crate::pg::sql::{self, Arg};
+use crate::pg::subxact::subtransaction;
+use crate::pg::trigger::{Event, TriggerCall, is_engine_write};
+
+/// A kind of trigger: its suffix, and what follows its name in CREATE TRIGGER.
+struct Kind {
+    suffix: &'static str,
+    when: &'static str,
+    after: &'static str,
+    /// On the orders table only.
+    orders_only: bool,
+}
+
+const KINDS: &[Kind] = &[
+    Kind {
+        suffix: "insert",
+        when: "AFTER INSERT",
+        after: "REFERENCING NEW TABLE AS amazon_pii_new FOR EACH STATEMENT",
+        orders_only: false,
+    },
+    Kind {
+        suffix: "update",
+        when: "AFTER UPDATE",
+        after: "REFERENCING OLD TABLE AS amazon_pii_old NEW TABLE AS amazon_pii_new FOR EACH STATEMENT",
+        orders_only: false,
+    },
+    Kind {
+        suffix: "delete",
+        when: "AFTER DELETE",
+        after: "REFERENCING OLD TABLE AS amazon_pii_old FOR EACH STATEMENT",
+        orders_only: true,
+    },
+    Kind {
+        suffix: "truncate",
+        when: "AFTER TRUNCATE",
+        after: "FOR EACH STATEMENT",
+        orders_only: true,
+    },
+];
+
+/// The row trigger that logical replication's apply fires: it notes the key, nothing else.
+const APPLY: &str = "apply";
+
+fn name(policy: &str, suffix: &str) -> Ident {
+    Ident::new(format!("amazon_pii_{policy}_{suffix}"))
+}
+
+/// The trigger's arguments: the policy and the first entry of the table.
+fn arguments(plan: &Plan, table: usize) -> String {
+    let alias = plan
+        .entries
+        .iter()
+        .find(|e| e.table == table)
+        .map_or("", |e| e.alias.as_str());
+    let quoted = |s: &str| format!("'{}'", s.replace('\'', "''"));
+    format!("{}, {}", quoted(&plan.policy), quoted(alias))
+}
+
+/// Creates the triggers that are missing, on the policy's tables and on each of their partitions: a parent's
+/// statement triggers do not fire for what is inserted into a partition.
+///
+/// # Errors
+/// Errors of the server, for example a lock that could not be had in time.
+pub fn ensure(plan: &Plan) -> Result<()> {
+    as_extension(|| {
+        for (index, table) in plan.tables.iter().enumerate() {
+            let arguments = arguments(plan, index);
+            for relation in catalog::with_partitions(table.relation.oid)? {
+                let known = existing(&relation, &plan.policy)?;
+                for kind in KINDS.iter().filter(|k| index == 0 || !k.orders_only) {
+                    let name = name(&plan.policy, kind.suffix);
+                    if !known.contains(&name) {
+                        create(&format!(
+                            "CREATE TRIGGER {name} {} ON {relation} {} EXECUTE FUNCTION amazon_pii.on_change({arguments})",
+                            kind.when, kind.after
+                        ))?;
+                    }
+                }
+                // Row triggers of a partitioned table are its partitions' too.
+                let name = name(&plan.policy, APPLY);
+                if relation.oid == table.relation.oid && !known.contains(&name) {
+                    create(&format!(
+                        "CREATE TRIGGER {name} AFTER INSERT OR UPDATE ON {relation} FOR EACH ROW EXECUTE FUNCTION amazon_pii.on_apply({arguments})"
+                    ))?;
+                    create(&format!("ALTER TABLE {relation} ENABLE REPLICA TRIGGER {name}"))?;
+                }
+            }
+        }
+        Ok(())
+    })
+}
+
+fn create(statement: &str) -> Result<()> {
+    sql::execute(statement, &[]).map(|_| ())
+}
+
+fn existing(relation: &Relation, policy: &str) -> Result<Vec<Ident>> {
+    let rows = sql::read(
+        "SELECT tgname FROM pg_catalog.pg_trigger WHERE tgrelid = $1 AND pg_catalog.starts_with(tgname::text, $2)",
+        &[
+            Arg::Oid(relation.oid),
+            Arg::Text(Some(&format!("amazon_pii_{policy}_"))),
+        ],
+    )?;
+    rows.iter().map(|r| Ok(Ident::new(r.str(0)?))).collect()
+}
+
+/// Drops a policy's triggers from every table that has them.
+///
+/// # Errors
+/// Errors of the server.
+pub fn drop_all(policy: &str) -> Result<()> {
+    as_extension(|| {
+        let names: Vec<String> = KINDS
+            .iter()
+            .map(|k| k.suffix)
+            .chain(std::iter::once(APPLY))
+            .map(|suffix| name(policy, suffix).bare().to_owned())
+            .collect();
+        let rows = sql::read(
+            "SELECT t.tgname, n.nspname, c.relname FROM pg_catalog.pg_trigger t JOIN pg_catalog.pg_class c ON c.oid = t.tgrelid \
+             JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
+             WHERE t.tgname::text = ANY ($1) AND t.tgparentid = 0 AND NOT t.tgisinternal",
+            &[Arg::texts(&names)],
+        )?;
+        for row in &rows {
+            let (trigger, schema, table) = (
+                Ident::new(row.str(0)?),
+                Ident::new(row.str(1)?),
+                Ident::new(row.str(2)?),
+            );
+            create(&format!("DROP TRIGGER IF EXISTS {trigger} ON {schema}.{table}"))?;
+        }
+        Ok(())
+    })
+}
+
+thread_local! {
+    /// Plans of this session's triggers, thrown away when a table or policy of theirs changes.
+    static PLANS: RefCell<Vec<(u64, Rc<Plan>)>> = const { RefCell::new(Vec::new()) };
+}
+
+/// The plan of a policy, from the session's cache if nothing has changed.
+fn cached(policy: &str) -> Result<Rc<Plan>> {
+    let generation = invalidation::generation();
+    let known = PLANS.with_borrow(|plans| {
+        plans
+            .iter()
+            .find(|(g, p)| *g == generation && p.policy == policy)
+            .map(|(_, p)| Rc::clone(p))
+    });
+    if let Some(plan) = known {
+        return Ok(plan);
+    }
+    let plan = Rc::new(Plan::load(policy)?);
+    invalidation::watch(plan.tables.iter().map(|t| t.relation.oid))?;
+    let generation = invalidation::generation();
+    PLANS.with_borrow_mut(|plans| {
+        plans.retain(|(g, p)| *g == generation && p.policy != policy);
+        plans.push((generation, Rc::clone(&plan)));
+    });
+    Ok(plan)
+}
+
+/// What a statement of the user's did to a table of a policy. Never fails that statement, the guard of retrieved rows
+/// and a cancel aside.
+///
+/// # Errors
+/// Only those two.
+pub fn changed(call: &TriggerCall) -> Result<()> {
+    if is_engine_write(call.relation) {
+        return Ok(());
+    }
+    let [policy, alias] = call.args.as_slice() else {
+        return Err(Error::internal(
+            "a trigger of amazon_pii has other arguments than it was made with",
+        ));
+    };
+    let outcome = subtransaction(|| {
+        let plan = cached(policy)?;
+        let entry = plan
+            .entries
+            .iter()
+            .find(|e| e.alias == *alias)
+            .ok_or_else(|| Error::undefined(format!("policy \"{policy}\" has no entry \"{alias}\"")))?;
+        let table = entry.table;
+        let refused = if call.event == Event::Update {
+            guard(&plan, &plan.tables[table], call)?
+        } else {
+            None
+        };
+        if refused.is_none() {
+            note(&plan, table, call)?;
+        }
+        Ok(refused)
+    });
+    match outcome {
+        Ok(None) => Ok(()),
+        Ok(Some(refusal)) => Err(refusal),
+        Err(e) if e.is_cancel() => Err(e),
+        Err(e) => {
+            remember(policy, alias, call, &e);
+            Ok(())
+        }
+    }
+}
+
+/// Flags orders, and marks those whose records changed.
+fn note(plan: &Plan, table: usize, call: &TriggerCall) -> Result<()> {
+    if table == 0 {
+        match call.event {
+            Event::Insert | Event::Update => {
+                let facts = flag::in_transition(plan, call)?;
+                flag::upsert(plan, &facts, "import", true)?;
+            }
+            Event::Delete => deleted(plan, call)?,
+            Event::Truncate => truncated(plan)?,
+        }
+    }
+    if matches!(call.event, Event::Insert | Event::Update) {
+        for (index, entry) in plan
+            .entries
+            .iter()
+            .enumerate()
+            .filter(|(_, e)| e.table == table && e.parent.is_some())
+        {
+            let links = walk::select_all(&entry.on_child);
+            let filter = entry.filter.as_ref().map(|f| format!(" WHERE {f}")).unwrap_or_default();
+            let query = format!(
+                "SELECT DISTINCT {} FROM amazon_pii_new AS {}{filter}",
+                links.join(", "),
+                plan.tables[table].relation.name
+            );
+            let owner = Identity::Owner(plan.tables[table].owner);
+            let starts = act_as(owner, &plan.search_path, &[], || sql::in_trigger(call, &query, &[]))?
+                .iter()
+                .map(|r| Ok((0, r.texts(0..links.len())?)))
+                .collect::<Result<Vec<_>>>()?;
+            flag::linked_changed(plan, &sweep::orders_above(plan, index, starts)?)?;
+        }
+    }
+    Ok(())
+}
+
+/// Keys of the rows in a transition table that meet a condition.
+fn transition_keys(plan: &Plan, table: &Table, call: &TriggerCall, from: &str, condition: &str) -> Result<Vec<String>> {
+    let query = format!(
+        "SELECT {} FROM {from} WHERE {condition}",
+        key_columns(table, "new_or_old")
+    );
+    act_as(Identity::Owner(table.owner), &plan.search_path, &[], || {
+        sql::in_trigger(call, &query, &[])
+    })?
+    .iter()
+    .map(|r| key_text(&r.texts(0..table.key.len())?))
+    .collect()
+}
+
+fn key_columns(table: &Table, alias: &str) -> String {
+    table
+        .key_list()
+        .iter()
+        .map(|k| format!("{alias}.{k}"))
+        .collect::<Vec<_>>()
+        .join(", ")
+}
+
+fn deleted(plan: &Plan, call: &TriggerCall) -> Result<()> {
+    let keys = transition_keys(plan, plan.orders(), call, "amazon_pii_old AS new_or_old", "true")?;
+    as_extension(|| {
+        sql::execute(
+            "UPDATE amazon_pii.order_state SET status = 'gone', next_due_at = NULL WHERE policy = $1 AND order_key = ANY ($2) AND status <> 'gone'",
+            &[Arg::Text(Some(&plan.policy)), Arg::texts(&keys)],
+        )
+    })?;
+    Ok(())
+}
+
+fn truncated(plan: &Plan) -> Result<()> {
+    as_extension(|| {
+        // A single partition may have been truncated: the next sweep says which orders are left.
+        sql::execute(
+            "UPDATE amazon_pii.order_state SET status = 'gone', next_due_at = NULL WHERE policy = $1 AND status <> 'gone'",
+            &[Arg::Text(Some(&plan.policy))],
+        )?;
+        sql::execute(
+            "UPDATE amazon_pii.policy SET swept_at = NULL, sweep_started_at = NULL, sweep_after = NULL WHERE policy = $1",
+            &[Arg::Text(Some(&plan.policy))],
+        )
+    })?;
+    Ok(())
+}
+
+/// PII of a retrieved order is read-only. Returns the refusal, if the statement changed some.
+fn guard(plan: &Plan, table: &Table, call: &TriggerCall) -> Result<Option<Error>> {
+    let shown = table.relation.shown();
+    let retrieved = |keys: Option<&[String]>| -> Result<bool> {
+        let rows = as_extension(|| {
+            sql::read(
+                "SELECT true FROM amazon_pii.record_state WHERE status = 'retrieved' AND table_name = $1 \
+                 AND ($2::text[] IS NULL OR record_key = ANY ($2)) LIMIT 1",
+                &[
+                    Arg::Text(Some(&shown)),
+                    keys.map_or(Arg::Typed(pgrx::pg_sys::TEXTARRAYOID, None), Arg::texts),
+                ],
+            )
+        })?;
+        Ok(!rows.is_empty())
+    };
+    if table.cells.is_empty() || !retrieved(None)? {
+        return Ok(None);
+    }
+    let same_key: Vec<String> = table
+        .key_list()
+        .iter()
+        .map(|k| format!("new_or_old.{k} = amazon_pii_new.{k}"))
+        .collect();
+    let differs: Vec<String> = table
+        .cells
+        .iter()
+        .map(|c| {
+            let (old, new) = (format!("new_or_old.{}", c.name), format!("amazon_pii_new.{}", c.name));
+            format!("{} IS DISTINCT FROM {}", ident::out(old), ident::out(new))
+        })
+        .collect();
+    let keys = transition_keys(
+        plan,
+        table,
+        call,
+        &format!(
+            "amazon_pii_old AS new_or_old LEFT JOIN amazon_pii_new ON {}",
+            same_key.join(" AND ")
+        ),
+        &differs.join(" OR "),
+    )?;
+    Ok((!keys.is_empty() && retrieved(Some(&keys))?).then(|| Error::read_only(&shown)))
+}
+
+/// When flagging fails the statement goes through; what can be noted is, and the policy says what is wrong.
+fn remember(policy: &str, alias: &str, call: &TriggerCall, error: &Error) {
+    let noted = subtransaction(|| {
+        as_extension(|| {
+            sql::execute(
+                "UPDATE amazon_pii.policy SET last_error = $2, swept_at = NULL WHERE policy = $1 \
+                 AND (last_error IS DISTINCT FROM $2 OR swept_at IS NOT NULL)",
+                &[Arg::Text(Some(policy)), Arg::Text(Some(&error.stored()))],
+            )
+        })?;
+        Ok(())
+    });
+    let _ = subtransaction(|| flag_failed(policy, alias, call, error));
+    if noted.is_err() {
+        pgrx::warning!(
+            "amazon_pii could not note that flagging failed for policy \"{policy}\"; the daily sweep finds the orders"
+        );
+    }
+}
+
+/// Flags the statement's orders as failed, by their keys alone.
+fn flag_failed(policy: &str, alias: &str, call: &TriggerCall, error: &Error) -> Result<()> {
+    if !alias.is_empty() || !matches!(call.event, Event::Insert | Event::Update) {
+        return Ok(());
+    }
+    let plan = cached(policy)?;
+    let table = plan.orders();
+    let keys = transition_keys(&plan, table, call, "amazon_pii_new AS new_or_old", "true")?;
+    as_extension(|| {
+        // The next cycle evaluates them again; those that are no Amazon orders are dropped by then.
+        sql::execute(
+            "INSERT INTO amazon_pii.order_state (policy, order_key, status, flagged_by, last_error) \
+             SELECT $1, k, 'failed', 'failed', $3 FROM pg_catalog.unnest($2) AS k ON CONFLICT DO NOTHING",
+            &[
+                Arg::Text(Some(policy)),
+                Arg::texts(&keys),
+                Arg::Text(Some(&error.stored())),
+            ],
+        )?;
+        sql::execute(
+            "INSERT INTO amazon_pii.touched (policy, entry, row_key) SELECT $1, '', k FROM pg_catalog.unnest($2) AS k",
+            &[Arg::Text(Some(policy)), Arg::texts(&keys)],
+        )
+    })?;
+    Ok(())
+}
+
+/// Logical replication applied a row: its key is noted, the next cycle does the rest.
+///
+/// # Errors
+/// None that reach the apply worker, a cancel aside.
+pub fn applied(call: &TriggerCall) -> Result<()> {
+    let [policy, alias] = call.args.as_slice() else {
+        return Ok(());
+    };
+    let outcome = subtransaction(|| {
+        let plan = cached(policy)?;
+        let entry = plan.entries.iter().find(|e| e.alias == *alias);
+        let table = entry.map_or_else(|| plan.orders(), |e| &plan.tables[e.table]);
+        let key = table
+            .key
+            .iter()
+            .map(|(name, _)| call.column(name.bare()))
+            .collect::<Result<Vec<_>>>()?;
+        as_extension(|| {
+            sql::execute(
+                "INSERT INTO amazon_pii.touched (policy, entry, row_key) VALUES ($1, $2, $3)",
+                &[
+                    Arg::Text(Some(policy)),
+                    Arg::Text(Some(alias)),
+                    Arg::Text(Some(&key_text(&key)?)),
+                ],
+            )
+        })?;
+        Ok(())
+    });
+    match outcome {
+        Err(e) if e.is_cancel() => Err(e),
+        Err(e) => {
+            remember(policy, alias, call, &e);
+            Ok(())
+        }
+        Ok(()) => Ok(()),
+    }
+}
+
+thread_local! {
+    /// Our own CREATE TRIGGER statements are no news.
+    static IN_DDL: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
+}
+
+/// A DDL command ended: new partitions of a policy's tables get their triggers. Never fails that command.
+///
+/// # Errors
+/// A cancel.
+pub fn structure_changed() -> Result<()> {
+    if IN_DDL.replace(true) {
+        return Ok(());
+    }
+    let outcome = subtransaction(|| {
+        let policies = as_extension(|| {
+            sql::read(
+                "SELECT DISTINCT t.policy FROM pg_catalog.pg_event_trigger_ddl_commands() c JOIN amazon_pii.policy_table t \
+                 ON t.relation::oid IN (SELECT a.relid FROM pg_catalog.pg_partition_ancestors(c.objid) a) \
+                 WHERE c.classid = 'pg_catalog.pg_class'::regclass",
+                &[],
+            )
+        })?;
+        for row in &policies {
+            ensure(&Plan::load(row.str(0)?)?)?;
+        }
+        Ok(())
+    });
+    IN_DDL.set(false);
+    match outcome {
+        Err(e) if e.is_cancel() => Err(e),
+        Err(_) => {
+            pgrx::warning!("amazon_pii could not look after new partitions; the next cycle does");
+            Ok(())
+        }
+        Ok(()) => Ok(()),
+    }
+}

@@ -1,0 +1,277 @@
+//! Ways along a policy's links, one statement a link, each as the owner of the table that it reads. Values cross
+//! between owners as text in arrays; nothing is joined across them.
+
+use pgrx::pg_sys;
+
+use super::plan::{Plan, Table};
+use crate::pg::error::{Error, Result};
+use crate::pg::ident::{Expr, Ident};
+use crate::pg::identity::{Identity, KEYED, act_as};
+use crate::pg::sql::{self, Arg, Row};
+
+/// Key parts, or the values of a link, as text.
+pub type Values = Vec<Option<String>>;
+
+/// A row that a statement found for one of its inputs. Its selected columns start at [`FIRST`].
+pub struct Found {
+    /// Position in the list of inputs.
+    pub input: usize,
+    pub row: Row,
+}
+
+/// The first selected column of a found row.
+pub const FIRST: usize = 1;
+
+/// What to look for in one table.
+pub struct Hop<'a> {
+    pub table: &'a Table,
+    /// Expressions over the table's row that must equal the inputs.
+    pub on: &'a [Expr],
+    /// Types of the inputs.
+    pub types: &'a [pg_sys::Oid],
+    pub filter: Option<&'a Expr>,
+    /// SQL over the table's row.
+    pub select: &'a [String],
+    /// Rows at most for each input.
+    pub limit: Option<u32>,
+}
+
+/// The alias of a batch's arrays in our statements; no column of the user's can be called so by accident.
+pub const BATCH: &str = "\"amazon_pii.batch\"";
+
+/// The name of the `i`th array of a batch.
+pub fn batch_column(i: usize) -> Ident {
+    Ident::new(format!("amazon_pii.{i}"))
+}
+
+/// `ROWS FROM (unnest($1), …) WITH ORDINALITY AS batch (…)` for `count` parameters from `$1` on.
+pub fn batch_rows(count: usize) -> String {
+    let arrays: Vec<String> = (1..=count).map(|i| format!("pg_catalog.unnest(${i})")).collect();
+    let names: Vec<String> = (0..count).map(|i| batch_column(i).to_string()).collect();
+    format!(
+        "ROWS FROM ({}) WITH ORDINALITY AS {BATCH} ({}, n)",
+        arrays.join(", "),
+        names.join(", ")
+    )
+}
+
+/// Turns rows of values into one array a column.
+pub fn columns<'a>(types: &[pg_sys::Oid], rows: impl Iterator<Item = &'a Values> + Clone) -> Vec<Arg<'a>> {
+    types
+        .iter()
+        .enumerate()
+        .map(|(i, oid)| {
+            Arg::Array(
+                *oid,
+                rows.clone().map(|r| r.get(i).and_then(Option::as_deref)).collect(),
+            )
+        })
+        .collect()
+}
+
+/// Runs one hop for all inputs. Inputs with a NULL find nothing, as a join would not.
+///
+/// # Errors
+/// Errors of the server or of the owner's expressions, without their words.
+pub fn hop(plan: &Plan, hop: &Hop<'_>, inputs: &[Values]) -> Result<Vec<Found>> {
+    let usable: Vec<usize> = (0..inputs.len())
+        .filter(|i| inputs[*i].iter().all(Option::is_some))
+        .collect();
+    if usable.is_empty() {
+        return Ok(Vec::new());
+    }
+    let table = hop.table;
+    let condition: Vec<String> = hop
+        .on
+        .iter()
+        .enumerate()
+        .map(|(i, e)| format!("{e} = {BATCH}.{}", batch_column(i)))
+        .chain(hop.filter.map(ToString::to_string))
+        .collect();
+    let select: String = hop.select.iter().map(|s| format!(", {s}")).collect();
+    let names: Vec<String> = (0..hop.select.len())
+        .map(|i| Ident::new(format!("amazon_pii.s{i}")).to_string())
+        .collect();
+    let query = match hop.limit {
+        None => format!(
+            "SELECT {BATCH}.n{select} FROM {} JOIN {} AS {} ON {}",
+            batch_rows(hop.on.len()),
+            table.relation,
+            table.relation.name,
+            condition.join(" AND ")
+        ),
+        Some(limit) => format!(
+            "SELECT {BATCH}.n{} FROM {} CROSS JOIN LATERAL (SELECT true{select} FROM {} AS {} WHERE {} LIMIT {limit}) AS found (one{})",
+            names.iter().map(|n| format!(", found.{n}")).collect::<String>(),
+            batch_rows(hop.on.len()),
+            table.relation,
+            table.relation.name,
+            condition.join(" AND "),
+            names.iter().map(|n| format!(", {n}")).collect::<String>(),
+        ),
+    };
+    let pins = if table.has_index(hop.on) { KEYED } else { &[] };
+    let rows = act_as(Identity::Owner(table.owner), &plan.search_path, pins, || {
+        sql::read(&query, &columns(hop.types, usable.iter().map(|i| &inputs[*i])))
+    })
+    .map_err(|e| e.at(&table.relation.shown()))?;
+    rows.into_iter()
+        .map(|row| {
+            let n = usize::try_from(row.int(0)?).map_err(|_| Error::internal("an ordinality is negative"))?;
+            let input = n.checked_sub(1).and_then(|n| usable.get(n)).copied();
+            Ok(Found {
+                input: input.ok_or_else(|| Error::internal("an ordinality is out of range"))?,
+                row,
+            })
+        })
+        .collect()
+}
+
+/// Reads rows by their keys.
+///
+/// # Errors
+/// As [`hop`].
+pub fn by_key(plan: &Plan, table: &Table, keys: &[Values], select: &[String]) -> Result<Vec<Found>> {
+    let on: Vec<Expr> = table.key.iter().map(|(name, _)| Expr::column(name.bare())).collect();
+    let types: Vec<pg_sys::Oid> = table.key.iter().map(|(_, oid)| *oid).collect();
+    hop(
+        plan,
+        &Hop {
+            table,
+            on: &on,
+            types: &types,
+            filter: None,
+            select,
+            limit: None,
+        },
+        keys,
+    )
+}
+
+/// Follows the links from orders down to the rows of entry `last`, selecting `select` there.
+/// The inputs are keys of orders; what is found names the order it was found for.
+///
+/// # Errors
+/// As [`hop`].
+pub fn down(
+    plan: &Plan,
+    orders: &[Values],
+    last: usize,
+    select: &[String],
+    filter: Option<&Expr>,
+) -> Result<Vec<Found>> {
+    let path = plan.path(last);
+    let first_links = path
+        .first()
+        .map(|e| select_all(&plan.entries[*e].on_parent))
+        .unwrap_or_default();
+    let mut at = by_key(plan, plan.orders(), orders, &first_links)?
+        .into_iter()
+        .map(|f| Ok((f.input, f.row.texts(FIRST..FIRST + first_links.len())?)))
+        .collect::<Result<Vec<_>>>()?;
+    for (step, index) in path.iter().enumerate() {
+        let entry = &plan.entries[*index];
+        let next = path.get(step + 1).map(|e| select_all(&plan.entries[*e].on_parent));
+        let wanted = next.as_deref().unwrap_or(select);
+        let (origins, inputs): (Vec<usize>, Vec<Values>) = at.into_iter().unzip();
+        let both = match (entry.filter.as_ref(), filter.filter(|_| next.is_none())) {
+            (Some(a), Some(b)) => Some(Expr::both(a, b)),
+            (a, b) => a.or(b).cloned(),
+        };
+        let found = hop(
+            plan,
+            &Hop {
+                table: &plan.tables[entry.table],
+                on: &entry.on_child,
+                types: &entry.on_parent_types,
+                filter: both.as_ref(),
+                select: wanted,
+                limit: None,
+            },
+            &inputs,
+        )?;
+        if next.is_none() {
+            return Ok(found
+                .into_iter()
+                .map(|f| Found {
+                    input: origins[f.input],
+                    row: f.row,
+                })
+                .collect());
+        }
+        at = found
+            .into_iter()
+            .map(|f| Ok((origins[f.input], f.row.texts(FIRST..FIRST + wanted.len())?)))
+            .collect::<Result<Vec<_>>>()?;
+    }
+    Ok(Vec::new())
+}
+
+/// Follows the links from values of entry `from`'s child side up to the orders, selecting `select` there.
+///
+/// # Errors
+/// As [`hop`].
+pub fn up(
+    plan: &Plan,
+    from: usize,
+    links: Vec<(usize, Values)>,
+    select: &[String],
+    limit: Option<u32>,
+) -> Result<Vec<Found>> {
+    let mut at = links;
+    let mut index = from;
+    loop {
+        let entry = &plan.entries[index];
+        let Some(parent_index) = entry.parent else {
+            return Ok(Vec::new());
+        };
+        let parent = &plan.entries[parent_index];
+        let top = parent.parent.is_none();
+        let next = select_all(&parent.on_child);
+        let (origins, inputs): (Vec<usize>, Vec<Values>) = at.into_iter().unzip();
+        let found = hop(
+            plan,
+            &Hop {
+                table: &plan.tables[parent.table],
+                on: &entry.on_parent,
+                types: &entry.on_child_types,
+                filter: parent.filter.as_ref(),
+                select: if top { select } else { &next },
+                limit: if top { limit } else { None },
+            },
+            &inputs,
+        )?;
+        if top {
+            return Ok(found
+                .into_iter()
+                .map(|f| Found {
+                    input: origins[f.input],
+                    row: f.row,
+                })
+                .collect());
+        }
+        at = found
+            .into_iter()
+            .map(|f| Ok((origins[f.input], f.row.texts(FIRST..FIRST + next.len())?)))
+            .collect::<Result<Vec<_>>>()?;
+        index = parent_index;
+    }
+}
+
+/// Expressions as a select list.
+pub fn select_all(expressions: &[Expr]) -> Vec<String> {
+    expressions.iter().map(ToString::to_string).collect()
+}
+
+/// A key as it is stored: a JSON array of text forms.
+pub fn key_text(key: &[Option<String>]) -> Result<String> {
+    serde_json::to_string(key).map_err(|_| Error::internal("a key could not be written"))
+}
+
+/// The parts of a stored key.
+///
+/// # Errors
+/// It is none.
+pub fn key_parts(text: &str) -> Result<Values> {
+    serde_json::from_str(text).map_err(|_| Error::internal("a stored key is damaged"))
+}

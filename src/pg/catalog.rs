@@ -1,0 +1,212 @@
+//! Facts about the user's tables, read from the catalog.
+
+use pgrx::pg_sys;
+
+use super::error::{Error, Result};
+use super::ident::{Expr, Ident, Relation};
+use super::sql::{self, Arg, Row};
+
+/// A column.
+#[derive(Debug, Clone)]
+pub struct Column {
+    pub name: Ident,
+    pub type_oid: pg_sys::Oid,
+    /// The type below all domains.
+    pub base_type: pg_sys::Oid,
+    pub not_null: bool,
+    pub generated: bool,
+    pub is_array: bool,
+    /// Characters at most, for character types.
+    pub max_length: Option<i64>,
+    pub number: i64,
+    /// Declared type, for people.
+    pub type_shown: String,
+}
+
+/// A table, as far as a policy cares.
+#[derive(Debug, Clone)]
+pub struct TableFacts {
+    pub relation: Relation,
+    pub owner: pg_sys::Oid,
+    pub kind: char,
+    pub has_rules: bool,
+    pub has_children: bool,
+    pub forced_rls: bool,
+    pub persistent: bool,
+    pub columns: Vec<Column>,
+    /// Usable keys: NOT NULL, immediate, total; the primary key first.
+    pub keys: Vec<Vec<String>>,
+    /// Leading columns of usable indexes.
+    pub indexed: Vec<Vec<String>>,
+    /// Leading expressions of usable indexes, as the server prints them.
+    pub indexed_expressions: Vec<String>,
+}
+
+impl TableFacts {
+    /// A column by its bare name.
+    pub fn column(&self, name: &str) -> Option<&Column> {
+        self.columns.iter().find(|c| c.name.bare() == name)
+    }
+}
+
+/// Resolves a table's name.
+///
+/// # Errors
+/// Errors of the server.
+pub fn find(schema: Option<&str>, name: &str) -> Result<Option<pg_sys::Oid>> {
+    let rows = match schema {
+        Some(schema) => sql::read(
+            "SELECT c.oid FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
+             WHERE n.nspname = $1 AND c.relname = $2 AND c.relkind IN ('r', 'p', 'v', 'm', 'f')",
+            &[Arg::Text(Some(schema)), Arg::Text(Some(name))],
+        )?,
+        None => sql::read(
+            "SELECT c.oid FROM pg_catalog.pg_class c WHERE c.relname = $1 AND pg_catalog.pg_table_is_visible(c.oid) \
+             AND c.relkind IN ('r', 'p', 'v', 'm', 'f')",
+            &[Arg::Text(Some(name))],
+        )?,
+    };
+    rows.first().map(|r| r.oid(0)).transpose()
+}
+
+/// Everything about one table; `None` when it no longer exists.
+///
+/// # Errors
+/// Errors of the server.
+pub fn facts(oid: pg_sys::Oid) -> Result<Option<TableFacts>> {
+    let rows = sql::read(
+        "SELECT n.nspname, c.relname, c.relowner, c.relkind, \
+                EXISTS (SELECT FROM pg_catalog.pg_rewrite r WHERE r.ev_class = c.oid), \
+                c.relkind = 'r' AND EXISTS (SELECT FROM pg_catalog.pg_inherits i WHERE i.inhparent = c.oid), \
+                c.relrowsecurity AND c.relforcerowsecurity, c.relpersistence = 'p' \
+         FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = $1",
+        &[Arg::Oid(oid)],
+    )?;
+    let Some(row) = rows.first() else { return Ok(None) };
+    let columns = sql::read(
+        "WITH RECURSIVE base (start, oid, typmod) AS ( \
+            SELECT a.atttypid, a.atttypid, a.atttypmod FROM pg_catalog.pg_attribute a WHERE a.attrelid = $1 AND a.attnum > 0 AND NOT a.attisdropped \
+            UNION \
+            SELECT b.start, t.typbasetype, t.typtypmod FROM base b JOIN pg_catalog.pg_type t ON t.oid = b.oid WHERE t.typtype = 'd') \
+         SELECT a.attname, a.atttypid, b.oid, a.attnotnull, a.attgenerated <> '', t.typelem <> 0 AND t.typlen = -1, \
+                CASE WHEN b.oid IN (1042, 1043) AND GREATEST(b.typmod, a.atttypmod) > 4 THEN GREATEST(b.typmod, a.atttypmod) - 4 END, a.attnum, \
+                pg_catalog.format_type(a.atttypid, a.atttypmod) \
+         FROM pg_catalog.pg_attribute a \
+         JOIN base b ON b.start = a.atttypid JOIN pg_catalog.pg_type t ON t.oid = b.oid AND t.typtype <> 'd' \
+         WHERE a.attrelid = $1 AND a.attnum > 0 AND NOT a.attisdropped \
+           AND (a.atttypid <> b.oid OR b.typmod = a.atttypmod) \
+         ORDER BY a.attnum",
+        &[Arg::Oid(oid)],
+    )?;
+    let mut seen = std::collections::BTreeSet::new();
+    let columns = columns
+        .iter()
+        .map(|r| column(r))
+        .collect::<Result<Vec<_>>>()?
+        .into_iter()
+        .filter(|c| seen.insert(c.number))
+        .collect();
+    let keys = sql::read(
+        "SELECT pg_catalog.array_to_string(ARRAY(SELECT pg_catalog.to_json(a.attname::text)::text \
+                  FROM pg_catalog.unnest(i.indkey::int2[]) WITH ORDINALITY AS k (n, o) \
+                  JOIN pg_catalog.pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.n ORDER BY k.o), ',') \
+         FROM pg_catalog.pg_index i WHERE i.indrelid = $1 AND i.indisunique AND i.indimmediate AND i.indisvalid \
+           AND i.indpred IS NULL AND i.indexprs IS NULL AND i.indnkeyatts = i.indnatts \
+           AND NOT EXISTS (SELECT FROM pg_catalog.unnest(i.indkey::int2[]) AS k (n) \
+                           JOIN pg_catalog.pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.n WHERE NOT a.attnotnull) \
+         ORDER BY i.indisprimary DESC, i.indexrelid",
+        &[Arg::Oid(oid)],
+    )?;
+    let indexed = sql::read(
+        "SELECT pg_catalog.array_to_string(ARRAY(SELECT pg_catalog.to_json(a.attname::text)::text \
+                  FROM pg_catalog.unnest(i.indkey::int2[]) WITH ORDINALITY AS k (n, o) \
+                  JOIN pg_catalog.pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.n \
+                  WHERE k.o <= i.indnkeyatts ORDER BY k.o), ','), \
+                CASE WHEN i.indkey[0] = 0 THEN pg_catalog.pg_get_indexdef(i.indexrelid, 1, false) END \
+         FROM pg_catalog.pg_index i JOIN pg_catalog.pg_class c ON c.oid = i.indexrelid \
+         JOIN pg_catalog.pg_am m ON m.oid = c.relam \
+         WHERE i.indrelid = $1 AND i.indisvalid AND i.indpred IS NULL AND m.amname IN ('btree', 'hash')",
+        &[Arg::Oid(oid)],
+    )?;
+    Ok(Some(TableFacts {
+        relation: Relation {
+            oid,
+            schema: Ident::new(row.str(0)?),
+            name: Ident::new(row.str(1)?),
+        },
+        owner: row.oid(2)?,
+        kind: row.str(3)?.chars().next().unwrap_or('?'),
+        has_rules: row.bool(4)?,
+        has_children: row.bool(5)?,
+        forced_rls: row.bool(6)?,
+        persistent: row.bool(7)?,
+        columns,
+        keys: keys.iter().map(names).collect::<Result<_>>()?,
+        indexed: indexed.iter().map(names).collect::<Result<_>>()?,
+        indexed_expressions: indexed
+            .iter()
+            .filter_map(|r| r.owned(1).transpose())
+            .collect::<Result<_>>()?,
+    }))
+}
+
+fn column(row: &Row) -> Result<Column> {
+    Ok(Column {
+        name: Ident::new(row.str(0)?),
+        type_oid: row.oid(1)?,
+        base_type: row.oid(2)?,
+        not_null: row.bool(3)?,
+        generated: row.bool(4)?,
+        is_array: row.bool(5)?,
+        max_length: row
+            .text(6)?
+            .map(|n| n.parse().map_err(|_| Error::internal("a type modifier is no number")))
+            .transpose()?,
+        number: row.int(7)?,
+        type_shown: row.string(8)?,
+    })
+}
+
+/// Names that came as the inside of a JSON array, so that any character may be in them.
+fn names(row: &Row) -> Result<Vec<String>> {
+    serde_json::from_str(&format!("[{}]", row.str(0)?)).map_err(|_| Error::internal("column names of an index"))
+}
+
+/// Partitions of a table that hold rows, the table itself first.
+///
+/// # Errors
+/// Errors of the server.
+pub fn with_partitions(oid: pg_sys::Oid) -> Result<Vec<Relation>> {
+    let rows = sql::read(
+        "SELECT c.oid, n.nspname, c.relname FROM pg_catalog.pg_class c \
+         JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
+         WHERE c.oid = $1 OR (c.relkind IN ('r', 'p') AND c.oid IN (SELECT relid FROM pg_catalog.pg_partition_tree($1))) \
+         ORDER BY c.oid <> $1, c.oid",
+        &[Arg::Oid(oid)],
+    )?;
+    rows.iter()
+        .map(|r| {
+            Ok(Relation {
+                oid: r.oid(0)?,
+                schema: Ident::new(r.str(1)?),
+                name: Ident::new(r.str(2)?),
+            })
+        })
+        .collect()
+}
+
+/// The types of expressions over a table's row, in the current identity.
+///
+/// # Errors
+/// Errors of the server: unknown columns, functions, types.
+pub fn expression_types(relation: &Relation, expressions: &[Expr]) -> Result<Vec<pg_sys::Oid>> {
+    if expressions.is_empty() {
+        return Ok(Vec::new());
+    }
+    let list: Vec<String> = expressions.iter().map(ToString::to_string).collect();
+    sql::result_types(&format!(
+        "SELECT {} FROM {relation} AS {} LIMIT 0",
+        list.join(", "),
+        relation.name
+    ))
+}

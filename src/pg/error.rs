@@ -1,0 +1,299 @@
+//! One error type. Each kind fixes its SQLSTATE, its words and its hint, so that no call site can improvise,
+//! and none of them ever carries a value of a row.
+
+use pgrx::PgSqlErrorCode as Code;
+use pgrx::pg_sys;
+use pgrx::pg_sys::panic::{CaughtError, ErrorReport};
+
+/// What went wrong, safe to store and to show.
+#[derive(Debug, Clone)]
+pub struct Error {
+    code: Code,
+    message: String,
+    detail: Option<String>,
+    hint: Option<String>,
+    /// The server (or code of a table's owner) raised it: its words may hold values and are not kept.
+    foreign: bool,
+}
+
+/// Result of anything that talks to the server.
+pub type Result<T> = std::result::Result<T, Error>;
+
+impl Error {
+    fn ours(code: Code, message: impl Into<String>) -> Self {
+        Self {
+            code,
+            message: message.into(),
+            detail: None,
+            hint: None,
+            foreign: false,
+        }
+    }
+
+    /// Adds the hint, a sentence that says what to do.
+    #[must_use]
+    pub fn hint(mut self, hint: impl Into<String>) -> Self {
+        self.hint = Some(hint.into());
+        self
+    }
+
+    /// Adds a detail, a sentence without values of rows.
+    #[must_use]
+    pub fn detail(mut self, detail: impl Into<String>) -> Self {
+        self.detail = Some(detail.into());
+        self
+    }
+
+    /// A bug or a damaged state of our own.
+    pub fn internal(what: impl Into<String>) -> Self {
+        Self::ours(Code::ERRCODE_INTERNAL_ERROR, what)
+    }
+
+    /// An argument or document that cannot be accepted.
+    pub fn invalid(what: impl Into<String>) -> Self {
+        Self::ours(Code::ERRCODE_INVALID_PARAMETER_VALUE, what)
+    }
+
+    /// Something the caller's role was not granted.
+    pub fn privilege(what: impl Into<String>) -> Self {
+        Self::ours(Code::ERRCODE_INSUFFICIENT_PRIVILEGE, what)
+    }
+
+    /// A policy, table or column that does not exist.
+    pub fn undefined(what: impl Into<String>) -> Self {
+        Self::ours(Code::ERRCODE_UNDEFINED_OBJECT, what)
+    }
+
+    /// An order number that no policy tracks.
+    pub fn unknown_order(number: &str) -> Self {
+        Self::ours(
+            Code::ERRCODE_NO_DATA_FOUND,
+            format!("no flagged order has the number \"{number}\""),
+        )
+        .hint("amazon_pii.find_orders() also looks among the numbers of linked records.")
+    }
+
+    /// An order number that several policies track.
+    pub fn ambiguous_order(number: &str, policies: &[String]) -> Self {
+        Self::ours(
+            Code::ERRCODE_TOO_MANY_ROWS,
+            format!("order \"{number}\" is tracked by several policies"),
+        )
+        .detail(format!("They are: {}.", policies.join(", ")))
+        .hint("Name one with policy => '…'.")
+    }
+
+    /// An order that is in the wrong state for what was asked.
+    pub fn wrong_state(what: impl Into<String>) -> Self {
+        Self::ours(Code::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE, what)
+    }
+
+    /// An order whose PII is already written back.
+    pub fn already_retrieved(number: &str) -> Self {
+        Self::ours(
+            Code::ERRCODE_OBJECT_IN_USE,
+            format!("order \"{number}\" is already retrieved"),
+        )
+        .hint("amazon_pii.end_retrieval() ends the retrieval early; amazon_pii.peek() reads without writing back.")
+    }
+
+    /// An order whose archive is gone for good.
+    pub fn purged(number: &str) -> Self {
+        Self::ours(
+            Code::ERRCODE_UNDEFINED_OBJECT,
+            format!("the archived personal data of order \"{number}\" no longer exists"),
+        )
+        .hint("It was shredded, or is past its retention; nothing can bring it back.")
+    }
+
+    /// An archive that cannot be reached or opened.
+    pub fn archive(what: impl Into<String>) -> Self {
+        Self::ours(Code::ERRCODE_CONNECTION_FAILURE, what)
+    }
+
+    /// An archived document that is not what was sealed.
+    pub fn damaged(what: impl Into<String>) -> Self {
+        Self::ours(Code::ERRCODE_DATA_CORRUPTED, what).hint(
+            "Nothing was overwritten. Restore the archive's row from a backup, or let the order be archived again.",
+        )
+    }
+
+    /// No master key.
+    pub fn no_key(what: impl Into<String>) -> Self {
+        Self::ours(Code::ERRCODE_CONFIG_FILE_ERROR, what).hint(
+            "Make one with: (umask 077; openssl rand -hex 32 > /etc/postgresql/amazon_pii.key), owned by the server's \
+             user, and set amazon_pii.key_file to that path in postgresql.conf, or set amazon_pii.key_command.",
+        )
+    }
+
+    /// A resource of the server that is not to be had now.
+    pub fn resources(what: impl Into<String>) -> Self {
+        Self::ours(Code::ERRCODE_INSUFFICIENT_RESOURCES, what)
+    }
+
+    /// A call that may not run inside a transaction block.
+    pub fn in_transaction(what: &str) -> Self {
+        Self::ours(
+            Code::ERRCODE_ACTIVE_SQL_TRANSACTION,
+            format!("{what} cannot run inside a transaction block"),
+        )
+    }
+
+    /// A write to a retrieved order's PII.
+    pub fn read_only(table: &str) -> Self {
+        Self::ours(
+            Code::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
+            format!("personal data in {table} is read-only while its Amazon order is retrieved"),
+        )
+        .hint("Call amazon_pii.end_retrieval() first; columns that hold no personal data can be written.")
+    }
+
+    /// A row that changed, or that the shop's own code wrote differently from what was asked.
+    pub fn not_overwritten(what: impl Into<String>) -> Self {
+        Self::ours(Code::ERRCODE_TRIGGERED_DATA_CHANGE_VIOLATION, what)
+    }
+
+    /// A value of a size or form that cannot travel.
+    pub fn unsupported(what: impl Into<String>) -> Self {
+        Self::ours(Code::ERRCODE_FEATURE_NOT_SUPPORTED, what)
+    }
+
+    /// The same error with the place where it happened in front.
+    #[must_use]
+    pub fn at(mut self, place: &str) -> Self {
+        if !self.message.starts_with(place) {
+            self.message = format!("{place}: {}", self.message);
+        }
+        self
+    }
+
+    /// Five characters, as PostgreSQL prints them.
+    pub fn sqlstate(&self) -> String {
+        let mut packed = self.code as i32;
+        (0..5)
+            .map(|_| {
+                let c = char::from((packed & 0x3f) as u8 + b'0');
+                packed >>= 6;
+                c
+            })
+            .collect()
+    }
+
+    /// What may be stored in `last_error`: SQLSTATE and words of our own.
+    pub fn stored(&self) -> String {
+        format!("{}: {}", self.sqlstate(), self.message)
+    }
+
+    /// Our words, without SQLSTATE.
+    pub fn message(&self) -> &str {
+        &self.message
+    }
+
+    /// The hint, if any.
+    pub fn hint_text(&self) -> Option<&str> {
+        self.hint.as_deref()
+    }
+
+    /// The caller pressed cancel, or the server is stopping: never to be swallowed.
+    pub fn is_cancel(&self) -> bool {
+        matches!(
+            self.code,
+            Code::ERRCODE_QUERY_CANCELED | Code::ERRCODE_ADMIN_SHUTDOWN | Code::ERRCODE_CRASH_SHUTDOWN
+        )
+    }
+
+    /// A lock that was not to be had in time, or a deadlock: the order waits for the next batch, it has not failed.
+    pub fn is_lock(&self) -> bool {
+        matches!(
+            self.code,
+            Code::ERRCODE_LOCK_NOT_AVAILABLE
+                | Code::ERRCODE_T_R_DEADLOCK_DETECTED
+                | Code::ERRCODE_T_R_SERIALIZATION_FAILURE
+        )
+    }
+
+    /// Raises it in the server.
+    pub fn raise(self) -> ! {
+        let mut report = ErrorReport::new(self.code, self.message, "");
+        if let Some(detail) = self.detail {
+            report = report.set_detail(detail);
+        }
+        if let Some(hint) = self.hint {
+            report = report.set_hint(hint);
+        }
+        report.report(pgrx::PgLogLevel::ERROR);
+        unreachable!("an error report does not return")
+    }
+}
+
+impl From<CaughtError> for Error {
+    fn from(caught: CaughtError) -> Self {
+        match caught {
+            // Raised by our own code through `raise`: its words are ours.
+            CaughtError::ErrorReport(report) => Self {
+                code: report.sql_error_code(),
+                message: report.message().to_owned(),
+                detail: report.detail().map(str::to_owned),
+                hint: report.hint().map(str::to_owned),
+                foreign: false,
+            },
+            // The server's words may quote a row ("Key (email)=(…)"), a RAISE of the shop's code may say anything.
+            CaughtError::PostgresError(report) => Self {
+                code: report.sql_error_code(),
+                message: words_for(report.sql_error_code()),
+                detail: None,
+                hint: None,
+                foreign: true,
+            },
+            CaughtError::RustPanic { .. } => Self::internal("unexpected failure inside amazon_pii"),
+        }
+    }
+}
+
+impl Error {
+    /// Whether the server, or the shop's own code, raised it.
+    pub fn is_foreign(&self) -> bool {
+        self.foreign
+    }
+}
+
+/// Words for an error of the server, by its class; the server's own message is dropped because it may quote a value.
+fn words_for(code: Code) -> String {
+    match code {
+        Code::ERRCODE_UNIQUE_VIOLATION => "a unique constraint refused the value",
+        Code::ERRCODE_CHECK_VIOLATION => "a check constraint refused the value",
+        Code::ERRCODE_NOT_NULL_VIOLATION => "a not-null constraint refused the value",
+        Code::ERRCODE_FOREIGN_KEY_VIOLATION => "a foreign key refused the value",
+        Code::ERRCODE_EXCLUSION_VIOLATION => "an exclusion constraint refused the value",
+        Code::ERRCODE_STRING_DATA_RIGHT_TRUNCATION => "the value is too long for the column",
+        Code::ERRCODE_INSUFFICIENT_PRIVILEGE => "the table owner lacks a privilege",
+        Code::ERRCODE_UNDEFINED_TABLE => "a table does not exist",
+        Code::ERRCODE_UNDEFINED_COLUMN => "a column does not exist",
+        Code::ERRCODE_UNDEFINED_FUNCTION => "a function or operator does not exist",
+        Code::ERRCODE_LOCK_NOT_AVAILABLE => "a lock could not be had in time",
+        Code::ERRCODE_T_R_DEADLOCK_DETECTED => "a deadlock was resolved",
+        Code::ERRCODE_QUERY_CANCELED => "canceled",
+        Code::ERRCODE_SYNTAX_ERROR => "syntax error in an expression of the policy",
+        Code::ERRCODE_RAISE_EXCEPTION => "an exception was raised by code of the table's owner",
+        _ => return "the server refused".to_owned(),
+    }
+    .to_owned()
+}
+
+/// Raises `Err`, so that exported functions read as one expression.
+pub fn or_raise<T>(result: Result<T>) -> T {
+    result.unwrap_or_else(|e| e.raise())
+}
+
+/// The current user's name, for messages.
+pub fn role_name(role: pg_sys::Oid) -> String {
+    // SAFETY: `noerr` is true, so a missing role gives NULL; the result is a palloc'd C string or NULL.
+    unsafe {
+        let name = pg_sys::GetUserNameFromId(role, true);
+        if name.is_null() {
+            format!("role with OID {role}")
+        } else {
+            std::ffi::CStr::from_ptr(name).to_string_lossy().into_owned()
+        }
+    }
+}

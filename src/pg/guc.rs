@@ -1,0 +1,149 @@
+//! Settings, alphabetical. What a data protection officer would sign lives in the policy instead.
+
+use std::ffi::CString;
+
+use pgrx::{GucContext, GucFlags, GucRegistry, GucSetting};
+
+static ACTOR: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(None);
+static BATCH_SIZE: GucSetting<i32> = GucSetting::<i32>::new(500);
+static DATABASES: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(None);
+static ENABLED: GucSetting<bool> = GucSetting::<bool>::new(true);
+static KEY_COMMAND: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(None);
+static KEY_FILE: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(None);
+static NAPTIME: GucSetting<i32> = GucSetting::<i32>::new(60);
+static WORKERS: GucSetting<i32> = GucSetting::<i32>::new(1);
+
+/// Defines the settings; called once, from `_PG_init`.
+pub fn register() {
+    GucRegistry::define_string_guc(
+        c"amazon_pii.actor",
+        c"The application's own user, recorded in the audit log beside the session user.",
+        c"Set by applications that share one database role. Recorded, never trusted.",
+        &ACTOR,
+        GucContext::Userset,
+        GucFlags::default(),
+    );
+    GucRegistry::define_int_guc(
+        c"amazon_pii.batch_size",
+        c"Orders in one transaction of a cycle.",
+        c"Smaller batches hold row locks for a shorter time, larger ones cost less in all.",
+        &BATCH_SIZE,
+        1,
+        100_000,
+        GucContext::Sighup,
+        GucFlags::default(),
+    );
+    GucRegistry::define_string_guc(
+        c"amazon_pii.databases",
+        c"Databases that the background worker serves, separated by commas.",
+        c"Empty: every database that has the extension.",
+        &DATABASES,
+        GucContext::Sighup,
+        GucFlags::default(),
+    );
+    GucRegistry::define_bool_guc(
+        c"amazon_pii.enabled",
+        c"Whether the background worker runs cycles.",
+        c"Off stops archiving and redaction by the worker; deadlines go on and are shown as overdue.",
+        &ENABLED,
+        GucContext::Sighup,
+        GucFlags::default(),
+    );
+    GucRegistry::define_string_guc(
+        c"amazon_pii.key_command",
+        c"Shell command that prints the master keys, the current one first.",
+        c"Run as the server's user whenever a key is needed. Takes precedence over amazon_pii.key_file.",
+        &KEY_COMMAND,
+        GucContext::Sighup,
+        GucFlags::SUPERUSER_ONLY,
+    );
+    GucRegistry::define_string_guc(
+        c"amazon_pii.key_file",
+        c"File with the master keys, the current one first.",
+        c"One key a line, 64 hexadecimal digits or base64 of 32 bytes; refused when others than its owner can read it.",
+        &KEY_FILE,
+        GucContext::Sighup,
+        GucFlags::SUPERUSER_ONLY,
+    );
+    GucRegistry::define_int_guc(
+        c"amazon_pii.naptime",
+        c"Time between two cycles of the background worker.",
+        c"",
+        &NAPTIME,
+        1,
+        86_400,
+        GucContext::Sighup,
+        GucFlags::UNIT_S,
+    );
+    GucRegistry::define_int_guc(
+        c"amazon_pii.workers",
+        c"Background workers that may run cycles at the same time, one a database.",
+        c"",
+        &WORKERS,
+        1,
+        64,
+        GucContext::Sighup,
+        GucFlags::default(),
+    );
+    // SAFETY: NUL-terminated constant; called once, at load.
+    unsafe {
+        #[cfg(feature = "pg14")]
+        pgrx::pg_sys::EmitWarningsOnPlaceholders(c"amazon_pii".as_ptr());
+        #[cfg(not(feature = "pg14"))]
+        pgrx::pg_sys::MarkGUCPrefixReserved(c"amazon_pii".as_ptr());
+    }
+}
+
+fn text(setting: &GucSetting<Option<CString>>) -> Option<String> {
+    setting
+        .get()
+        .map(|c| c.to_string_lossy().into_owned())
+        .filter(|s| !s.is_empty())
+}
+
+/// The application's own user, if it set one.
+pub fn actor() -> Option<String> {
+    text(&ACTOR)
+}
+
+/// Orders in one transaction.
+pub fn batch_size() -> i64 {
+    i64::from(BATCH_SIZE.get())
+}
+
+/// Databases to serve; empty means discovery.
+pub fn databases() -> Vec<String> {
+    text(&DATABASES)
+        .map(|list| {
+            list.split(',')
+                .map(|d| d.trim().to_owned())
+                .filter(|d| !d.is_empty())
+                .collect()
+        })
+        .unwrap_or_default()
+}
+
+/// Whether the worker runs cycles.
+pub fn enabled() -> bool {
+    ENABLED.get()
+}
+
+/// Command that prints the master keys.
+pub fn key_command() -> Option<String> {
+    text(&KEY_COMMAND)
+}
+
+/// File with the master keys.
+pub fn key_file() -> Option<String> {
+    text(&KEY_FILE)
+}
+
+/// Seconds between two cycles.
+pub fn naptime() -> u64 {
+    NAPTIME.get().unsigned_abs().into()
+}
+
+/// Workers that may run at the same time.
+pub fn workers() -> usize {
+    WORKERS.get().unsigned_abs() as usize
+}

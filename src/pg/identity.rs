@@ -1,0 +1,191 @@
+//! Acting as somebody: as a table's owner on the user's tables, as the extension's owner on our own.
+//! The same switch that ANALYZE makes before it calls code of a table's owner.
+
+use std::cell::Cell;
+use std::ffi::CString;
+
+use pgrx::pg_sys;
+
+use super::error::{Error, Result};
+use super::sql;
+use super::subxact::subtransaction;
+
+/// On whose behalf a statement runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Identity {
+    /// The owner of the extension: our own tables and the archive, nothing of the user's.
+    Extension,
+    /// The owner of a user's table: rows, expressions, triggers and casts run with this role's rights and no others.
+    Owner(pg_sys::Oid),
+}
+
+/// Settings under which values leave and come back, whatever the session has set: the same text on both ways.
+const PINNED: &[(&str, &str)] = &[
+    ("DateStyle", "ISO, YMD"),
+    ("IntervalStyle", "postgres"),
+    ("TimeZone", "UTC"),
+    ("extra_float_digits", "1"),
+    ("bytea_output", "hex"),
+    ("lc_monetary", "C"),
+    ("xmloption", "content"),
+    ("xmlbinary", "base64"),
+    ("array_nulls", "on"),
+    ("standard_conforming_strings", "on"),
+    ("transform_null_equals", "off"),
+    ("row_security", "off"),
+    ("session_replication_role", "origin"),
+    // A trigger's RAISE WARNING '%', OLD would otherwise reach the server log, or the caller.
+    ("client_min_messages", "error"),
+    ("log_min_messages", "fatal"),
+    ("lock_timeout", "2s"),
+    ("jit", "off"),
+    ("max_parallel_workers_per_gather", "0"),
+    ("plan_cache_mode", "force_custom_plan"),
+];
+
+/// A path without the user's schemas, for statements on our own tables.
+pub const OWN_PATH: &str = "pg_catalog, pg_temp";
+
+/// Planner settings for statements that start from a batch's keys: the only sane plan is a loop over an index, and
+/// tables that were never analyzed must not talk the planner into another.
+pub const KEYED: &[(&str, &str)] = &[
+    ("enable_seqscan", "off"),
+    ("enable_hashjoin", "off"),
+    ("enable_mergejoin", "off"),
+];
+
+/// Runs `f` in a subtransaction as `who`, with `search_path`, the pinned settings and `extra`; all of it is undone on
+/// every way out.
+///
+/// # Errors
+/// As `f`; an error of the server keeps its SQLSTATE only.
+pub fn act_as<T>(who: Identity, search_path: &str, extra: &[(&str, &str)], f: impl FnOnce() -> Result<T>) -> Result<T> {
+    let role = match who {
+        Identity::Extension => extension_owner()?,
+        Identity::Owner(role) => role,
+    };
+    subtransaction(|| {
+        let mut saved_user = pg_sys::InvalidOid;
+        let mut saved_context = 0;
+        // SAFETY: plain getters and setters of backend state. On an error the subtransaction's abort restores user,
+        // context and settings; on success the lines below do.
+        let nest_level = unsafe {
+            pg_sys::GetUserIdAndSecContext(&mut saved_user, &mut saved_context);
+            pg_sys::SetUserIdAndSecContext(
+                role,
+                saved_context | (pg_sys::SECURITY_LOCAL_USERID_CHANGE | pg_sys::SECURITY_RESTRICTED_OPERATION) as i32,
+            );
+            pg_sys::NewGUCNestLevel()
+        };
+        set_local("search_path", search_path)?;
+        for (name, value) in PINNED.iter().chain(extra) {
+            set_local(name, value)?;
+        }
+        let value = f()?;
+        // SAFETY: as above; `nest_level` is the level opened above.
+        unsafe {
+            pg_sys::AtEOXact_GUC(false, nest_level);
+            pg_sys::SetUserIdAndSecContext(saved_user, saved_context);
+        }
+        Ok(value)
+    })
+}
+
+/// [`act_as`] the extension's owner, on our own tables.
+///
+/// # Errors
+/// As `f`.
+pub fn as_extension<T>(f: impl FnOnce() -> Result<T>) -> Result<T> {
+    act_as(Identity::Extension, OWN_PATH, &[], f)
+}
+
+/// Sets one setting for the innermost nest level.
+fn set_local(name: &str, value: &str) -> Result<()> {
+    let text = |s: &str| CString::new(s).map_err(|_| Error::internal("a setting holds a NUL"));
+    let (name, value) = (text(name)?, text(value)?);
+    // SAFETY: both strings live through the call, which copies them. PGC_SUSET because the pins must hold whatever
+    // the current role may set; they end with the nest level.
+    unsafe {
+        pg_sys::set_config_option(
+            name.as_ptr(),
+            value.as_ptr(),
+            pg_sys::GucContext::PGC_SUSET,
+            pg_sys::GucSource::PGC_S_SESSION,
+            pg_sys::GucAction::GUC_ACTION_SAVE,
+            true,
+            0,
+            false,
+        );
+    }
+    Ok(())
+}
+
+thread_local! {
+    /// (extension, its owner): looked up once a backend, again after DROP and CREATE EXTENSION.
+    static OWNER: Cell<(pg_sys::Oid, pg_sys::Oid)> = const { Cell::new((pg_sys::InvalidOid, pg_sys::InvalidOid)) };
+}
+
+/// The role that owns the extension, and so its tables.
+///
+/// # Errors
+/// The extension is not installed in this database.
+pub fn extension_owner() -> Result<pg_sys::Oid> {
+    // SAFETY: catalog lookup inside a transaction, NUL-terminated name.
+    let extension = unsafe { pg_sys::get_extension_oid(c"amazon_pii".as_ptr(), true) };
+    if extension == pg_sys::InvalidOid {
+        return Err(Error::undefined(
+            "extension \"amazon_pii\" is not installed in this database",
+        ));
+    }
+    let (known, owner) = OWNER.get();
+    if known == extension {
+        return Ok(owner);
+    }
+    let rows = sql::read(
+        "SELECT extowner FROM pg_catalog.pg_extension WHERE oid OPERATOR(pg_catalog.=) $1",
+        &[sql::Arg::Oid(extension)],
+    )?;
+    let owner = rows
+        .first()
+        .map(|r| r.oid(0))
+        .transpose()?
+        .ok_or_else(|| Error::internal("extension has no owner"))?;
+    OWNER.set((extension, owner));
+    Ok(owner)
+}
+
+/// The role in whose name the caller runs: the current user outside of any switch of ours.
+pub fn current_role() -> pg_sys::Oid {
+    // SAFETY: plain getter.
+    unsafe { pg_sys::GetUserId() }
+}
+
+/// Whether `member` has the privileges of `role`; superusers have all.
+pub fn has_privileges(member: pg_sys::Oid, role: pg_sys::Oid) -> bool {
+    // SAFETY: catalog lookup inside a transaction.
+    unsafe { pg_sys::has_privs_of_role(member, role) }
+}
+
+/// Refuses unless the current user is a member of one of the named capability roles.
+///
+/// # Errors
+/// 42501, naming the roles.
+pub fn require_role(roles: &[&str], what: &str) -> Result<()> {
+    let me = current_role();
+    for role in roles {
+        let name = CString::new(*role).map_err(|_| Error::internal("role name"))?;
+        // SAFETY: NUL-terminated name; a missing role gives InvalidOid.
+        let oid = unsafe { pg_sys::get_role_oid(name.as_ptr(), true) };
+        if oid != pg_sys::InvalidOid && has_privileges(me, oid) {
+            return Ok(());
+        }
+    }
+    Err(Error::privilege(format!("permission denied to {what}"))
+        .detail(format!("It needs the privileges of {}.", roles.join(" or "))))
+}
+
+/// The name that the session logged in under, or took with SET SESSION AUTHORIZATION.
+pub fn session_user() -> String {
+    // SAFETY: plain getter.
+    super::error::role_name(unsafe { pg_sys::GetSessionUserId() })
+}

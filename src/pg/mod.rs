@@ -1,0 +1,17 @@
+//! The only layer that talks to the server, and the only one that may hold `unsafe`.
+//! Everything above it sees safe types: names that are quoted, rows of text, typed errors.
+#![allow(unsafe_code)]
+
+pub mod call;
+pub mod catalog;
+pub mod error;
+pub mod guc;
+pub mod ident;
+pub mod identity;
+pub mod invalidation;
+pub mod keys;
+pub mod sql;
+pub mod subxact;
+pub mod trigger;
+pub mod worker;
+pub mod xact;

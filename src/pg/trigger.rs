@@ -1,0 +1,142 @@
+//! What a trigger function of ours needs to know of its call, and the mark that lets the engine's own writes through.
+
+use std::cell::RefCell;
+use std::ffi::CStr;
+
+use pgrx::pg_sys;
+
+use super::call::Call;
+use super::error::{Error, Result};
+
+/// What fired.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Event {
+    Insert,
+    Update,
+    Delete,
+    Truncate,
+}
+
+/// One call of a trigger function.
+#[derive(Debug)]
+pub struct TriggerCall {
+    data: *mut pg_sys::TriggerData,
+    /// What fired it.
+    pub event: Event,
+    /// For each row rather than for each statement.
+    pub row: bool,
+    /// The table (a partition has triggers of its own).
+    pub relation: pg_sys::Oid,
+    /// The arguments of CREATE TRIGGER.
+    pub args: Vec<String>,
+}
+
+impl TriggerCall {
+    /// Reads the call from a function call of the trigger manager.
+    ///
+    /// # Errors
+    /// The function was not called as a trigger.
+    pub fn of(call: Call) -> Result<Self> {
+        let fcinfo = call.fcinfo();
+        // SAFETY: `context` of a call by the trigger manager is a TriggerData node, which its tag tells; the strings
+        // are NUL-terminated and live as long as the call.
+        unsafe {
+            let context = (*fcinfo).context;
+            if context.is_null() || (*context).type_ != pg_sys::NodeTag::T_TriggerData {
+                return Err(Error::invalid("this function can only be called as a trigger"));
+            }
+            let data = context.cast::<pg_sys::TriggerData>();
+            let trigger = (*data).tg_trigger;
+            let args = (0..(*trigger).tgnargs)
+                .map(|i| {
+                    CStr::from_ptr(*(*trigger).tgargs.add(i as usize))
+                        .to_string_lossy()
+                        .into_owned()
+                })
+                .collect();
+            let event = match (*data).tg_event & pg_sys::TRIGGER_EVENT_OPMASK {
+                pg_sys::TRIGGER_EVENT_INSERT => Event::Insert,
+                pg_sys::TRIGGER_EVENT_DELETE => Event::Delete,
+                pg_sys::TRIGGER_EVENT_UPDATE => Event::Update,
+                _ => Event::Truncate,
+            };
+            let row = (*data).tg_event & pg_sys::TRIGGER_EVENT_ROW != 0;
+            Ok(Self {
+                data,
+                event,
+                row,
+                relation: (*(*data).tg_relation).rd_id,
+                args,
+            })
+        }
+    }
+
+    /// For SPI, which makes the transition tables visible to a query.
+    pub(super) fn data(&self) -> *mut pg_sys::TriggerData {
+        self.data
+    }
+
+    /// The text form of a column of the row that fired a row trigger: the new one, or the old one of a DELETE.
+    ///
+    /// # Errors
+    /// The column does not exist.
+    pub fn column(&self, name: &str) -> Result<Option<String>> {
+        let name = std::ffi::CString::new(name).map_err(|_| Error::internal("a column name holds a NUL"))?;
+        // SAFETY: tuples and relation belong to the trigger call; the column number is checked.
+        unsafe {
+            let tuple = match self.event {
+                Event::Update => (*self.data).tg_newtuple,
+                _ => (*self.data).tg_trigtuple,
+            };
+            let desc = (*(*self.data).tg_relation).rd_att;
+            let number = pg_sys::SPI_fnumber(desc, name.as_ptr());
+            if number <= 0 {
+                return Err(Error::undefined("a key column no longer exists"));
+            }
+            let value = pg_sys::SPI_getvalue(tuple, desc, number);
+            if value.is_null() {
+                return Ok(None);
+            }
+            Ok(Some(CStr::from_ptr(value).to_string_lossy().into_owned()))
+        }
+    }
+}
+
+thread_local! {
+    /// Tables that the engine is writing now, each with the trigger depth at which its own triggers fire.
+    static WRITING: RefCell<Vec<(pg_sys::Oid, i32)>> = const { RefCell::new(Vec::new()) };
+}
+
+/// How deep in triggers we are.
+fn depth() -> i32 {
+    // SAFETY: the function takes no argument and reads a backend-local variable.
+    unsafe { pgrx::direct_function_call::<i32>(pg_sys::pg_trigger_depth, &[]).unwrap_or(0) }
+}
+
+/// Marks tables as written by the engine; ends when dropped, on every way out of the block.
+#[must_use]
+pub struct EngineWrite(usize);
+
+impl EngineWrite {
+    /// Our triggers on `relations` let the next statement through; what a trigger of the user's writes in turn is one
+    /// level deeper and is seen.
+    pub fn begin(relations: &[pg_sys::Oid]) -> Self {
+        let level = depth() + 1;
+        WRITING.with_borrow_mut(|w| {
+            let before = w.len();
+            w.extend(relations.iter().map(|r| (*r, level)));
+            Self(before)
+        })
+    }
+}
+
+impl Drop for EngineWrite {
+    fn drop(&mut self) {
+        WRITING.with_borrow_mut(|w| w.truncate(self.0));
+    }
+}
+
+/// Whether the statement that fired a trigger on `relation` is the engine's own.
+pub fn is_engine_write(relation: pg_sys::Oid) -> bool {
+    WRITING.with_borrow(|w| !w.is_empty() && w.contains(&(relation, depth())))
+}

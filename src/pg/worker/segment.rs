@@ -1,0 +1,135 @@
+//! A piece of memory that a backend shares with one worker: a request goes in, an answer comes out.
+
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use pgrx::pg_sys;
+
+/// Room for the words of a failure.
+const ANSWER_ROOM: usize = 512;
+
+#[repr(C)]
+struct Header {
+    state: AtomicU32,
+    request_length: u32,
+    answer_length: AtomicU32,
+    answer: [u8; ANSWER_ROOM],
+}
+
+/// What the worker answered.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Answer {
+    /// Nothing: it never started, or ended before it was done.
+    None,
+    Done,
+    /// It failed, in words that may be shown.
+    Failed(String),
+}
+
+const DONE: u32 = 1;
+const FAILED: u32 = 2;
+
+/// A mapped segment; unmapped when dropped, and gone when nobody maps it any more.
+#[derive(Debug)]
+pub struct Segment(*mut pg_sys::dsm_segment);
+
+impl Segment {
+    /// A new segment that holds `request`; `None` when the server has no room for one.
+    pub fn create(request: &[u8]) -> Option<Self> {
+        let length = u32::try_from(request.len()).ok()?;
+        // SAFETY: inside a transaction. The segment is at least as large as header and request, aligned to a page, and
+        // nobody else knows it yet.
+        unsafe {
+            const NULL_IF_FULL: i32 = 1;
+            let raw = pg_sys::dsm_create(size_of::<Header>() + request.len(), NULL_IF_FULL);
+            if raw.is_null() {
+                return None;
+            }
+            let segment = Self(raw);
+            segment.header().write(Header {
+                state: AtomicU32::new(0),
+                request_length: length,
+                answer_length: AtomicU32::new(0),
+                answer: [0; ANSWER_ROOM],
+            });
+            segment.body().copy_from_nonoverlapping(request.as_ptr(), request.len());
+            Some(segment)
+        }
+    }
+
+    /// Maps the segment that another process created; `None` when that process has already given up.
+    pub fn attach(handle: u32) -> Option<Self> {
+        // SAFETY: a handle that is no longer known gives NULL.
+        let raw = unsafe { pg_sys::dsm_attach(handle) };
+        (!raw.is_null()).then(|| Self(raw))
+    }
+
+    /// What another process attaches by.
+    pub fn handle(&self) -> u32 {
+        // SAFETY: mapped until dropped.
+        unsafe { pg_sys::dsm_segment_handle(self.0) }
+    }
+
+    fn header(&self) -> *mut Header {
+        // SAFETY: mapped until dropped; the address is that of a page.
+        unsafe { pg_sys::dsm_segment_address(self.0).cast() }
+    }
+
+    fn body(&self) -> *mut u8 {
+        // SAFETY: every segment is larger than its header.
+        unsafe { self.header().add(1).cast() }
+    }
+
+    /// What was asked.
+    pub fn request(&self) -> Vec<u8> {
+        // SAFETY: request and its length are written once, before the worker is asked for; the length is checked
+        // against that of the mapping.
+        unsafe {
+            let mapped = pg_sys::dsm_segment_map_length(self.0).saturating_sub(size_of::<Header>());
+            let length = ((*self.header()).request_length as usize).min(mapped);
+            std::slice::from_raw_parts(self.body(), length).to_vec()
+        }
+    }
+
+    /// The worker's last word, said once.
+    pub fn answer(&self, answer: &Answer) {
+        let header = self.header();
+        let (state, words) = match answer {
+            Answer::None => return,
+            Answer::Done => (DONE, ""),
+            Answer::Failed(words) => (FAILED, words.as_str()),
+        };
+        let length = words.floor_char_boundary(ANSWER_ROOM);
+        // SAFETY: only the worker writes the answer, and the backend reads it after it has seen the state.
+        unsafe {
+            (&raw mut (*header).answer)
+                .cast::<u8>()
+                .copy_from_nonoverlapping(words.as_ptr(), length);
+            (*header).answer_length.store(length as u32, Ordering::Relaxed);
+            (*header).state.store(state, Ordering::Release);
+        }
+    }
+
+    /// What the worker said.
+    pub fn answered(&self) -> Answer {
+        let header = self.header();
+        // SAFETY: as in `answer`; the length is checked against the room.
+        unsafe {
+            match (*header).state.load(Ordering::Acquire) {
+                DONE => Answer::Done,
+                FAILED => {
+                    let length = ((*header).answer_length.load(Ordering::Relaxed) as usize).min(ANSWER_ROOM);
+                    let words = std::slice::from_raw_parts((&raw const (*header).answer).cast::<u8>(), length);
+                    Answer::Failed(String::from_utf8_lossy(words).into_owned())
+                }
+                _ => Answer::None,
+            }
+        }
+    }
+}
+
+impl Drop for Segment {
+    fn drop(&mut self) {
+        // SAFETY: mapped by us; the transaction's end would do it too, but has not come yet.
+        unsafe { pg_sys::dsm_detach(self.0) }
+    }
+}

@@ -1,0 +1,136 @@
+//! Transactions of a cycle: committed batch by batch, by a procedure or by a worker.
+
+use pgrx::pg_sys;
+
+use super::error::{Error, Result};
+use super::sql;
+
+/// Who owns the transactions that a cycle commits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Boundary {
+    /// `CALL`: a non-atomic SPI session is open around the cycle.
+    Procedure,
+    /// A background worker between transactions of its own.
+    Worker,
+}
+
+impl Boundary {
+    /// Commits what was done and begins the next transaction: READ COMMITTED, writable, whatever the session's defaults
+    /// are.
+    ///
+    /// # Errors
+    /// Errors of COMMIT unwind.
+    pub fn commit(self) -> Result<()> {
+        // SAFETY: no subtransaction is open and no SPI session but the procedure's own: every step of the engine
+        // closes what it opened.
+        unsafe {
+            match self {
+                Self::Procedure => {
+                    pg_sys::SPI_commit();
+                }
+                Self::Worker => {
+                    pg_sys::CommitTransactionCommand();
+                    // A worker that writes must say so itself, or autovacuum never hears of the dead rows.
+                    pg_sys::pgstat_report_stat(false);
+                    pg_sys::StartTransactionCommand();
+                }
+            }
+            begin_read_committed();
+            pgrx::check_for_interrupts!();
+        }
+        Ok(())
+    }
+
+    /// Rolls back and begins anew.
+    pub fn rollback(self) {
+        // SAFETY: as in `commit`.
+        unsafe {
+            match self {
+                Self::Procedure => pg_sys::SPI_rollback(),
+                Self::Worker => {
+                    pg_sys::AbortCurrentTransaction();
+                    pg_sys::StartTransactionCommand();
+                }
+            }
+            begin_read_committed();
+        }
+    }
+}
+
+/// # Safety
+/// Right after the start of a transaction, before its first snapshot.
+unsafe fn begin_read_committed() {
+    // SAFETY: backend-local variables, free to set until the first snapshot is taken.
+    unsafe {
+        pg_sys::XactIsoLevel = pg_sys::XACT_READ_COMMITTED as i32;
+        pg_sys::XactReadOnly = false;
+        pg_sys::XactDeferrable = false;
+    }
+}
+
+/// Runs `f` with a non-atomic SPI session open, in which [`Boundary::Procedure`] can commit.
+///
+/// # Errors
+/// As `f`.
+pub fn non_atomic<T>(f: impl FnOnce() -> Result<T>) -> Result<T> {
+    // SAFETY: connected and finished in pairs; on an error the transaction's end cleans up.
+    unsafe {
+        if pg_sys::SPI_connect_ext(pg_sys::SPI_OPT_NONATOMIC as i32) != pg_sys::SPI_OK_CONNECT as i32 {
+            return Err(Error::internal("no SPI session"));
+        }
+        let result = f();
+        pg_sys::SPI_finish();
+        result
+    }
+}
+
+/// Fires the caller's pending deferred triggers now, as the caller: inside the switch to an owner they would run with
+/// the owner's rights, and after a write there they could not fire at all.
+///
+/// # Errors
+/// What a pending constraint raises unwinds, as it would at COMMIT.
+pub fn fire_deferred() -> Result<()> {
+    sql::execute("SET CONSTRAINTS ALL IMMEDIATE", &[]).map(|_| ())
+}
+
+/// Whether the server replays somebody else's WAL.
+pub fn in_recovery() -> bool {
+    // SAFETY: plain getter.
+    unsafe { pg_sys::RecoveryInProgress() }
+}
+
+/// The current time in UTC, from the server.
+///
+/// # Errors
+/// Never in practice.
+pub fn now() -> Result<chrono::DateTime<chrono::Utc>> {
+    // SAFETY: plain getter.
+    let micros = unsafe { pg_sys::GetCurrentTimestamp() };
+    instant(micros)
+}
+
+/// Microseconds since 2000-01-01 UTC, PostgreSQL's clock, as an instant.
+fn instant(micros: i64) -> Result<chrono::DateTime<chrono::Utc>> {
+    const EPOCH_SHIFT: i64 = 946_684_800_000_000;
+    micros
+        .checked_add(EPOCH_SHIFT)
+        .and_then(chrono::DateTime::from_timestamp_micros)
+        .ok_or_else(|| Error::internal("a time is out of range"))
+}
+
+/// A time that came as an argument, as text in UTC.
+///
+/// # Errors
+/// It is infinite.
+pub fn from_server(at: pgrx::datum::TimestampWithTimeZone) -> Result<String> {
+    let micros: pg_sys::TimestampTz = at.into();
+    if micros == i64::MAX || micros == i64::MIN {
+        return Err(Error::invalid("the time must be finite"));
+    }
+    instant(micros).map(timestamp_text)
+}
+
+/// A time as PostgreSQL reads it.
+pub fn timestamp_text(at: chrono::DateTime<chrono::Utc>) -> String {
+    at.format("%Y-%m-%d %H:%M:%S%.6f+00").to_string()
+}
