@@ -143,9 +143,15 @@ CREATE TABLE amazon_pii.audit_entry (
 COMMENT ON TABLE amazon_pii.audit_entry IS 'Who did what to which order, under which policy version, why and when; append-only';
 CREATE INDEX audit_entry_order ON amazon_pii.audit_entry (policy, order_key);
 
--- Survive a dump: everything but the triggers' notes of the moment.
-SELECT pg_catalog.pg_extension_config_dump('amazon_pii.' || t, '')
-  FROM pg_catalog.unnest(ARRAY['policy', 'policy_version', 'policy_table', 'order_state', 'record_state', 'touched',
-                               'run', 'audit_entry']) AS t;
-SELECT pg_catalog.pg_extension_config_dump(pg_catalog.pg_get_serial_sequence('amazon_pii.' || t, c), '')
-  FROM (VALUES ('touched', 'touched_id'), ('run', 'run_id'), ('audit_entry', 'audit_id')) AS s (t, c);
+-- Survive a dump: everything but the triggers' notes of the moment. Call by call, since each updates one row.
+DO $$
+DECLARE
+    kept text;
+BEGIN
+    FOREACH kept IN ARRAY ARRAY['policy', 'policy_version', 'policy_table', 'order_state', 'record_state', 'run', 'audit_entry'] LOOP
+        PERFORM pg_extension_config_dump(('amazon_pii.' || kept)::regclass, '');
+    END LOOP;
+    PERFORM pg_extension_config_dump(pg_get_serial_sequence('amazon_pii.run', 'run_id')::regclass, '');
+    PERFORM pg_extension_config_dump(pg_get_serial_sequence('amazon_pii.audit_entry', 'audit_id')::regclass, '');
+END
+$$;

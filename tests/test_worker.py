@@ -93,14 +93,21 @@ def launcher(server):
     return found[0][0] if found else None
 
 
+DISPATCH = "UPDATE shop.orders SET shipped_at = now() - interval '40 days'"
+
+
 def dispatch_long_ago(db):
-    db.sql("UPDATE shop.orders SET shipped_at = now() - interval '40 days'", user="shop_owner")
+    db.sql(DISPATCH, user="shop_owner")
+
+
+def wake(db):
+    db.sql("SELECT amazon_pii.enable_policy('shop')", user="pii_admin")
 
 
 def catch_in_the_act(db):
     """The process id of a worker that is in the middle of an UPDATE."""
-    db.sql("INSERT INTO shop.slow VALUES (1)", user="shop_owner")
-    db.value("SELECT amazon_pii.erase(%s, 'asked for')::text", [NUMBER])
+    db.sql(f"{DISPATCH}; INSERT INTO shop.slow VALUES (1)", user="shop_owner")
+    wake(db)
     waiting = "SELECT pid FROM pg_stat_activity WHERE backend_type = 'amazon_pii worker' AND datname = %s AND wait_event = 'PgSleep'"
     return wait_until(lambda: db.sql(waiting, [db.name]))[0][0]
 
@@ -160,7 +167,8 @@ def test_not_more_workers_at_a_time_than_set(preloaded):
             add_extension(preloaded, db.name)
             open_shop(db)
         first = catch_in_the_act(shops[0])
-        shops[1].value("SELECT amazon_pii.erase(%s, 'asked for')::text", [NUMBER])
+        dispatch_long_ago(shops[1])
+        wake(shops[1])
         assert [r[0] for r in processes(preloaded, "%worker")] == [first]
         assert buyer(shops[1]) == BUYER
         preloaded.configure("amazon_pii.workers = 2")
@@ -183,12 +191,14 @@ def test_not_more_workers_at_a_time_than_set(preloaded):
 def test_wakes_at_commit_and_only_then(sleepy_shop):
     runs = "SELECT count(*) FROM amazon_pii.runs"
     before = sleepy_shop.value(runs)
-    session = sleepy_shop.connect(autocommit=False)
+    dispatch_long_ago(sleepy_shop)
+    session = sleepy_shop.connect("pii_admin", autocommit=False)
     with session.cursor() as cursor:
-        cursor.execute("SELECT amazon_pii.erase(%s, 'asked for')", [NUMBER])
+        cursor.execute("SELECT amazon_pii.enable_policy('shop')")
         session.rollback()
         # Two calls, one wake-up.
-        cursor.execute("SELECT amazon_pii.erase(%s, 'asked for'), amazon_pii.erase(%s, 'asked for')", [NUMBER, NUMBER])
+        cursor.execute("SELECT amazon_pii.enable_policy('shop')")
+        cursor.execute("SELECT amazon_pii.enable_policy('shop')")
         assert sleepy_shop.value(runs) == before
         session.commit()
     wait_until(lambda: buyer(sleepy_shop) == "[Redacted]")
@@ -198,9 +208,10 @@ def test_wakes_at_commit_and_only_then(sleepy_shop):
 
 def test_wake_during_a_cycle_is_not_lost(sleepy_shop):
     db = sleepy_shop
-    db.sql("INSERT INTO shop.orders VALUES (2, '302-0000000-0000002', now(), %s)", [BUYER], user="shop_owner")
     pid = catch_in_the_act(db)
-    db.value("SELECT amazon_pii.erase('302-0000000-0000002', 'asked for')::text")
+    late = "INSERT INTO shop.orders VALUES (2, '302-0000000-0000002', now() - interval '40 days', %s)"
+    db.sql(late, [BUYER], user="shop_owner")
+    wake(db)
     hurry(db)
     os.kill(pid, signal.SIGTERM)
     wait_until(lambda: buyer(db, 2) == "[Redacted]")
@@ -215,7 +226,7 @@ def test_enabling_a_policy_wakes(sleepy):
         db.sql(SHOP, user="shop_owner")
         db.apply_policy({**POLICY, "enabled": False})
         dispatch_long_ago(db)
-        db.sql("SELECT amazon_pii.enable_policy('shop')", user="pii_admin")
+        wake(db)
         wait_until(lambda: buyer(db) == "[Redacted]")
     finally:
         db.drop()
@@ -407,7 +418,7 @@ def test_no_worker_no_access():
         server.start()
         for call in ("peek", "retrieve"):
             with pytest.raises(psycopg2.errors.InsufficientResources) as refused:
-                db.sql(f"SELECT amazon_pii.{call}(%s, 'parcel came back')::text", [NUMBER], user="pii_operator")
+                db.sql(f"SELECT amazon_pii.{call}(%s, 'parcel came back')", [NUMBER], user="pii_operator")
             assert "max_worker_processes" in refused.value.diag.message_hint
         assert db.sql(ACCESSES) == []
         assert buyer(db) == "[Redacted]"
