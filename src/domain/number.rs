@@ -6,6 +6,7 @@
 pub const AMAZON_NUMBER_REGEX: &str = "^[0-9]{3}-[0-9]{7}-[0-9]{7}$";
 
 /// Whether a text is an Amazon order number and nothing else: 3, 7 and 7 digits, with hyphens between them.
+#[cfg(test)]
 pub fn is_amazon_number(s: &str) -> bool {
     let bytes = s.as_bytes();
     bytes.len() == 19

@@ -57,7 +57,7 @@ pub fn batch(plan: &Plan, others: &[Plan], keys: &MasterKeys, clock: &Clock, bat
     // Deferred triggers of the caller fire as the caller, not as a table's owner.
     xact::fire_deferred()?;
     let mut waiting = wait_for_others(plan, others, clock, &order_keys, &excluded, &mut targets)?;
-    lock(plan, &mut targets, &mut excluded, &mut out)?;
+    lock(plan, &targets, &mut excluded, &mut out)?;
     // What began to use a shared row before it was locked is seen by this second look.
     waiting.extend(wait_for_others(
         plan,
@@ -285,7 +285,7 @@ fn wait_for_others(
 }
 
 /// Locks every row before the first is written; an order with a row that somebody else has locked is left out.
-fn lock(plan: &Plan, targets: &mut Vec<Target>, excluded: &mut HashSet<usize>, out: &mut Redacted) -> Result<()> {
+fn lock(plan: &Plan, targets: &[Target], excluded: &mut HashSet<usize>, out: &mut Redacted) -> Result<()> {
     for (index, table) in plan.tables.iter().enumerate() {
         let mine: Vec<usize> = (0..targets.len()).filter(|i| targets[*i].table == index).collect();
         let keys: Vec<Values> = mine.iter().map(|i| targets[*i].write.key.clone()).collect();

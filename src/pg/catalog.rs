@@ -101,7 +101,7 @@ pub fn facts(oid: pg_sys::Oid) -> Result<Option<TableFacts>> {
     let mut seen = std::collections::BTreeSet::new();
     let columns = columns
         .iter()
-        .map(|r| column(r))
+        .map(column)
         .collect::<Result<Vec<_>>>()?
         .into_iter()
         .filter(|c| seen.insert(c.number))

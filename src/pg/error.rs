@@ -12,8 +12,6 @@ pub struct Error {
     message: String,
     detail: Option<String>,
     hint: Option<String>,
-    /// The server (or code of a table's owner) raised it: its words may hold values and are not kept.
-    foreign: bool,
 }
 
 /// Result of anything that talks to the server.
@@ -26,7 +24,6 @@ impl Error {
             message: message.into(),
             detail: None,
             hint: None,
-            foreign: false,
         }
     }
 
@@ -235,7 +232,6 @@ impl From<CaughtError> for Error {
                 message: report.message().to_owned(),
                 detail: report.detail().map(str::to_owned),
                 hint: report.hint().map(str::to_owned),
-                foreign: false,
             },
             // The server's words may quote a row ("Key (email)=(…)"), a RAISE of the shop's code may say anything.
             CaughtError::PostgresError(report) => Self {
@@ -243,17 +239,9 @@ impl From<CaughtError> for Error {
                 message: words_for(report.sql_error_code()),
                 detail: None,
                 hint: None,
-                foreign: true,
             },
             CaughtError::RustPanic { .. } => Self::internal("unexpected failure inside amazon_pii"),
         }
-    }
-}
-
-impl Error {
-    /// Whether the server, or the shop's own code, raised it.
-    pub fn is_foreign(&self) -> bool {
-        self.foreign
     }
 }
 

@@ -17,7 +17,6 @@ pub enum Arg<'a> {
     Int(i64),
     Oid(pg_sys::Oid),
     Text(Option<&'a str>),
-    Bytes(Option<&'a [u8]>),
     /// One value of any type, by its input function.
     Typed(pg_sys::Oid, Option<&'a str>),
     Texts(Vec<Option<&'a str>>),
@@ -283,7 +282,6 @@ unsafe fn datum(arg: &Arg<'_>) -> Result<(pg_sys::Oid, Option<pg_sys::Datum>)> {
             Arg::Int(i) => (pg_sys::INT8OID, Some(pg_sys::Datum::from(*i))),
             Arg::Oid(o) => (pg_sys::OIDOID, Some(pg_sys::Datum::from(*o))),
             Arg::Text(t) => (pg_sys::TEXTOID, t.map(|t| text_datum(t.as_bytes())).transpose()?),
-            Arg::Bytes(b) => (pg_sys::BYTEAOID, b.map(|b| text_datum(b)).transpose()?),
             Arg::Typed(oid, t) => (*oid, t.map(|t| Input::of(*oid).read(t)).transpose()?),
             Arg::Texts(items) => {
                 let values = items.iter().map(|t| t.map(|t| text_datum(t.as_bytes())).transpose());
@@ -407,18 +405,18 @@ pub fn is_single_select(query: &str) -> bool {
                 return Ok(false);
             }
             let select = node.cast::<pg_sys::SelectStmt>();
-            let plain = (*select).fromClause == ptr::null_mut()
+            let plain = (*select).fromClause.is_null()
                 && (*select).whereClause.is_null()
                 && (*select).intoClause.is_null()
-                && (*select).sortClause == ptr::null_mut()
-                && (*select).groupClause == ptr::null_mut()
+                && (*select).sortClause.is_null()
+                && (*select).groupClause.is_null()
                 && (*select).havingClause.is_null()
-                && (*select).windowClause == ptr::null_mut()
+                && (*select).windowClause.is_null()
                 && (*select).limitCount.is_null()
                 && (*select).limitOffset.is_null()
-                && (*select).lockingClause == ptr::null_mut()
+                && (*select).lockingClause.is_null()
                 && (*select).withClause.is_null()
-                && (*select).distinctClause == ptr::null_mut()
+                && (*select).distinctClause.is_null()
                 && (*select).op == pg_sys::SetOperation::SETOP_NONE;
             let columns = (*select).targetList;
             if !plain || columns.is_null() || (*columns).length != 1 {

@@ -23,8 +23,6 @@ pub struct TriggerCall {
     data: *mut pg_sys::TriggerData,
     /// What fired it.
     pub event: Event,
-    /// For each row rather than for each statement.
-    pub row: bool,
     /// The table (a partition has triggers of its own).
     pub relation: pg_sys::Oid,
     /// The arguments of CREATE TRIGGER.
@@ -60,11 +58,9 @@ impl TriggerCall {
                 pg_sys::TRIGGER_EVENT_UPDATE => Event::Update,
                 _ => Event::Truncate,
             };
-            let row = (*data).tg_event & pg_sys::TRIGGER_EVENT_ROW != 0;
             Ok(Self {
                 data,
                 event,
-                row,
                 relation: (*(*data).tg_relation).rd_id,
                 args,
             })
