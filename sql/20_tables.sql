@@ -51,6 +51,7 @@ CREATE TABLE amazon_pii.order_state (
     flagged_at      timestamptz NOT NULL DEFAULT pg_catalog.now(),
     flagged_by      text        NOT NULL DEFAULT 'import',
     anchor_at       timestamptz,
+    stale_at        timestamptz,
     archive_due_at  timestamptz,
     archived_at     timestamptz,
     redact_due_at   timestamptz,
@@ -68,9 +69,11 @@ CREATE TABLE amazon_pii.order_state (
 );
 COMMENT ON TABLE amazon_pii.order_state IS 'One row a flagged order';
 COMMENT ON COLUMN amazon_pii.order_state.order_key IS 'JSON array of the key''s text forms';
+COMMENT ON COLUMN amazon_pii.order_state.stale_at IS 'When an order without an anchor is stale; NULL where the policy does not say';
 COMMENT ON COLUMN amazon_pii.order_state.next_due_at IS 'When a cycle has to look at the order again; NULL: nothing to do';
 -- Partial: an import of orders that are not dispatched yet does not touch it.
 CREATE INDEX order_state_due ON amazon_pii.order_state (policy, next_due_at) WHERE next_due_at IS NOT NULL;
+CREATE INDEX order_state_stale ON amazon_pii.order_state (policy, stale_at) WHERE status = 'flagged' AND stale_at IS NOT NULL;
 CREATE INDEX order_state_number ON amazon_pii.order_state (order_number);
 
 CREATE TABLE amazon_pii.record_state (

@@ -8,7 +8,7 @@ COMMENT ON VIEW amazon_pii.policies IS 'The policies in force, with their docume
 CREATE VIEW amazon_pii.orders WITH (security_barrier) AS
 SELECT o.policy, o.order_key, o.order_number, o.status, o.flagged_at, o.anchor_at, o.archive_due_at, o.archived_at,
        o.redact_due_at, o.redacted_at, o.retrieved_at, o.retrieved_until, o.held_until, o.attempts, o.next_attempt_at,
-       o.last_error, o.pushed_by, o.redacted_version
+       o.last_error, o.pushed_by, o.redacted_version, o.stale_at
   FROM amazon_pii.order_state AS o;
 COMMENT ON VIEW amazon_pii.orders IS 'One row a flagged order: where it stands and what is due when';
 
@@ -59,6 +59,7 @@ CREATE VIEW amazon_pii.status WITH (security_barrier) AS
 SELECT p.policy, p.version, p.enabled, p.suspended,
        COALESCE(c.flagged, 0) AS flagged, COALESCE(c.scheduled, 0) AS scheduled, COALESCE(c.archived, 0) AS archived,
        COALESCE(c.redacted, 0) AS redacted, COALESCE(c.retrieved, 0) AS retrieved, COALESCE(c.failed, 0) AS failed,
+       COALESCE(c.stale, 0) AS stale,
        COALESCE(d.overdue, 0) AS overdue, d.worst_overdue_by,
        (SELECT pg_catalog.count(*) FROM amazon_pii.record_state AS r
          WHERE r.policy = p.policy AND r.status = 'waiting') AS records_waiting,
@@ -77,7 +78,8 @@ SELECT p.policy, p.version, p.enabled, p.suspended,
               pg_catalog.count(*) FILTER (WHERE o.status = 'archived') AS archived,
               pg_catalog.count(*) FILTER (WHERE o.status = 'redacted') AS redacted,
               pg_catalog.count(*) FILTER (WHERE o.status = 'retrieved') AS retrieved,
-              pg_catalog.count(*) FILTER (WHERE o.status = 'failed') AS failed
+              pg_catalog.count(*) FILTER (WHERE o.status = 'failed') AS failed,
+              pg_catalog.count(*) FILTER (WHERE o.status = 'flagged' AND o.stale_at <= pg_catalog.now()) AS stale
          FROM amazon_pii.order_state AS o WHERE o.policy = p.policy) AS c ON true
   LEFT JOIN LATERAL (
        SELECT pg_catalog.count(*) AS overdue, pg_catalog.max(v.overdue_by) AS worst_overdue_by

@@ -149,11 +149,12 @@ def test_activity_tells_what_the_worker_does(shop):
 
 
 def test_autovacuum_hears_of_the_dead_rows(shop):
-    # Without the worker's own report the table would look as if nothing had happened to it.
-    dispatch_long_ago(shop)
-    wait_until(lambda: buyer(shop) == "[Redacted]")
-    updates = "SELECT n_tup_upd FROM pg_stat_all_tables WHERE relid = 'shop.orders'::regclass"
-    wait_until(lambda: shop.value(updates) >= 2)
+    # Without the worker's own report the table would look as if it had never been updated: nobody else does it here.
+    late = "INSERT INTO shop.orders VALUES (2, '302-0000000-0000002', now() - interval '40 days', %s)"
+    shop.sql(late, [BUYER], user="shop_owner")
+    wait_until(lambda: buyer(shop, 2) == "[Redacted]")
+    dead = "SELECT n_tup_upd = 1 AND n_dead_tup = 1 FROM pg_stat_all_tables WHERE relid = 'shop.orders'::regclass"
+    wait_until(lambda: shop.value(dead))
 
 
 def test_not_more_workers_at_a_time_than_set(preloaded):
@@ -254,7 +255,7 @@ def test_cancel_ends_the_cycle_and_shows_in_status(sleepy_shop):
     pid = catch_in_the_act(sleepy_shop)
     hurry(sleepy_shop)
     sleepy_shop.sql("SELECT pg_cancel_backend(%s)", [pid])
-    wait_until(lambda: sleepy_shop.value("SELECT worker_error FROM amazon_pii.status") == "57014: canceled")
+    wait_until(lambda: (sleepy_shop.value("SELECT worker_error FROM amazon_pii.status") or "").startswith("57014: "))
     sleepy_shop.cluster.reload()
     wait_until(lambda: buyer(sleepy_shop) == "[Redacted]")
     wait_until(lambda: sleepy_shop.value("SELECT worker_error FROM amazon_pii.status") is None)

@@ -1,12 +1,13 @@
 use pgrx::pg_sys;
 
-use crate::engine::triggers;
+use crate::engine::{guard, triggers};
 use crate::pg::call::{Call, export};
 use crate::pg::error::Result;
 use crate::pg::trigger::TriggerCall;
 
 export!(on_change_wrapper, pg_finfo_on_change_wrapper, on_change);
 export!(on_apply_wrapper, pg_finfo_on_apply_wrapper, on_apply);
+export!(on_ignore_wrapper, pg_finfo_on_ignore_wrapper, on_ignore);
 export!(on_ddl_wrapper, pg_finfo_on_ddl_wrapper, on_ddl);
 
 /// What an AFTER trigger returns is ignored.
@@ -20,6 +21,10 @@ fn on_change(call: Call) -> Result<pg_sys::Datum> {
 fn on_apply(call: Call) -> Result<pg_sys::Datum> {
     triggers::applied(&TriggerCall::of(call)?)?;
     Ok(NOTHING)
+}
+
+fn on_ignore(call: Call) -> Result<pg_sys::Datum> {
+    guard::ignore(&TriggerCall::of(call)?)
 }
 
 fn on_ddl(_call: Call) -> Result<pg_sys::Datum> {

@@ -167,6 +167,7 @@ impl Run<'_> {
             self.counts.flagged += flagged;
             self.boundary.commit()?;
         }
+        sweep::stale(self.plan)?;
         self.boundary.commit()
     }
 

@@ -17,6 +17,8 @@ pub struct OrderFact {
     pub number: Option<String>,
     /// The moment the clock starts, UTC; `None` while it has not.
     pub anchor: Option<String>,
+    /// When it was placed, for orders whose clock never starts.
+    pub placed: Option<String>,
 }
 
 /// The columns that decide about an order, in the order in which [`facts`] reads them.
@@ -26,6 +28,7 @@ fn select(plan: &Plan) -> Vec<String> {
     out.push(or_null(plan.number.as_ref().map(|n| format!("{n}::pg_catalog.text"))));
     out.push(plan.amazon.to_string());
     out.push(or_null(plan.replaces.as_ref().map(|r| format!("{r}::pg_catalog.text"))));
+    out.push(plan.placed.clone().unwrap_or_else(|| "NULL::pg_catalog.timestamptz".to_owned()));
     for anchor in &plan.anchors {
         out.push(match anchor {
             AnchorPlan::Order(sql) => sql.clone(),
@@ -159,10 +162,11 @@ fn facts<'a>(plan: &Plan, rows: impl Iterator<Item = (&'a Row, usize)>) -> Resul
                 key_text: text,
                 number: row.owned(at)?,
                 anchor: None,
+                placed: row.owned(at + 3)?,
             },
             amazon: row.bool(at + 1)?,
             replaces: row.owned(at + 2)?,
-            anchors: row.texts(at + 3..at + 3 + plan.anchors.len())?,
+            anchors: row.texts(at + 4..at + 4 + plan.anchors.len())?,
         });
     }
     let replaced: Vec<&str> = candidates
@@ -240,14 +244,15 @@ pub fn upsert(plan: &Plan, facts: &[OrderFact], by: &str, touched: bool) -> Resu
     let rows = as_extension(|| {
         sql::write(
             "INSERT INTO amazon_pii.order_state AS o (policy, order_key, order_number, status, flagged_by, anchor_at, \
-                    archive_due_at, redact_due_at, next_due_at) \
+                    archive_due_at, redact_due_at, next_due_at, stale_at) \
              SELECT $1, k, n, CASE WHEN a IS NULL THEN 'flagged' ELSE 'scheduled' END, $5, a, a + $6::interval, \
-                    a + $7::interval, a + $6::interval \
-             FROM (SELECT k, n, CASE WHEN pg_catalog.isfinite(t::timestamptz) THEN t::timestamptz END AS a \
-                   FROM ROWS FROM (pg_catalog.unnest($2), pg_catalog.unnest($3), pg_catalog.unnest($4)) AS u (k, n, t)) AS s \
+                    a + $7::interval, a + $6::interval, CASE WHEN a IS NULL THEN p::timestamptz + $10::interval END \
+             FROM (SELECT k, n, p, CASE WHEN pg_catalog.isfinite(t::timestamptz) THEN t::timestamptz END AS a \
+                   FROM ROWS FROM (pg_catalog.unnest($2), pg_catalog.unnest($3), pg_catalog.unnest($4), \
+                        pg_catalog.unnest($9)) AS u (k, n, t, p)) AS s \
              ON CONFLICT (policy, order_key) DO UPDATE SET \
-                order_number = EXCLUDED.order_number, \
-                status = CASE WHEN o.status IN ('flagged', 'scheduled', 'gone') THEN EXCLUDED.status ELSE o.status END, \
+                order_number = EXCLUDED.order_number, stale_at = EXCLUDED.stale_at, \
+                status = CASE WHEN o.status IN ('flagged', 'scheduled') AND o.archived_at IS NULL OR o.status = 'gone' THEN EXCLUDED.status ELSE o.status END, \
                 anchor_at = CASE WHEN o.archived_at IS NULL OR o.status = 'gone' THEN EXCLUDED.anchor_at ELSE o.anchor_at END, \
                 archive_due_at = CASE WHEN o.archived_at IS NULL OR o.status = 'gone' THEN EXCLUDED.archive_due_at ELSE o.archive_due_at END, \
                 redact_due_at = CASE WHEN o.archived_at IS NULL OR o.status = 'gone' THEN EXCLUDED.redact_due_at ELSE o.redact_due_at END, \
@@ -257,6 +262,7 @@ pub fn upsert(plan: &Plan, facts: &[OrderFact], by: &str, touched: bool) -> Resu
                     WHEN o.status = 'redacted' AND $8 THEN pg_catalog.now() ELSE o.next_due_at END \
              WHERE o.status = 'gone' OR o.order_number IS DISTINCT FROM EXCLUDED.order_number \
                 OR (o.archived_at IS NULL AND o.anchor_at IS DISTINCT FROM EXCLUDED.anchor_at) \
+                OR (o.archived_at IS NULL AND o.stale_at IS DISTINCT FROM EXCLUDED.stale_at) \
                 OR ($8 AND o.status = 'redacted' AND o.next_due_at IS NULL) \
              RETURNING o.xmax = 0",
             &[
@@ -268,6 +274,8 @@ pub fn upsert(plan: &Plan, facts: &[OrderFact], by: &str, touched: bool) -> Resu
                 Arg::Text(Some(&plan.document.archive_after)),
                 Arg::Text(Some(&plan.document.redact_after)),
                 Arg::Bool(touched),
+                Arg::Texts(facts.iter().map(|f| f.placed.as_deref()).collect()),
+                Arg::Text(plan.document.orders.stale_after.as_deref()),
             ],
         )
     })?;

@@ -10,6 +10,7 @@ pub mod cycle;
 pub mod due;
 pub mod flag;
 pub mod gather;
+pub mod guard;
 pub mod inspect;
 pub mod overwrite;
 pub mod plan;

@@ -122,6 +122,8 @@ pub struct Plan {
     pub amazon: Expr,
     pub number: Option<Expr>,
     pub replaces: Option<Expr>,
+    /// A time with zone: when the order was placed.
+    pub placed: Option<String>,
     pub archive_schema: Ident,
 }
 
@@ -237,6 +239,11 @@ impl Plan {
             .as_deref()
             .map(|e| builder.expression(0, e, "orders.replaces"))
             .transpose()?;
+        let placed = orders
+            .placed
+            .as_deref()
+            .map(|e| builder.instant(0, e, "orders.placed"))
+            .transpose()?;
         let anchors = orders
             .anchor
             .iter()
@@ -271,6 +278,7 @@ impl Plan {
             amazon,
             number,
             replaces,
+            placed,
         })
     }
 

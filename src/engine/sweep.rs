@@ -4,7 +4,9 @@
 use super::due::Clock;
 use super::flag;
 use super::plan::Plan;
+use super::state;
 use super::walk::{self, FIRST, Values, key_parts, key_text};
+use crate::domain::policy::Stale;
 use crate::pg::error::{Error, Result};
 use crate::pg::identity::as_extension;
 use crate::pg::sql::{self, Arg};
@@ -171,4 +173,27 @@ fn recheck(plan: &Plan, all: bool) -> Result<()> {
         )
     })?;
     Ok(())
+}
+
+/// Orders whose clock never started although they were placed long ago: announced, or due at once where the policy
+/// says so.
+///
+/// # Errors
+/// Errors of the server.
+pub fn stale(plan: &Plan) -> Result<()> {
+    if plan.placed.is_none() || plan.document.orders.stale_after.is_none() {
+        return Ok(());
+    }
+    let redact = matches!(plan.document.orders.stale, Stale::Redact);
+    let keys = as_extension(|| {
+        let statement = if redact {
+            "UPDATE amazon_pii.order_state SET status = 'scheduled', archive_due_at = stale_at, redact_due_at = stale_at, \
+                next_due_at = stale_at WHERE policy = $1 AND status = 'flagged' AND stale_at <= pg_catalog.now() RETURNING order_key"
+        } else {
+            "SELECT order_key FROM amazon_pii.order_state WHERE policy = $1 AND status = 'flagged' AND stale_at <= pg_catalog.now()"
+        };
+        let rows = sql::write(statement, &[Arg::Text(Some(&plan.policy))])?;
+        rows.iter().map(|r| r.string(0)).collect::<Result<Vec<_>>>()
+    })?;
+    state::announce_keys(&plan.policy, "stale", &keys)
 }

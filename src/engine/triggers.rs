@@ -4,25 +4,42 @@ use std::cell::RefCell;
 use std::rc::Rc;
 
 use super::flag;
+use super::guard;
 use super::plan::{Plan, Table};
 use super::sweep;
 use super::walk::{self, key_text};
+use crate::domain::policy::WhenRetrieved;
 use crate::pg::catalog;
 use crate::pg::error::{Error, Result};
-use crate::pg::ident::{self, Ident, Relation};
+use crate::pg::ident::{Ident, Relation};
 use crate::pg::identity::{Identity, act_as, as_extension};
 use crate::pg::invalidation;
 use crate::pg::sql::{self, Arg};
 use crate::pg::subxact::subtransaction;
 use crate::pg::trigger::{Event, TriggerCall, is_engine_write};
 
-/// A kind of trigger: its suffix, and what follows its name in CREATE TRIGGER.
+/// A kind of trigger: its suffix, what stands around its table in CREATE TRIGGER, and its function.
 struct Kind {
     suffix: &'static str,
     when: &'static str,
     after: &'static str,
-    /// On the orders table only.
-    orders_only: bool,
+    function: &'static str,
+    scope: Scope,
+}
+
+/// Which tables have a trigger.
+#[derive(PartialEq, Eq)]
+enum Scope {
+    /// Every table and each of its partitions: a parent's statement triggers do not fire for what is inserted into a
+    /// partition.
+    Every,
+    /// The orders table and each of its partitions.
+    Orders,
+    /// Every table, for rows that logical replication applies. Row triggers of a partitioned table are its partitions'
+    /// too.
+    Replica,
+    /// Where the policy ignores writes to retrieved rows instead of refusing them.
+    Ignoring,
 }
 
 const KINDS: &[Kind] = &[
@@ -30,30 +47,61 @@ const KINDS: &[Kind] = &[
         suffix: "insert",
         when: "AFTER INSERT",
         after: "REFERENCING NEW TABLE AS amazon_pii_new FOR EACH STATEMENT",
-        orders_only: false,
+        function: "on_change",
+        scope: Scope::Every,
     },
     Kind {
         suffix: "update",
         when: "AFTER UPDATE",
         after: "REFERENCING OLD TABLE AS amazon_pii_old NEW TABLE AS amazon_pii_new FOR EACH STATEMENT",
-        orders_only: false,
+        function: "on_change",
+        scope: Scope::Every,
     },
     Kind {
         suffix: "delete",
         when: "AFTER DELETE",
         after: "REFERENCING OLD TABLE AS amazon_pii_old FOR EACH STATEMENT",
-        orders_only: true,
+        function: "on_change",
+        scope: Scope::Orders,
     },
     Kind {
         suffix: "truncate",
         when: "AFTER TRUNCATE",
         after: "FOR EACH STATEMENT",
-        orders_only: true,
+        function: "on_change",
+        scope: Scope::Orders,
+    },
+    Kind {
+        suffix: "apply",
+        when: "AFTER INSERT OR UPDATE",
+        after: "FOR EACH ROW",
+        function: "on_apply",
+        scope: Scope::Replica,
+    },
+    Kind {
+        suffix: "ignore",
+        when: "BEFORE UPDATE",
+        after: "FOR EACH ROW",
+        function: "on_ignore",
+        scope: Scope::Ignoring,
     },
 ];
 
-/// The row trigger that logical replication's apply fires: it notes the key, nothing else.
-const APPLY: &str = "apply";
+impl Kind {
+    /// Whether a table of the policy, or a partition of one, is to have it.
+    fn belongs(&self, plan: &Plan, table: usize, is_partition: bool) -> bool {
+        match self.scope {
+            Scope::Every => true,
+            Scope::Orders => table == 0,
+            Scope::Replica => !is_partition,
+            Scope::Ignoring => {
+                !is_partition
+                    && !plan.tables[table].cells.is_empty()
+                    && matches!(plan.document.when_retrieved, WhenRetrieved::Ignore)
+            }
+        }
+    }
+}
 
 fn name(policy: &str, suffix: &str) -> Ident {
     Ident::new(format!("amazon_pii_{policy}_{suffix}"))
@@ -81,22 +129,19 @@ pub fn ensure(plan: &Plan) -> Result<()> {
             let arguments = arguments(plan, index);
             for relation in catalog::with_partitions(table.relation.oid)? {
                 let known = existing(&relation, &plan.policy)?;
-                for kind in KINDS.iter().filter(|k| index == 0 || !k.orders_only) {
+                let is_partition = relation.oid != table.relation.oid;
+                for kind in KINDS.iter().filter(|k| k.belongs(plan, index, is_partition)) {
                     let name = name(&plan.policy, kind.suffix);
-                    if !known.contains(&name) {
-                        create(&format!(
-                            "CREATE TRIGGER {name} {} ON {relation} {} EXECUTE FUNCTION amazon_pii.on_change({arguments})",
-                            kind.when, kind.after
-                        ))?;
+                    if known.contains(&name) {
+                        continue;
                     }
-                }
-                // Row triggers of a partitioned table are its partitions' too.
-                let name = name(&plan.policy, APPLY);
-                if relation.oid == table.relation.oid && !known.contains(&name) {
                     create(&format!(
-                        "CREATE TRIGGER {name} AFTER INSERT OR UPDATE ON {relation} FOR EACH ROW EXECUTE FUNCTION amazon_pii.on_apply({arguments})"
+                        "CREATE TRIGGER {name} {} ON {relation} {} EXECUTE FUNCTION amazon_pii.{}({arguments})",
+                        kind.when, kind.after, kind.function
                     ))?;
-                    create(&format!("ALTER TABLE {relation} ENABLE REPLICA TRIGGER {name}"))?;
+                    if kind.scope == Scope::Replica {
+                        create(&format!("ALTER TABLE {relation} ENABLE REPLICA TRIGGER {name}"))?;
+                    }
                 }
             }
         }
@@ -127,9 +172,7 @@ pub fn drop_all(policy: &str) -> Result<()> {
     as_extension(|| {
         let names: Vec<String> = KINDS
             .iter()
-            .map(|k| k.suffix)
-            .chain(std::iter::once(APPLY))
-            .map(|suffix| name(policy, suffix).bare().to_owned())
+            .map(|kind| name(policy, kind.suffix).bare().to_owned())
             .collect();
         let rows = sql::read(
             "SELECT t.tgname, n.nspname, c.relname FROM pg_catalog.pg_trigger t JOIN pg_catalog.pg_class c ON c.oid = t.tgrelid \
@@ -155,7 +198,7 @@ thread_local! {
 }
 
 /// The plan of a policy, from the session's cache if nothing has changed.
-fn cached(policy: &str) -> Result<Rc<Plan>> {
+pub fn cached(policy: &str) -> Result<Rc<Plan>> {
     let generation = invalidation::generation();
     let known = PLANS.with_borrow(|plans| {
         plans
@@ -199,7 +242,7 @@ pub fn changed(call: &TriggerCall) -> Result<()> {
             .ok_or_else(|| Error::undefined(format!("policy \"{policy}\" has no entry \"{alias}\"")))?;
         let table = entry.table;
         let refused = if call.event == Event::Update {
-            guard(&plan, &plan.tables[table], call)?
+            guard::refusal(&plan, &plan.tables[table], call)?
         } else {
             None
         };
@@ -257,7 +300,7 @@ fn note(plan: &Plan, table: usize, call: &TriggerCall) -> Result<()> {
 }
 
 /// Keys of the rows in a transition table that meet a condition.
-fn transition_keys(plan: &Plan, table: &Table, call: &TriggerCall, from: &str, condition: &str) -> Result<Vec<String>> {
+pub fn transition_keys(plan: &Plan, table: &Table, call: &TriggerCall, from: &str, condition: &str) -> Result<Vec<String>> {
     let query = format!(
         "SELECT {} FROM {from} WHERE {condition}",
         key_columns(table, "new_or_old")
@@ -303,51 +346,6 @@ fn truncated(plan: &Plan) -> Result<()> {
         )
     })?;
     Ok(())
-}
-
-/// PII of a retrieved order is read-only. Returns the refusal, if the statement changed some.
-fn guard(plan: &Plan, table: &Table, call: &TriggerCall) -> Result<Option<Error>> {
-    let shown = table.relation.shown();
-    let retrieved = |keys: Option<&[String]>| -> Result<bool> {
-        let rows = as_extension(|| {
-            sql::read(
-                "SELECT true FROM amazon_pii.record_state WHERE status = 'retrieved' AND table_name = $1 \
-                 AND ($2::text[] IS NULL OR record_key = ANY ($2)) LIMIT 1",
-                &[
-                    Arg::Text(Some(&shown)),
-                    keys.map_or(Arg::Typed(pgrx::pg_sys::TEXTARRAYOID, None), Arg::texts),
-                ],
-            )
-        })?;
-        Ok(!rows.is_empty())
-    };
-    if table.cells.is_empty() || !retrieved(None)? {
-        return Ok(None);
-    }
-    let same_key: Vec<String> = table
-        .key_list()
-        .iter()
-        .map(|k| format!("new_or_old.{k} = amazon_pii_new.{k}"))
-        .collect();
-    let differs: Vec<String> = table
-        .cells
-        .iter()
-        .map(|c| {
-            let (old, new) = (format!("new_or_old.{}", c.name), format!("amazon_pii_new.{}", c.name));
-            format!("{} IS DISTINCT FROM {}", ident::out(old), ident::out(new))
-        })
-        .collect();
-    let keys = transition_keys(
-        plan,
-        table,
-        call,
-        &format!(
-            "amazon_pii_old AS new_or_old LEFT JOIN amazon_pii_new ON {}",
-            same_key.join(" AND ")
-        ),
-        &differs.join(" OR "),
-    )?;
-    Ok((!keys.is_empty() && retrieved(Some(&keys))?).then(|| Error::read_only(&shown)))
 }
 
 /// When flagging fails the statement goes through; what can be noted is, and the policy says what is wrong.

@@ -72,6 +72,47 @@ impl TriggerCall {
         self.data
     }
 
+    /// The row that an UPDATE is about to write, as a BEFORE trigger returns it.
+    pub fn new_row(&self) -> pg_sys::Datum {
+        // SAFETY: set for every row trigger on UPDATE, and ours are created for nothing else.
+        unsafe { pg_sys::Datum::from((*self.data).tg_newtuple) }
+    }
+
+    /// That row with the old values of these columns.
+    ///
+    /// # Errors
+    /// A column does not exist.
+    pub fn with_old_values(&self, columns: &[String]) -> Result<pg_sys::Datum> {
+        // SAFETY: both tuples are of the trigger's relation; column numbers are checked; values stay valid as long as
+        // the old tuple, which outlives the copy that is made here.
+        unsafe {
+            let desc = (*(*self.data).tg_relation).rd_att;
+            let mut numbers = Vec::new();
+            let mut values = Vec::new();
+            let mut nulls = Vec::new();
+            for column in columns {
+                let name = std::ffi::CString::new(column.as_str())
+                    .map_err(|_| Error::internal("a column name holds a NUL"))?;
+                let number = pg_sys::SPI_fnumber(desc, name.as_ptr());
+                if number <= 0 {
+                    return Err(Error::undefined("a column of the policy no longer exists"));
+                }
+                let mut is_null = false;
+                values.push(pg_sys::SPI_getbinval((*self.data).tg_trigtuple, desc, number, &mut is_null));
+                nulls.push(is_null);
+                numbers.push(number);
+            }
+            Ok(pg_sys::Datum::from(pg_sys::heap_modify_tuple_by_cols(
+                (*self.data).tg_newtuple,
+                desc,
+                numbers.len() as i32,
+                numbers.as_mut_ptr(),
+                values.as_mut_ptr(),
+                nulls.as_mut_ptr(),
+            )))
+        }
+    }
+
     /// The text form of a column of the row that fired a row trigger: the new one, or the old one of a DELETE.
     ///
     /// # Errors

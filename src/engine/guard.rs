@@ -1,0 +1,101 @@
+//! PII of a retrieved order is read-only for everyone but the extension: refused, or, where the policy says so, ignored.
+
+use pgrx::pg_sys;
+
+use super::plan::{Plan, Table};
+use super::triggers::{cached, transition_keys};
+use super::walk::key_text;
+use crate::pg::error::{Error, Result};
+use crate::pg::ident;
+use crate::pg::identity::as_extension;
+use crate::pg::sql::{self, Arg};
+use crate::pg::subxact::subtransaction;
+use crate::pg::trigger::{TriggerCall, is_engine_write};
+
+/// Whether rows of a table are retrieved now: any at all, or some of these.
+fn is_retrieved(table: &str, keys: Option<&[String]>) -> Result<bool> {
+    let rows = as_extension(|| {
+        sql::read(
+            "SELECT true FROM amazon_pii.record_state WHERE status = 'retrieved' AND table_name = $1 \
+             AND ($2::text[] IS NULL OR record_key = ANY ($2)) LIMIT 1",
+            &[
+                Arg::Text(Some(table)),
+                keys.map_or(Arg::Typed(pg_sys::TEXTARRAYOID, None), Arg::texts),
+            ],
+        )
+    })?;
+    Ok(!rows.is_empty())
+}
+
+/// Why an UPDATE is refused, if it changed PII of a retrieved row.
+///
+/// # Errors
+/// Errors of the server.
+pub fn refusal(plan: &Plan, table: &Table, call: &TriggerCall) -> Result<Option<Error>> {
+    let shown = table.relation.shown();
+    if table.cells.is_empty() || !is_retrieved(&shown, None)? {
+        return Ok(None);
+    }
+    let same_key: Vec<String> = table
+        .key_list()
+        .iter()
+        .map(|k| format!("new_or_old.{k} = amazon_pii_new.{k}"))
+        .collect();
+    let differs: Vec<String> = table
+        .cells
+        .iter()
+        .map(|c| {
+            let (old, new) = (
+                format!("new_or_old.{}", c.name),
+                format!("amazon_pii_new.{}", c.name),
+            );
+            format!("{} IS DISTINCT FROM {}", ident::out(old), ident::out(new))
+        })
+        .collect();
+    let keys = transition_keys(
+        plan,
+        table,
+        call,
+        &format!(
+            "amazon_pii_old AS new_or_old LEFT JOIN amazon_pii_new ON {}",
+            same_key.join(" AND ")
+        ),
+        &differs.join(" OR "),
+    )?;
+    Ok((!keys.is_empty() && is_retrieved(&shown, Some(&keys))?).then(|| Error::read_only(&shown)))
+}
+
+/// The row that an UPDATE shall write: its own, with the PII of a retrieved row as it was.
+///
+/// # Errors
+/// A cancel; otherwise the statement goes through, and the refusing guard has the last word.
+pub fn ignore(call: &TriggerCall) -> Result<pg_sys::Datum> {
+    let [policy, alias] = call.args.as_slice() else {
+        return Ok(call.new_row());
+    };
+    if is_engine_write(call.relation) {
+        return Ok(call.new_row());
+    }
+    let kept = subtransaction(|| {
+        let plan = cached(policy)?;
+        let Some(entry) = plan.entries.iter().find(|e| e.alias == *alias) else {
+            return Ok(None);
+        };
+        let table = &plan.tables[entry.table];
+        let key = table
+            .key
+            .iter()
+            .map(|(name, _)| call.column(name.bare()))
+            .collect::<Result<Vec<_>>>()?;
+        if !is_retrieved(&table.relation.shown(), Some(&[key_text(&key)?]))? {
+            return Ok(None);
+        }
+        Ok(Some(table.cells.iter().map(|c| c.name.bare().to_owned()).collect::<Vec<_>>()))
+    });
+    match kept {
+        Ok(Some(columns)) => call.with_old_values(&columns),
+        Ok(None) => Ok(call.new_row()),
+        Err(e) if e.is_cancel() => Err(e),
+        Err(_) => Ok(call.new_row()),
+    }
+}
