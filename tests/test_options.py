@@ -1,0 +1,99 @@
+"""Options of a policy that change what happens at the edges: writes to retrieved rows, stale orders, replacements."""
+import json
+
+import pytest
+
+ORDERS = """
+CREATE SCHEMA shop AUTHORIZATION shop_owner;
+SET ROLE shop_owner;
+CREATE TABLE shop.orders (
+    id bigint PRIMARY KEY, external_no text, channel text NOT NULL, placed_at timestamp, shipped_at timestamptz,
+    replaces text, note text, amount numeric(10,2));
+"""
+
+
+def policy(**options):
+    orders = {"table": "shop.orders", "number": "external_no", "amazon": "channel = 'amazon'", "anchor": "shipped_at",
+              "redact": ["note"]}
+    orders.update(options.pop("orders", {}))
+    return {"policy": "shop", "orders": orders, "enabled": True, **options}
+
+
+@pytest.fixture
+def shop(db):
+    db.psql(ORDERS)
+    return db
+
+
+def insert(shop, id, shipped="now() - '40 days'::interval", placed="now() - '60 days'::interval", replaces=None,
+           channel="amazon"):
+    shop.sql(f"INSERT INTO shop.orders VALUES (%s, %s, %s, {placed}, {shipped}, %s, 'Ada Invented', 1.50)",
+             [id, f"111-0000000-{id:07}", channel, replaces], user="shop_owner")
+
+
+def test_a_sync_that_resends_a_retrieved_order_does_not_fail_when_writes_are_ignored(shop):
+    """Breaks when the BEFORE trigger is missing: the sync fails, or overwrites what was retrieved."""
+    shop.apply_policy(policy(when_retrieved="ignore"))
+    insert(shop, 1)
+    shop.sql("CALL amazon_pii.run_cycle()", user="pii_admin")
+    assert shop.value("SELECT note FROM shop.orders") == "[Redacted]"
+    shop.sql("SELECT * FROM amazon_pii.retrieve('111-0000000-0000001', 'return')", user="pii_operator")
+    shop.sql("UPDATE shop.orders SET note = '', amount = 9.99", user="shop_owner")
+    assert shop.sql("SELECT note, amount::text FROM shop.orders") == [("Ada Invented", "9.99")]
+    shop.sql("SELECT amazon_pii.end_retrieval('111-0000000-0000001')", user="pii_operator")
+    shop.sql("CALL amazon_pii.run_cycle()", user="pii_admin")
+    assert shop.value("SELECT note FROM shop.orders") == "[Redacted]"
+    shop.sql("UPDATE shop.orders SET note = 'new'", user="shop_owner")
+    assert shop.value("SELECT note FROM shop.orders") == "new", "rows that are not retrieved can be written"
+
+
+def test_the_refusing_guard_is_the_default(shop):
+    """Breaks when `when_retrieved` is not heeded."""
+    shop.apply_policy(policy())
+    insert(shop, 1)
+    shop.sql("CALL amazon_pii.run_cycle()", user="pii_admin")
+    shop.sql("SELECT * FROM amazon_pii.retrieve('111-0000000-0000001', 'return')", user="pii_operator")
+    with pytest.raises(Exception) as refused:
+        shop.sql("UPDATE shop.orders SET note = 'x'", user="shop_owner")
+    assert refused.value.pgcode == "55000"
+    assert "read-only" in str(refused.value)
+    assert shop.value("SELECT note FROM shop.orders") == "Ada Invented"
+
+
+def test_an_order_that_is_never_dispatched_is_shown_as_stale(shop):
+    """Breaks when `stale_after` is not heeded: such an order would keep its personal data unseen for ever."""
+    shop.apply_policy(policy(orders={"placed": "placed_at", "stale_after": "45 days"}))
+    insert(shop, 1, shipped="NULL")
+    insert(shop, 2, shipped="NULL", placed="now() - '10 days'::interval")
+    listener = shop.connect("pii_operator")
+    listener.cursor().execute("LISTEN amazon_pii")
+    shop.sql("CALL amazon_pii.run_cycle()", user="pii_admin")
+    assert shop.value("SELECT stale FROM amazon_pii.status", user="pii_admin") == 1
+    assert shop.sql("SELECT status, note FROM shop.orders JOIN amazon_pii.orders ON order_key = '[\"' || id || '\"]'") == [
+        ("flagged", "Ada Invented")] * 2
+    listener.poll()
+    stale = [json.loads(n.payload) for n in listener.notifies if json.loads(n.payload)["status"] == "stale"]
+    assert [n["orders"] for n in stale] == [['["1"]']]
+
+
+def test_a_stale_order_is_redacted_where_the_policy_says_so(shop):
+    """Breaks when `"stale": "redact"` is not heeded."""
+    shop.apply_policy(policy(orders={"placed": "placed_at", "stale_after": "45 days", "stale": "redact"}))
+    insert(shop, 1, shipped="NULL")
+    insert(shop, 2, shipped="NULL", placed="now() - '10 days'::interval")
+    shop.sql("CALL amazon_pii.run_cycle()", user="pii_admin")
+    assert shop.sql("SELECT id, note FROM shop.orders ORDER BY id") == [(1, "[Redacted]"), (2, "Ada Invented")]
+    shop.sql("SELECT * FROM amazon_pii.retrieve('111-0000000-0000001', 'late dispatch')", user="pii_operator")
+    assert shop.value("SELECT note FROM shop.orders WHERE id = 1") == "Ada Invented"
+
+
+def test_an_order_that_replaces_a_flagged_one_is_flagged_too(shop):
+    """Breaks when `replaces` is not heeded: the replacement's copy of the buyer would stay for ever."""
+    shop.apply_policy(policy(orders={"replaces": "replaces"}))
+    insert(shop, 1)
+    insert(shop, 2, replaces="111-0000000-0000001", channel="manual")
+    insert(shop, 3, replaces="no such order", channel="manual")
+    insert(shop, 4, channel="manual")
+    shop.sql("CALL amazon_pii.run_cycle()", user="pii_admin")
+    assert shop.sql("SELECT id, note FROM shop.orders ORDER BY id") == [
+        (1, "[Redacted]"), (2, "[Redacted]"), (3, "Ada Invented"), (4, "Ada Invented")]
