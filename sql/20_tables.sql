@@ -15,6 +15,7 @@ CREATE TABLE amazon_pii.policy (
     swept_at        timestamptz,
     recheck_after   text,
     rechecked_at    timestamptz,
+    cycled_at       timestamptz,
     last_error      text
 );
 COMMENT ON TABLE amazon_pii.policy IS 'One row a policy: the document in force';
@@ -114,8 +115,7 @@ CREATE TABLE amazon_pii.run (
     archived        bigint      NOT NULL DEFAULT 0,
     redacted        bigint      NOT NULL DEFAULT 0,
     failed          bigint      NOT NULL DEFAULT 0,
-    overdue         bigint      NOT NULL DEFAULT 0,
-    last_error      text
+    overdue         bigint      NOT NULL DEFAULT 0
 );
 COMMENT ON TABLE amazon_pii.run IS 'Cycles; one without finished_at was interrupted';
 CREATE INDEX run_policy ON amazon_pii.run (policy, run_id);

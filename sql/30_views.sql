@@ -25,7 +25,7 @@ SELECT o.policy, o.order_key, o.order_number, o.status,
        o.attempts, o.next_attempt_at, o.last_error
   FROM amazon_pii.order_state AS o
  WHERE o.status IN ('flagged', 'scheduled', 'archived', 'failed', 'retrieved')
-   AND o.next_due_at IS NOT NULL
+   AND o.next_due_at <= pg_catalog.now()
    AND CASE WHEN o.status = 'retrieved' THEN o.retrieved_until ELSE o.redact_due_at END < pg_catalog.now()
    AND (o.held_until IS NULL OR o.held_until < pg_catalog.now());
 COMMENT ON VIEW amazon_pii.overdue IS 'Orders past their deadline, until they are done; disabled and suspended policies included';
@@ -38,14 +38,14 @@ SELECT o.policy, o.order_key, o.order_number, o.status,
        o.pushed_by
   FROM amazon_pii.order_state AS o
  WHERE o.status IN ('scheduled', 'archived', 'failed', 'retrieved')
-   AND o.next_due_at IS NOT NULL
+   AND o.next_due_at < pg_catalog.now() + '7 days'::interval
    AND CASE o.status WHEN 'scheduled' THEN o.archive_due_at WHEN 'retrieved' THEN o.retrieved_until
                      ELSE o.redact_due_at END < pg_catalog.now() + '7 days'::interval;
 COMMENT ON VIEW amazon_pii.upcoming IS 'What is due within the next seven days';
 
 CREATE VIEW amazon_pii.runs WITH (security_barrier) AS
 SELECT r.run_id, r.policy, r.started_at, r.finished_at, r.started_by, r.flagged, r.archived, r.redacted, r.failed,
-       r.overdue, r.last_error
+       r.overdue
   FROM amazon_pii.run AS r;
 COMMENT ON VIEW amazon_pii.runs IS 'Cycles and their counts';
 
@@ -63,7 +63,7 @@ SELECT p.policy, p.version, p.enabled, p.suspended,
        COALESCE(d.overdue, 0) AS overdue, d.worst_overdue_by,
        (SELECT pg_catalog.count(*) FROM amazon_pii.record_state AS r
          WHERE r.policy = p.policy AND r.status = 'waiting') AS records_waiting,
-       l.started_at AS last_cycle_at, l.finished_at AS last_cycle_finished_at, COALESCE(p.last_error, l.last_error) AS last_error,
+       p.cycled_at AS last_cycle_at, p.last_error,
        p.swept_at,
        CASE WHEN h.worker IS NOT NULL AND a.pid IS NOT NULL THEN 'running'
             WHEN h.worker IS NOT NULL AND h.beat_at > pg_catalog.now() - GREATEST(
@@ -84,9 +84,6 @@ SELECT p.policy, p.version, p.enabled, p.suspended,
   LEFT JOIN LATERAL (
        SELECT pg_catalog.count(*) AS overdue, pg_catalog.max(v.overdue_by) AS worst_overdue_by
          FROM amazon_pii.overdue AS v WHERE v.policy = p.policy) AS d ON true
-  LEFT JOIN LATERAL (
-       SELECT r.started_at, r.finished_at, r.last_error FROM amazon_pii.run AS r
-        WHERE r.policy = p.policy ORDER BY r.run_id DESC LIMIT 1) AS l ON true
   LEFT JOIN amazon_pii.heartbeat AS h ON h.worker = 'database'
   LEFT JOIN pg_catalog.pg_stat_activity AS a ON a.pid = h.pid AND a.backend_type LIKE 'amazon_pii%';
 COMMENT ON VIEW amazon_pii.status IS 'One line a policy: how many orders stand where, what is overdue, whether the worker runs';

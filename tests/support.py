@@ -1,8 +1,11 @@
 """What several test files need: the shop of fixtures/shop.sql with many orders, and statements in the background."""
 import copy
 import threading
+from contextlib import contextmanager
 from pathlib import Path
 
+import psycopg2
+import pytest
 from cluster import wait_until
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
@@ -144,3 +147,127 @@ class Background(threading.Thread):
         waiting = "SELECT wait_event_type = 'Lock' FROM pg_stat_activity WHERE pid = %s"
         wait_until(lambda: db.value(waiting, [self.pid]), timeout, 0.005, "the statement waits for no lock")
         return self
+
+
+# Orders one by one, each cell naming its row, and what became of them.
+
+TABLES = ("orders", "customers", "addresses", "invoices", "invoice_lines")
+
+
+def number(order):
+    """The Amazon order number that add_order() gives to an order."""
+    return f"303-1234567-{order:07d}"
+
+
+def add_customer(db, customer):
+    db.sql("INSERT INTO shop.customers (id, first_name, last_name, email, phone) VALUES (%s, %s, %s, %s, %s)",
+           [customer, f"First{customer}", f"Last{customer}", f"buyer{customer}@example.invalid", f"+49 555 {customer:04d}"],
+           "shop_owner")
+
+
+def add_order(db, order, shipped="40 days", channel="amazon", customer=None):
+    """An order with one address, dispatched that long ago; `None` is not yet."""
+    db.sql("INSERT INTO shop.orders (id, external_no, channel, customer_id, shipped_at, gift_message, shop_note, total) "
+           "VALUES (%s, %s, %s, %s, now() - %s::interval, %s, %s, 10.10)",
+           [order, number(order), channel, customer, shipped, f"Gift{order}", f"Note{order}"], "shop_owner")
+    db.sql("INSERT INTO shop.addresses (order_id, name, line1, city, zip, phone) VALUES (%s, %s, %s, %s, %s, %s)",
+           [order, f"Name{order}", f"Street {order}", f"City{order}", f"Z{order}", f"+49 666 {order:04d}"], "shop_owner")
+
+
+def add_invoice(db, invoice, order, age="40 days"):
+    db.sql("INSERT INTO shop.invoices VALUES (%s, %s, %s, now() - %s::interval, %s, 10.10)",
+           [invoice, f"INV-{invoice}", order, age, f"BillTo{invoice}"], "shop_owner")
+    db.sql("INSERT INTO shop.invoice_lines VALUES (%s, %s, %s)", [invoice, invoice, f"LineNote{invoice}"], "shop_owner")
+
+
+def sweep(db, policy=None):
+    """One cycle that also looks at every order; its counts by name."""
+    row = db.sql("CALL amazon_pii.run_cycle(%s, true)", [policy], "pii_admin")[0]
+    return dict(zip(("flagged", "archived", "redacted", "failed", "overdue"), row))
+
+
+def order_value(db, order, column="status", policy="shop"):
+    """A column of amazon_pii.orders, None where the order is not flagged."""
+    rows = db.sql(f"SELECT {column} FROM amazon_pii.orders WHERE policy = %s AND order_key = %s", [policy, f'["{order}"]'])
+    return rows[0][0] if rows else None
+
+
+def record_states(db, table, record, policy="shop"):
+    """{order id: status} of one row of the shop's, for every order that lists it."""
+    rows = db.sql("SELECT (order_key::jsonb)->>0, status FROM amazon_pii.records WHERE policy = %s AND table_name = %s "
+                  "AND record_key = %s", [policy, table, f'["{record}"]'])
+    return {int(order): status for order, status in rows}
+
+
+def snapshot(db, tables=TABLES, schema="shop"):
+    """Every row of the tables, as text."""
+    return {t: [r[0] for r in db.sql(f'SELECT t::text FROM {schema}."{t}" AS t ORDER BY t::text')] for t in tables}
+
+
+def tables_with(db, word, tables=TABLES, schema="shop"):
+    """The tables in which a row holds the word."""
+    return [t for t, rows in snapshot(db, tables, schema).items() if any(word in row for row in rows)]
+
+
+@contextmanager
+def refused(sqlstate, words=""):
+    """The block must end in an error of the server with this SQLSTATE and these words; gives what pytest.raises gives."""
+    with pytest.raises(psycopg2.Error) as caught:
+        yield caught
+    assert caught.value.pgcode == sqlstate, f"{caught.value.pgcode}: {caught.value}"
+    assert words in str(caught.value)
+
+
+# The update of a row that is listed in shop.stop takes ten minutes: there a cycle can be caught in the act.
+STOP = """
+CREATE TABLE shop.stop (table_name text, id bigint);
+CREATE FUNCTION shop.stop() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    IF EXISTS (SELECT FROM shop.stop AS s WHERE s.table_name = TG_TABLE_NAME AND s.id = NEW.id) THEN
+        PERFORM pg_catalog.pg_sleep(600);
+    END IF;
+    RETURN NEW;
+END $$;
+CREATE TRIGGER stop BEFORE UPDATE ON shop.orders FOR EACH ROW EXECUTE FUNCTION shop.stop();
+CREATE TRIGGER stop BEFORE UPDATE ON shop.addresses FOR EACH ROW EXECUTE FUNCTION shop.stop();
+CREATE TRIGGER stop BEFORE UPDATE ON shop.customers FOR EACH ROW EXECUTE FUNCTION shop.stop();
+CREATE TRIGGER stop BEFORE UPDATE ON shop.invoice_lines FOR EACH ROW EXECUTE FUNCTION shop.stop();
+"""
+
+
+def stop_at(db, table, row):
+    """From now on the update of this row does not end; go_on() takes that back for the updates that come after it."""
+    if not db.value("SELECT to_regclass('shop.stop') IS NOT NULL"):
+        db.sql(STOP, user="shop_owner")
+    db.sql("INSERT INTO shop.stop VALUES (%s, %s)", [table, row], user="shop_owner")
+
+
+def go_on(db):
+    db.sql("DELETE FROM shop.stop", user="shop_owner")
+
+
+def stopped(db):
+    """The process id of the session, or worker, that has come to a row of stop_at()."""
+    stuck = "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND wait_event = 'PgSleep'"
+    return wait_until(lambda: db.sql(stuck), interval=0.01)[0][0]
+
+
+# The archive, and values bit by bit.
+
+def hurry(db):
+    """Ends the growing wait of failed orders."""
+    db.sql("UPDATE amazon_pii.order_state SET next_attempt_at = NULL")
+
+
+def retrieve(db, order_number, reason="customer asks about a return"):
+    return db.sql("SELECT * FROM amazon_pii.retrieve(%s, %s)", [order_number, reason], "pii_operator")
+
+
+def end_retrieval(db, order_number):
+    db.sql("SELECT amazon_pii.end_retrieval(%s)", [order_number], "pii_operator")
+
+
+def documents(db, schema="amazon_pii_archive"):
+    """Archived documents as {(order key, table, record key, version): sealed bytes}."""
+    rows = db.sql(f"SELECT order_key, table_name, record_key, version, sealed FROM {schema}.document")
+    return {tuple(row[:4]): bytes(row[4]) for row in rows}

@@ -149,7 +149,7 @@ def test_activity_tells_what_the_worker_does(shop):
 
 
 def test_autovacuum_hears_of_the_dead_rows(shop):
-    # Without the worker's own report the table would look as if it had never been updated: nobody else does it here.
+    # The worker is the only one that updates here.
     late = "INSERT INTO shop.orders VALUES (2, '302-0000000-0000002', now() - interval '40 days', %s)"
     shop.sql(late, [BUYER], user="shop_owner")
     wait_until(lambda: buyer(shop, 2) == "[Redacted]")
@@ -192,14 +192,16 @@ def test_not_more_workers_at_a_time_than_set(preloaded):
 def test_wakes_at_commit_and_only_then(sleepy_shop):
     runs = "SELECT count(*) FROM amazon_pii.runs"
     before = sleepy_shop.value(runs)
-    dispatch_long_ago(sleepy_shop)
     session = sleepy_shop.connect("pii_admin", autocommit=False)
     with session.cursor() as cursor:
         cursor.execute("SELECT amazon_pii.enable_policy('shop')")
         session.rollback()
+        cursor.execute(DISPATCH)
         # Two calls, one wake-up.
         cursor.execute("SELECT amazon_pii.enable_policy('shop')")
         cursor.execute("SELECT amazon_pii.enable_policy('shop')")
+        # Long enough for a worker that was woken too early to start and to find nothing.
+        cursor.execute("SELECT pg_sleep(0.5)")
         assert sleepy_shop.value(runs) == before
         session.commit()
     wait_until(lambda: buyer(sleepy_shop) == "[Redacted]")
@@ -279,6 +281,7 @@ def test_worker_goes_on_after_a_crash_of_the_server():
         pid = catch_in_the_act(db)
         server.close_connections()
         os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: "all server processes terminated" in server.log_text())
 
         def reachable():
             try:

@@ -2,6 +2,7 @@
 //! serves the worker, `CALL run_cycle()` and the tests.
 
 use std::collections::HashSet;
+use std::time::{Duration, Instant};
 
 use super::alive;
 use super::archive;
@@ -20,6 +21,9 @@ use crate::pg::sql::{self, Arg};
 use crate::pg::subxact::subtransaction;
 use crate::pg::xact::{self, Boundary};
 use crate::pg::{guc, keys};
+
+/// How often a long run says how far it is.
+const TELL_EVERY: Duration = Duration::from_secs(10);
 
 /// What a cycle did.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
@@ -68,7 +72,7 @@ pub fn run(policy: Option<&str>, sweep: bool, boundary: Boundary) -> Result<Coun
             Err(e) if e.is_cancel() => return Err(e),
             Err(e) => {
                 boundary.rollback();
-                note_error(&name, Some(&e))?;
+                note_error(&name, &e)?;
                 boundary.commit()?;
                 if policy.is_some() {
                     return Err(e);
@@ -80,11 +84,11 @@ pub fn run(policy: Option<&str>, sweep: bool, boundary: Boundary) -> Result<Coun
 }
 
 /// What is wrong with a policy as a whole, for `status`.
-fn note_error(policy: &str, error: Option<&Error>) -> Result<()> {
+fn note_error(policy: &str, error: &Error) -> Result<()> {
     as_extension(|| {
         sql::execute(
             "UPDATE amazon_pii.policy SET last_error = $2 WHERE policy = $1 AND last_error IS DISTINCT FROM $2",
-            &[Arg::Text(Some(policy)), Arg::Text(error.map(Error::stored).as_deref())],
+            &[Arg::Text(Some(policy)), Arg::Text(Some(&error.stored()))],
         )
     })?;
     Ok(())
@@ -106,7 +110,10 @@ struct Run<'a> {
     clock: Clock,
     boundary: Boundary,
     counts: Counts,
-    id: i64,
+    /// Of its row in `run`, once it has one.
+    id: Option<i64>,
+    /// When the caller was last told how far it is.
+    told: Instant,
     /// Orders that were already archived again in this cycle: a second time they wait.
     set_back: HashSet<String>,
 }
@@ -126,9 +133,7 @@ fn run_policy(policy: &str, sweep: bool, boundary: Boundary) -> Result<Counts> {
         return Ok(counts);
     }
     let keys = keys::master_keys()?;
-    let now = xact::now()?;
-    let clock = Clock::new(now, &horizons(plan.document.window.as_ref(), now));
-    let id = start(policy)?;
+    let clock = clock(&plan)?;
     boundary.commit()?;
     let mut run = Run {
         plan: &plan,
@@ -136,10 +141,13 @@ fn run_policy(policy: &str, sweep: bool, boundary: Boundary) -> Result<Counts> {
         clock,
         boundary,
         counts: Counts::default(),
-        id,
+        id: None,
+        told: Instant::now(),
         set_back: HashSet::new(),
     };
     run.flag(sweep)?;
+    // What flagging has just found due belongs to this cycle.
+    run.clock = self::clock(&plan)?;
     while run.batch()? {
         run.report()?;
     }
@@ -147,10 +155,15 @@ fn run_policy(policy: &str, sweep: bool, boundary: Boundary) -> Result<Counts> {
     if run.counts.overdue > 0 {
         announce_overdue(policy, run.counts.overdue)?;
     }
-    note_error(policy, None)?;
-    finish(id, run.counts)?;
+    run.finish()?;
     boundary.commit()?;
     Ok(run.counts)
+}
+
+/// The instants of a cycle that begins now.
+fn clock(plan: &Plan) -> Result<Clock> {
+    let now = xact::now()?;
+    Ok(Clock::new(now, &horizons(plan.document.window.as_ref(), now)))
 }
 
 impl Run<'_> {
@@ -165,6 +178,7 @@ impl Run<'_> {
         }
         while let Some(flagged) = sweep::slice(self.plan, &self.clock)? {
             self.counts.flagged += flagged;
+            self.start()?;
             self.boundary.commit()?;
         }
         sweep::stale(self.plan)?;
@@ -179,6 +193,7 @@ impl Run<'_> {
             self.boundary.commit()?;
             return Ok(false);
         }
+        self.start()?;
         let (copy, ready): (Vec<Due>, Vec<Due>) = batch.into_iter().partition(Due::needs_copy);
         let mut to_redact = ready;
         for (orders, archived) in self.contained(copy, |run, orders| archive::batch(run.plan, &run.keys, orders))? {
@@ -205,7 +220,7 @@ impl Run<'_> {
 
     /// Orders that were not redacted in their batch go back, each for its reason.
     fn settle(&mut self, orders: &[Due], outcome: &redact::Redacted) -> Result<()> {
-        self.counts.redacted += outcome.done.len() as i64;
+        self.counts.redacted += outcome.done;
         let wait = i64::try_from(guc::naptime()).unwrap_or(60);
         let locked: Vec<&Due> = outcome.locked.iter().map(|i| &orders[*i]).collect();
         state::set_back(self.plan, &locked, wait, false)?;
@@ -267,58 +282,68 @@ impl Run<'_> {
         state::announce(self.plan, "failed", &[due])
     }
 
+    /// The run's row, once there is something to do: an idle cycle leaves none.
+    fn start(&mut self) -> Result<()> {
+        if self.id.is_some() {
+            return Ok(());
+        }
+        let rows = as_extension(|| {
+            sql::write(
+                "INSERT INTO amazon_pii.run (policy, started_by, pid) VALUES ($1, $2, pg_catalog.pg_backend_pid()) RETURNING run_id",
+                &[Arg::Text(Some(&self.plan.policy)), Arg::Text(Some(&session_user()))],
+            )
+        })?;
+        self.id = rows.first().map(|r| r.int(0)).transpose()?;
+        Ok(())
+    }
+
     /// Progress, for whoever watches and for the run's row.
-    fn report(&self) -> Result<()> {
-        let c = &self.counts;
-        pgrx::notice!(
-            "policy {}: {} archived, {} redacted, {} failed so far",
-            self.plan.policy,
-            c.archived,
-            c.redacted,
-            c.failed
-        );
+    fn report(&mut self) -> Result<()> {
+        let c = self.counts;
+        if self.told.elapsed() > TELL_EVERY {
+            self.told = Instant::now();
+            pgrx::notice!(
+                "policy {}: {} archived, {} redacted, {} failed so far",
+                self.plan.policy,
+                c.archived,
+                c.redacted,
+                c.failed
+            );
+        }
+        self.record(false)
+    }
+
+    /// The counts so far, or at the end.
+    fn record(&self, finished: bool) -> Result<()> {
+        let Some(id) = self.id else { return Ok(()) };
+        let c = self.counts;
         as_extension(|| {
             sql::execute(
-                "UPDATE amazon_pii.run SET flagged = $2, archived = $3, redacted = $4, failed = $5 WHERE run_id = $1",
+                "UPDATE amazon_pii.run SET flagged = $2, archived = $3, redacted = $4, failed = $5, overdue = $6, \
+                    finished_at = CASE WHEN $7 THEN pg_catalog.clock_timestamp() END WHERE run_id = $1",
                 &[
-                    Arg::Int(self.id),
+                    Arg::Int(id),
                     Arg::Int(c.flagged),
                     Arg::Int(c.archived),
                     Arg::Int(c.redacted),
                     Arg::Int(c.failed),
+                    Arg::Int(c.overdue),
+                    Arg::Bool(finished),
                 ],
             )
         })?;
         Ok(())
     }
-}
 
-fn start(policy: &str) -> Result<i64> {
-    as_extension(|| {
-        let rows = sql::write(
-            "INSERT INTO amazon_pii.run (policy, started_by, pid) VALUES ($1, $2, pg_catalog.pg_backend_pid()) RETURNING run_id",
-            &[Arg::Text(Some(policy)), Arg::Text(Some(&session_user()))],
-        )?;
-        rows.first().ok_or_else(|| Error::internal("no row"))?.int(0)
-    })
-}
-
-fn finish(id: i64, c: Counts) -> Result<()> {
-    as_extension(|| {
-        sql::execute(
-            "UPDATE amazon_pii.run SET finished_at = pg_catalog.clock_timestamp(), flagged = $2, archived = $3, redacted = $4, \
-                failed = $5, overdue = $6 WHERE run_id = $1",
-            &[
-                Arg::Int(id),
-                Arg::Int(c.flagged),
-                Arg::Int(c.archived),
-                Arg::Int(c.redacted),
-                Arg::Int(c.failed),
-                Arg::Int(c.overdue),
-            ],
-        )
-    })?;
-    Ok(())
+    fn finish(&self) -> Result<()> {
+        as_extension(|| {
+            sql::execute(
+                "UPDATE amazon_pii.policy SET cycled_at = pg_catalog.clock_timestamp(), last_error = NULL WHERE policy = $1",
+                &[Arg::Text(Some(&self.plan.policy))],
+            )
+        })?;
+        self.record(true)
+    }
 }
 
 fn overdue(policy: &str) -> Result<i64> {

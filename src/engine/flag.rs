@@ -28,7 +28,11 @@ fn select(plan: &Plan) -> Vec<String> {
     out.push(or_null(plan.number.as_ref().map(|n| format!("{n}::pg_catalog.text"))));
     out.push(plan.amazon.to_string());
     out.push(or_null(plan.replaces.as_ref().map(|r| format!("{r}::pg_catalog.text"))));
-    out.push(plan.placed.clone().unwrap_or_else(|| "NULL::pg_catalog.timestamptz".to_owned()));
+    out.push(
+        plan.placed
+            .clone()
+            .unwrap_or_else(|| "NULL::pg_catalog.timestamptz".to_owned()),
+    );
     for anchor in &plan.anchors {
         out.push(match anchor {
             AnchorPlan::Order(sql) => sql.clone(),

@@ -45,10 +45,7 @@ pub fn refusal(plan: &Plan, table: &Table, call: &TriggerCall) -> Result<Option<
         .cells
         .iter()
         .map(|c| {
-            let (old, new) = (
-                format!("new_or_old.{}", c.name),
-                format!("amazon_pii_new.{}", c.name),
-            );
+            let (old, new) = (format!("new_or_old.{}", c.name), format!("amazon_pii_new.{}", c.name));
             format!("{} IS DISTINCT FROM {}", ident::out(old), ident::out(new))
         })
         .collect();
@@ -90,7 +87,9 @@ pub fn ignore(call: &TriggerCall) -> Result<pg_sys::Datum> {
         if !is_retrieved(&table.relation.shown(), Some(&[key_text(&key)?]))? {
             return Ok(None);
         }
-        Ok(Some(table.cells.iter().map(|c| c.name.bare().to_owned()).collect::<Vec<_>>()))
+        Ok(Some(
+            table.cells.iter().map(|c| c.name.bare().to_owned()).collect::<Vec<_>>(),
+        ))
     });
     match kept {
         Ok(Some(columns)) => call.with_old_values(&columns),

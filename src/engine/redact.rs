@@ -20,7 +20,8 @@ use crate::pg::xact;
 /// What one transaction did; positions are into the batch.
 #[derive(Debug, Default)]
 pub struct Redacted {
-    pub done: Vec<usize>,
+    /// How many orders are redacted now that were not, or not wholly.
+    pub done: i64,
     /// Edited since they were archived: to be archived again first.
     pub unproven: Vec<usize>,
     /// Somebody else has a row locked.
@@ -52,6 +53,9 @@ pub fn batch(plan: &Plan, others: &[Plan], keys: &MasterKeys, clock: &Clock, bat
     let live = gather::gather(plan, &inputs)?;
     let mut out = Redacted::default();
     let mut excluded: HashSet<usize> = push_back(plan, clock, batch, &live.records, &mut out)?;
+    let gone: Vec<usize> = (0..batch.len()).filter(|i| !live.exists[*i]).collect();
+    state::gone(plan, &gone.iter().map(|i| &batch[*i]).collect::<Vec<_>>())?;
+    excluded.extend(gone);
     let mut targets = targets(plan, batch, &live.records, &archive, &mut excluded, &mut out)?;
 
     // Deferred triggers of the caller fire as the caller, not as a table's owner.
@@ -79,9 +83,17 @@ pub fn batch(plan: &Plan, others: &[Plan], keys: &MasterKeys, clock: &Clock, bat
     }
     state::records_changed(plan, &changes)?;
     let dues: Vec<&Due> = done.iter().map(|i| &batch[*i]).collect();
-    state::redacted(plan, &dues)?;
+    // One that was looked at again and found clean is no event.
+    let (overwritten, clean): (Vec<&Due>, Vec<&Due>) = dues.into_iter().partition(|due| {
+        due.status != "redacted"
+            || changes
+                .iter()
+                .any(|c| c.order_key == due.order_key && c.status == "redacted")
+    });
+    state::redacted(plan, &overwritten)?;
+    state::rechecked(plan, &clean)?;
     let mut entries = Vec::new();
-    for due in &dues {
+    for due in &overwritten {
         let count = changes
             .iter()
             .filter(|c| c.order_key == due.order_key && c.status == "redacted")
@@ -90,21 +102,19 @@ pub fn batch(plan: &Plan, others: &[Plan], keys: &MasterKeys, clock: &Clock, bat
             .iter()
             .filter(|c| c.order_key == due.order_key && c.status == "waiting")
             .count();
-        if count > 0 || due.status != "redacted" {
-            let detail = if waits == 0 {
-                format!("{count} records")
-            } else {
-                format!("{count} records, {waits} waiting for other orders")
-            };
-            entries.push(audit::AuditEntry {
-                detail: Some(detail),
-                ..entry("redact", plan, due)?
-            });
-        }
+        let detail = if waits == 0 {
+            format!("{count} records")
+        } else {
+            format!("{count} records, {waits} waiting for other orders")
+        };
+        entries.push(audit::AuditEntry {
+            detail: Some(detail),
+            ..entry("redact", plan, due)?
+        });
     }
     audit::insert(&entries)?;
-    state::announce(plan, "redacted", &dues)?;
-    out.done = done;
+    state::announce(plan, "redacted", &overwritten)?;
+    out.done = overwritten.len() as i64;
     Ok(out)
 }
 

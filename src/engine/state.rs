@@ -108,6 +108,24 @@ pub fn redacted(plan: &Plan, batch: &[&Due]) -> Result<()> {
     Ok(())
 }
 
+/// Redacted orders that were looked at again and found clean.
+///
+/// # Errors
+/// Errors of the server.
+pub fn rechecked(plan: &Plan, batch: &[&Due]) -> Result<()> {
+    if batch.is_empty() {
+        return Ok(());
+    }
+    as_extension(|| {
+        sql::execute(
+            "UPDATE amazon_pii.order_state SET attempts = 0, next_attempt_at = NULL, last_error = NULL, next_due_at = NULL \
+             WHERE policy = $1 AND order_key = ANY ($2)",
+            &[Arg::Text(Some(&plan.policy)), Arg::texts(&keys(batch))],
+        )
+    })?;
+    Ok(())
+}
+
 /// Records of a batch with their new state; `witness` is the order that keeps a shared one alive.
 pub struct RecordChange {
     pub order_key: String,

@@ -152,24 +152,40 @@ pub fn slice(plan: &Plan, clock: &Clock) -> Result<Option<i64>> {
         )
     })?;
     if finished {
-        recheck(plan, row.bool(3)?)?;
+        recheck(plan, row.bool(3)?, clock)?;
+        trim()?;
     }
     Ok(Some(flagged))
 }
 
-/// Marks redacted orders to be looked at again: a seventh of them with each daily pass, or all.
-fn recheck(plan: &Plan, all: bool) -> Result<()> {
+/// Cycles of more than thirteen months ago are nobody's business any more.
+fn trim() -> Result<()> {
+    as_extension(|| {
+        sql::execute(
+            "DELETE FROM amazon_pii.run WHERE started_at < pg_catalog.now() - '13 months'::interval",
+            &[],
+        )
+    })?;
+    Ok(())
+}
+
+/// Marks redacted orders to be looked at again by this very cycle: a seventh of them with each daily pass, or all.
+fn recheck(plan: &Plan, all: bool, clock: &Clock) -> Result<()> {
     as_extension(|| {
         sql::execute(
             "WITH part AS (SELECT o.order_key FROM amazon_pii.order_state o, amazon_pii.policy p \
                 WHERE o.policy = $1 AND p.policy = $1 AND o.status = 'redacted' AND ($2 OR p.recheck_after IS NULL OR o.order_key > p.recheck_after) \
                 ORDER BY o.order_key LIMIT CASE WHEN $2 THEN NULL ELSE (SELECT pg_catalog.count(*) / 7 + 1 FROM amazon_pii.order_state \
                     WHERE policy = $1 AND status = 'redacted') END), \
-             marked AS (UPDATE amazon_pii.order_state o SET next_due_at = pg_catalog.now() FROM part \
+             marked AS (UPDATE amazon_pii.order_state o SET next_due_at = $3::timestamptz FROM part \
                 WHERE o.policy = $1 AND o.order_key = part.order_key AND o.next_due_at IS NULL) \
              UPDATE amazon_pii.policy SET rechecked_at = pg_catalog.clock_timestamp(), recheck_after = CASE WHEN $2 THEN NULL ELSE \
                 (SELECT pg_catalog.max(order_key) FROM part) END WHERE policy = $1",
-            &[Arg::Text(Some(&plan.policy)), Arg::Bool(all)],
+            &[
+                Arg::Text(Some(&plan.policy)),
+                Arg::Bool(all),
+                Arg::Text(Some(&clock.now)),
+            ],
         )
     })?;
     Ok(())

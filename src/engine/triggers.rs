@@ -300,7 +300,13 @@ fn note(plan: &Plan, table: usize, call: &TriggerCall) -> Result<()> {
 }
 
 /// Keys of the rows in a transition table that meet a condition.
-pub fn transition_keys(plan: &Plan, table: &Table, call: &TriggerCall, from: &str, condition: &str) -> Result<Vec<String>> {
+pub fn transition_keys(
+    plan: &Plan,
+    table: &Table,
+    call: &TriggerCall,
+    from: &str,
+    condition: &str,
+) -> Result<Vec<String>> {
     let query = format!(
         "SELECT {} FROM {from} WHERE {condition}",
         key_columns(table, "new_or_old")

@@ -98,7 +98,12 @@ impl TriggerCall {
                     return Err(Error::undefined("a column of the policy no longer exists"));
                 }
                 let mut is_null = false;
-                values.push(pg_sys::SPI_getbinval((*self.data).tg_trigtuple, desc, number, &mut is_null));
+                values.push(pg_sys::SPI_getbinval(
+                    (*self.data).tg_trigtuple,
+                    desc,
+                    number,
+                    &mut is_null,
+                ));
                 nulls.push(is_null);
                 numbers.push(number);
             }
