@@ -34,3 +34,11 @@ CREATE TABLE shop.payloads (
     api      text NOT NULL,
     raw      jsonb NOT NULL
 );
+-- An order with all that belongs to it.
+CREATE VIEW shop.overview AS
+SELECT o.external_no, o.total, o.gift_message, c.name, c.email, c.phone, a.name AS delivered_to, a.line1, a.line2, a.zip, a.city,
+       p.raw -> 'ShippingAddress' AS "ShippingAddress", p.raw -> 'DefaultShipFromLocationAddress' AS "the shop's own address"
+  FROM shop.orders AS o
+  JOIN shop.customers AS c ON c.id = o.customer_id
+  JOIN shop.addresses AS a ON a.order_id = o.id
+  LEFT JOIN shop.payloads AS p ON p.order_id = o.id;

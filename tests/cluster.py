@@ -196,6 +196,10 @@ class Cluster:
         finally:
             shutil.rmtree(self.base, ignore_errors=True)
 
+    def leave(self):
+        """The server outlives this process; whoever asked for that stops it."""
+        Cluster._running.discard(self)
+
     def __enter__(self):
         self.start()
         return self

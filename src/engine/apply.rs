@@ -25,7 +25,7 @@ fn ready(document: &str) -> Result<Plan> {
     for linked in &policy.linked {
         oids.push(table(&linked.table, &format!("linked \"{}\"", linked.alias))?);
     }
-    let path = search_path()?;
+    let path = catalog::search_path();
     // Ownership first: nobody learns of, or runs, anything in tables of others.
     for oid in &oids {
         if let Some(facts) = as_extension(|| catalog::facts(*oid))? {
@@ -44,16 +44,6 @@ fn table(name: &str, place: &str) -> Result<pg_sys::Oid> {
             "Tables are named as in SQL, with their schema: \"shop.orders\", or \"\\\"My Shop\\\".\\\"Orders\\\"\".",
         )
     })
-}
-
-/// The caller's effective path, without temporary tables in front.
-fn search_path() -> Result<String> {
-    let rows = sql::read(
-        "SELECT pg_catalog.array_to_string(ARRAY(SELECT pg_catalog.quote_ident(s) \
-         FROM pg_catalog.unnest(pg_catalog.current_schemas(false)) AS s) || ARRAY['pg_temp'], ', ')",
-        &[],
-    )?;
-    rows.first().ok_or_else(|| Error::internal("no row"))?.string(0)
 }
 
 /// Intervals are PostgreSQL's; their relation is what the clock stands on.

@@ -97,9 +97,10 @@ fn note_error(policy: &str, error: &Error) -> Result<()> {
 /// Two cycles of one policy take turns, batch by batch. Held until the transaction ends, so that nothing a failed
 /// call leaves behind can stop redaction; correctness rests on the row locks in `order_state`.
 fn take_turn(policy: &str) -> Result<()> {
+    // As the caller, outside of the pins: the wait for the other cycle has no limit. No operator is called.
     sql::write(
-        "SELECT pg_catalog.pg_advisory_xact_lock(pg_catalog.hashtextextended('amazon_pii ' || $1, 0))",
-        &[Arg::Text(Some(policy))],
+        "SELECT pg_catalog.pg_advisory_xact_lock(pg_catalog.hashtextextended($1, 0))",
+        &[Arg::Text(Some(&format!("amazon_pii {policy}")))],
     )?;
     Ok(())
 }

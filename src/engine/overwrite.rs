@@ -3,9 +3,10 @@
 
 use super::plan::{Plan, Table};
 use super::walk::{BATCH, Values, batch_column, batch_rows};
+use crate::pg::catalog;
 use crate::pg::error::{Error, Result};
 use crate::pg::ident::{self, Ident};
-use crate::pg::identity::{Identity, KEYED, act_as};
+use crate::pg::identity::{Identity, KEYED, act_as, as_extension};
 use crate::pg::sql::{self, Arg};
 use crate::pg::trigger::EngineWrite;
 
@@ -276,9 +277,9 @@ pub fn insert(plan: &Plan, table: &Table, rows: &[Vec<(Ident, Option<String>)>])
 
 fn run(plan: &Plan, table: &Table, rows: usize, query: &str, args: &[Arg<'_>]) -> Result<()> {
     let shown = table.relation.shown();
+    let partitions = as_extension(|| catalog::with_partitions(table.relation.oid))?;
+    let oids: Vec<_> = partitions.iter().map(|p| p.oid).collect();
     let returned = act_as(Identity::Owner(table.owner), &plan.search_path, KEYED, || {
-        let partitions = crate::pg::catalog::with_partitions(table.relation.oid)?;
-        let oids: Vec<_> = partitions.iter().map(|p| p.oid).collect();
         let _ours = EngineWrite::begin(&oids);
         sql::write(query, args)
     })

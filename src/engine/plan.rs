@@ -625,7 +625,7 @@ fn shape_of(column: &catalog::Column) -> Shape {
         pg_sys::JSONOID | pg_sys::JSONBOID => Shape::Json,
         pg_sys::TEXTARRAYOID | pg_sys::VARCHARARRAYOID | pg_sys::BPCHARARRAYOID => Shape::TextArray,
         // citext and other text types of extensions take a text like text does.
-        _ if column.type_shown.ends_with("citext") => Shape::Text,
+        base if sql::type_name(base).ends_with(".citext") => Shape::Text,
         _ => Shape::Other,
     }
 }
@@ -648,6 +648,7 @@ fn refuse_kind(facts: &TableFacts) -> Result<()> {
         'v' => "is a view",
         'm' => "is a materialized view",
         'f' => "is a foreign table",
+        kind if kind != 'r' && kind != 'p' => "is no table",
         _ if facts.has_children => "has tables that inherit from it",
         _ if facts.has_rules => "has rules",
         _ if facts.forced_rls => "applies row-level security to its owner",

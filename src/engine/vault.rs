@@ -16,20 +16,12 @@ use crate::pg::sql::{self, Arg};
 /// A schema of that name that belongs to somebody else, or that holds other tables under our names.
 pub fn create(schema: &Ident) -> Result<()> {
     as_extension(|| {
+        refuse_foreign_hands(schema)?;
         let known = sql::read(
-            "SELECT n.nspowner = e.extowner OR pg_catalog.pg_has_role(e.extowner, n.nspowner, 'MEMBER') \
-                    AND (SELECT r.rolsuper FROM pg_catalog.pg_roles r WHERE r.oid = n.nspowner) \
-             FROM pg_catalog.pg_namespace n, pg_catalog.pg_extension e \
-             WHERE n.nspname = $1 AND e.extname = 'amazon_pii'",
+            "SELECT true FROM pg_catalog.pg_namespace n WHERE n.nspname = $1",
             &[Arg::Text(Some(schema.bare()))],
         )?;
         match known.first() {
-            Some(row) if !row.bool(0)? => {
-                return Err(
-                    Error::privilege(format!("schema {schema} for the archive belongs to another role"))
-                        .hint("Name another schema in \"archive\"; it is created for you."),
-                );
-            }
             Some(_) => {}
             None => {
                 sql::execute(&format!("CREATE SCHEMA {schema}"), &[])?;
@@ -76,6 +68,31 @@ pub fn create(schema: &Ident) -> Result<()> {
         )?;
         Ok(())
     })
+}
+
+/// Refuses a schema, or tables under our names in it, that anybody but the extension's owner or a superuser owns: what
+/// they would find there they could read, and their triggers would run as the extension's owner.
+fn refuse_foreign_hands(schema: &Ident) -> Result<()> {
+    let name = schema.bare();
+    if name.starts_with("pg_") || ["amazon_pii", "information_schema", "public"].contains(&name) {
+        return Err(Error::invalid(format!("the archive cannot lie in schema {schema}"))
+            .hint("Name a schema of its own in \"archive\"; it is created for you."));
+    }
+    let foreign = sql::read(
+        "SELECT o.owner FROM (SELECT n.nspowner FROM pg_catalog.pg_namespace n WHERE n.nspname = $1 \
+            UNION ALL SELECT c.relowner FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
+            WHERE n.nspname = $1 AND c.relname IN ('document', 'data_key')) AS o (owner), pg_catalog.pg_extension e \
+         WHERE e.extname = 'amazon_pii' AND o.owner <> e.extowner \
+           AND NOT (SELECT r.rolsuper FROM pg_catalog.pg_roles r WHERE r.oid = o.owner) LIMIT 1",
+        &[Arg::Text(Some(name))],
+    )?;
+    if foreign.is_empty() {
+        return Ok(());
+    }
+    Err(
+        Error::privilege(format!("schema {schema} for the archive belongs to another role"))
+            .hint("Name another schema in \"archive\"; it is created for you."),
+    )
 }
 
 /// A record's place in the archive.

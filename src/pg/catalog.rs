@@ -1,5 +1,7 @@
 //! Facts about the user's tables, read from the catalog.
 
+use std::ffi::{CStr, CString};
+
 use pgrx::pg_sys;
 
 use super::error::{Error, Result};
@@ -49,24 +51,45 @@ impl TableFacts {
     }
 }
 
-/// Resolves a table's name.
+/// Resolves a table's name as the session's search path does, without running a statement as the caller: operators of
+/// whoever may shape that path are not called.
 ///
 /// # Errors
-/// Errors of the server.
+/// The name holds a NUL.
 pub fn find(schema: Option<&str>, name: &str) -> Result<Option<pg_sys::Oid>> {
-    let rows = match schema {
-        Some(schema) => sql::read(
-            "SELECT c.oid FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
-             WHERE n.nspname = $1 AND c.relname = $2 AND c.relkind IN ('r', 'p', 'v', 'm', 'f')",
-            &[Arg::Text(Some(schema)), Arg::Text(Some(name))],
-        )?,
-        None => sql::read(
-            "SELECT c.oid FROM pg_catalog.pg_class c WHERE c.relname = $1 AND pg_catalog.pg_table_is_visible(c.oid) \
-             AND c.relkind IN ('r', 'p', 'v', 'm', 'f')",
-            &[Arg::Text(Some(name))],
-        )?,
+    let text = |s: &str| CString::new(s).map_err(|_| Error::invalid("a table's name holds a NUL"));
+    let name = text(name)?;
+    let schema = schema.map(text).transpose()?;
+    // SAFETY: catalog lookups inside a transaction with NUL-terminated names; missing names give InvalidOid.
+    let oid = unsafe {
+        match &schema {
+            None => pg_sys::RelnameGetRelid(name.as_ptr()),
+            Some(schema) => match pg_sys::get_namespace_oid(schema.as_ptr(), true) {
+                pg_sys::InvalidOid => pg_sys::InvalidOid,
+                namespace => pg_sys::get_relname_relid(name.as_ptr(), namespace),
+            },
+        }
     };
-    rows.first().map(|r| r.oid(0)).transpose()
+    Ok((oid != pg_sys::InvalidOid).then_some(oid))
+}
+
+/// The session's effective search path as a setting, temporary tables last.
+pub fn search_path() -> String {
+    // SAFETY: the list is one of OIDs of schemas, made for us and small; a schema dropped meanwhile has no name.
+    let mut schemas: Vec<String> = unsafe {
+        let list = pg_sys::fetch_search_path(false);
+        let length = if list.is_null() { 0 } else { (*list).length };
+        (0..length)
+            .filter_map(|i| {
+                let name = pg_sys::get_namespace_name((*(*list).elements.add(i as usize)).oid_value);
+                (!name.is_null()).then(|| CStr::from_ptr(name).to_string_lossy().into_owned())
+            })
+            .filter(|name| !name.starts_with("pg_temp"))
+            .map(|name| Ident::new(name).to_string())
+            .collect()
+    };
+    schemas.push("pg_temp".to_owned());
+    schemas.join(", ")
 }
 
 /// Everything about one table; `None` when it no longer exists.

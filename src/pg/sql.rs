@@ -187,37 +187,53 @@ pub fn in_trigger(call: &TriggerCall, query: &str, args: &[Arg<'_>]) -> Result<V
 
 fn run(query: &str, args: &[Arg<'_>], want: Want, call: Option<&TriggerCall>) -> Result<(u64, Vec<Row>)> {
     let text = CString::new(query).map_err(|_| Error::internal("a statement holds a NUL"))?;
-    Spi::connect(|_client| {
-        // SAFETY: an SPI session is open for the duration of the closure and everything allocated here lives in it;
-        // argument arrays have the announced length; the tuple table is read before the session ends.
-        unsafe {
-            if let Some(call) = call {
-                pg_sys::SPI_register_trigger_data(call.data());
+    with_snapshot(|| {
+        Spi::connect(|_client| {
+            // SAFETY: an SPI session is open for the duration of the closure and everything allocated here lives in it;
+            // argument arrays have the announced length; the tuple table is read before the session ends.
+            unsafe {
+                if let Some(call) = call {
+                    pg_sys::SPI_register_trigger_data(call.data());
+                }
+                let mut types = Vec::with_capacity(args.len());
+                let mut values = Vec::with_capacity(args.len());
+                let mut nulls: Vec<c_char> = Vec::with_capacity(args.len());
+                for arg in args {
+                    let (oid, value) = datum(arg)?;
+                    types.push(oid);
+                    nulls.push(if value.is_some() { b' ' } else { b'n' } as c_char);
+                    values.push(value.unwrap_or(pg_sys::Datum::from(0)));
+                }
+                let status = pg_sys::SPI_execute_with_args(
+                    text.as_ptr(),
+                    args.len() as c_int,
+                    types.as_mut_ptr(),
+                    values.as_mut_ptr(),
+                    nulls.as_ptr(),
+                    false,
+                    0,
+                );
+                if status < 0 {
+                    return Err(Error::internal(format!("a statement was refused by SPI ({status})")));
+                }
+                Ok((pg_sys::SPI_processed, rows(want)?))
             }
-            let mut types = Vec::with_capacity(args.len());
-            let mut values = Vec::with_capacity(args.len());
-            let mut nulls: Vec<c_char> = Vec::with_capacity(args.len());
-            for arg in args {
-                let (oid, value) = datum(arg)?;
-                types.push(oid);
-                nulls.push(if value.is_some() { b' ' } else { b'n' } as c_char);
-                values.push(value.unwrap_or(pg_sys::Datum::from(0)));
-            }
-            let status = pg_sys::SPI_execute_with_args(
-                text.as_ptr(),
-                args.len() as c_int,
-                types.as_mut_ptr(),
-                values.as_mut_ptr(),
-                nulls.as_ptr(),
-                false,
-                0,
-            );
-            if status < 0 {
-                return Err(Error::internal(format!("a statement was refused by SPI ({status})")));
-            }
-            Ok((pg_sys::SPI_processed, rows(want)?))
-        }
+        })
     })
+}
+
+/// SPI insists on a snapshot around its own where no portal has one: in a background worker.
+fn with_snapshot<T>(f: impl FnOnce() -> Result<T>) -> Result<T> {
+    // SAFETY: inside a transaction; popped on both ways out, by the abort if an error of the server unwinds.
+    unsafe {
+        if pg_sys::ActiveSnapshotSet() {
+            return f();
+        }
+        pg_sys::PushActiveSnapshot(pg_sys::GetTransactionSnapshot());
+        let result = f();
+        pg_sys::PopActiveSnapshot();
+        result
+    }
 }
 
 /// Reads the current SPI tuple table.
@@ -445,17 +461,26 @@ pub fn type_name(oid: pg_sys::Oid) -> String {
 /// As [`read`].
 pub fn result_types(query: &str) -> Result<Vec<pg_sys::Oid>> {
     let text = CString::new(query).map_err(|_| Error::internal("a statement holds a NUL"))?;
-    Spi::connect(|_client| {
-        // SAFETY: as in `run`; the descriptor belongs to the SPI session.
-        unsafe {
-            let status =
-                pg_sys::SPI_execute_with_args(text.as_ptr(), 0, ptr::null_mut(), ptr::null_mut(), ptr::null(), true, 0);
-            match pg_sys::SPI_tuptable.as_ref() {
-                Some(table) if status >= 0 => Ok((1..=(*table.tupdesc).natts)
-                    .map(|n| pg_sys::SPI_gettypeid(table.tupdesc, n))
-                    .collect()),
-                _ => Err(Error::internal("a query returned no row type")),
+    with_snapshot(|| {
+        Spi::connect(|_client| {
+            // SAFETY: as in `run`; the descriptor belongs to the SPI session.
+            unsafe {
+                let status = pg_sys::SPI_execute_with_args(
+                    text.as_ptr(),
+                    0,
+                    ptr::null_mut(),
+                    ptr::null_mut(),
+                    ptr::null(),
+                    true,
+                    0,
+                );
+                match pg_sys::SPI_tuptable.as_ref() {
+                    Some(table) if status >= 0 => Ok((1..=(*table.tupdesc).natts)
+                        .map(|n| pg_sys::SPI_gettypeid(table.tupdesc, n))
+                        .collect()),
+                    _ => Err(Error::internal("a query returned no row type")),
+                }
             }
-        }
+        })
     })
 }
