@@ -66,6 +66,12 @@ class Demo:
     def orders(self):
         return dict(self.sql("SELECT order_number, status FROM amazon_pii.orders"))
 
+    def wait_for(self, wanted):
+        try:
+            wait_until(lambda: self.orders() == wanted)
+        except TimeoutError:
+            raise SystemExit(f"error: the worker does not finish: {self.orders()}\n{self.server.log_text()[-2000:]}") from None
+
     def dump(self):
         """What a backup of the whole database would hold, the extension's own tables and the archive included."""
         return self.server.client("pg_dump", "-d", DATABASE).stdout
@@ -100,7 +106,7 @@ def run(server):
     d.show("SELECT amazon_pii.enable_policy('shop')", "dba")
     started = time.monotonic()
     done = {FIRST: "redacted", SECOND: "redacted", "303-0000003-0000003": "archived", "303-0000004-0000004": "scheduled"}
-    wait_until(lambda: d.orders() == done, message=f"the worker does not finish: {d.orders()}")
+    d.wait_for(done)
     d.check(True, f"the worker needed {time.monotonic() - started:.1f} s")
     users = d.sql("SELECT DISTINCT started_by FROM amazon_pii.runs")
     d.check(users == [("postgres",)], "every cycle was the worker's own, nobody called one")
@@ -135,7 +141,7 @@ def run(server):
 
     d.say("It is done sooner than the 30 days that a retrieval lasts. The worker redacts the order again:")
     d.show(f"SELECT amazon_pii.end_retrieval('{FIRST}')", "clerk")
-    wait_until(lambda: d.orders() == done, message="the worker does not redact the order again")
+    d.wait_for(done)
     d.check(d.value(EVERYTHING) == redacted, "all is as it was before the retrieval")
 
     d.say("What the auditor sees:")

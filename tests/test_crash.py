@@ -52,12 +52,13 @@ def check_consistent(db):
     # State and data are one transaction.
     said = {order for (order,) in db.sql("SELECT (order_key::json ->> 0)::bigint FROM amazon_pii.orders WHERE status = 'redacted'")}
     assert said == redacted
-    # A customer goes with the last of its orders, as a whole.
+    # A customer goes as a whole, when all its orders are due and archived; with the last of them at the latest.
     customers = """SELECT id, array_agg(DISTINCT v = '[Redacted]') FROM shop.customers,
                    LATERAL (VALUES (first_name), (last_name), (email), (phone)) AS x (v) GROUP BY id"""
     for customer, gone in db.sql(customers):
         both = {2 * customer - 1, 2 * customer}
-        assert gone == [both <= redacted], f"customer {customer}: {gone}, redacted orders {both & redacted}"
+        assert gone in ([True], [False])
+        assert not both <= redacted if gone == [False] else both & redacted and both <= copies.keys()
     return redacted
 
 
@@ -102,11 +103,9 @@ def test_server_killed_at_many_points_of_a_cycle(by):
             if call:
                 with pytest.raises(psycopg2.Error):
                     call.result()
-            server.start()
-            # A worker is at work again by now: what it has done meanwhile must be consistent as well, in one snapshot.
+            # What the killed cycle left, before a worker goes on with it.
             server.configure("amazon_pii.enabled = off")
-            server.reload()
-            wait_until(lambda: not db.sql("SELECT FROM pg_stat_activity WHERE backend_type = 'amazon_pii worker'"))
+            server.start()
             now = check_consistent(db)
             assert redacted <= now, "what was redacted came back"
             redacted = now
@@ -171,8 +170,8 @@ def test_server_killed_between_archiving_and_redacting(shop):
         call.result()
     shop.cluster.start()
     assert check_consistent(shop) == set()
-    assert shop.sql("SELECT status, count(*) FROM amazon_pii.orders GROUP BY 1 ORDER BY 1") == [("archived", 10), ("flagged", 0)][:1] + [
-        ("scheduled", 50)
+    assert shop.sql("SELECT status, count(*) FROM amazon_pii.orders GROUP BY 1 ORDER BY 1") == [
+        ("archived", 10), ("scheduled", 50),
     ]
     assert run_cycle(shop)["archived"] == 50
     check_finished(shop, 60)

@@ -17,7 +17,7 @@ use crate::pg::sql;
 #[derive(Debug, Default)]
 pub struct Archived {
     /// Orders whose copy is complete now.
-    pub orders: u64,
+    pub orders: i64,
 }
 
 /// Archives every cell of the batch that holds PII and that the archive does not hold as it is.
@@ -32,33 +32,49 @@ pub fn batch(plan: &Plan, keys: &MasterKeys, batch: &[Due]) -> Result<Archived> 
     let (documents, records) = missing(plan, batch, &live, &known)?;
     vault::store(&plan.archive_schema, keys, &plan.policy, &known, &documents)?;
     state::records_archived(plan, &records)?;
-    let (present, gone): (Vec<&Due>, Vec<&Due>) = {
-        let (a, b): (Vec<_>, Vec<_>) = batch.iter().enumerate().partition(|(i, _)| live.exists[*i]);
-        (
-            a.into_iter().map(|x| x.1).collect(),
-            b.into_iter().map(|x| x.1).collect(),
-        )
-    };
-    state::archived(plan, &present)?;
-    state::gone(plan, &gone)?;
-    let mut entries = Vec::new();
-    for due in &present {
-        let count = documents.iter().filter(|d| d.order_key == due.order_key).count();
+    let mut counts: HashMap<&str, usize> = HashMap::new();
+    for document in &documents {
+        *counts.entry(&document.order_key).or_default() += 1;
+    }
+    let (mut present, mut gone, mut new, mut entries) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    for (due, exists) in batch.iter().zip(&live.exists) {
+        if !exists {
+            gone.push(due);
+            continue;
+        }
+        present.push(due);
+        if !due.archived {
+            new.push(due);
+        }
         // A check that found nothing new is no event.
-        if count > 0 {
+        if let Some(count) = counts.get(due.order_key.as_str()) {
             entries.push(AuditEntry {
                 detail: Some(format!("{count} records")),
                 ..entry("archive", plan, due)?
             });
         }
     }
-    for due in &gone {
-        entries.push(entry("order_gone", plan, due)?);
-    }
+    state::archived(plan, &present)?;
     audit::insert(&entries)?;
+    state::announce(plan, "archived", &new)?;
+    settle_gone(plan, &gone)?;
     Ok(Archived {
-        orders: present.iter().filter(|d| !d.archived).count() as u64,
+        orders: new.len() as i64,
     })
+}
+
+/// Orders whose row is gone: nothing more to do, their documents stay.
+///
+/// # Errors
+/// Errors of the server.
+pub fn settle_gone(plan: &Plan, gone: &[&Due]) -> Result<()> {
+    state::gone(plan, gone)?;
+    let entries = gone
+        .iter()
+        .map(|due| entry("order_gone", plan, due))
+        .collect::<Result<Vec<_>>>()?;
+    audit::insert(&entries)?;
+    state::announce(plan, "gone", gone)
 }
 
 /// An audit entry about one order.

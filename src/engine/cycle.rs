@@ -198,7 +198,7 @@ impl Run<'_> {
         let (copy, ready): (Vec<Due>, Vec<Due>) = batch.into_iter().partition(Due::needs_copy);
         let mut to_redact = ready;
         for (orders, archived) in self.contained(copy, |run, orders| archive::batch(run.plan, &run.keys, orders))? {
-            self.counts.archived += archived.orders as i64;
+            self.counts.archived += archived.orders;
             to_redact.extend(orders.into_iter().filter(|d| d.redact));
         }
         self.boundary.commit()?;

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 
 use super::alive;
-use super::archive::entry;
+use super::archive::{entry, settle_gone};
 use super::audit;
 use super::due::{Clock, Due};
 use super::gather::{self, LiveRecord};
@@ -54,7 +54,7 @@ pub fn batch(plan: &Plan, others: &[Plan], keys: &MasterKeys, clock: &Clock, bat
     let mut out = Redacted::default();
     let mut excluded: HashSet<usize> = push_back(plan, clock, batch, &live.records, &mut out)?;
     let gone: Vec<usize> = (0..batch.len()).filter(|i| !live.exists[*i]).collect();
-    state::gone(plan, &gone.iter().map(|i| &batch[*i]).collect::<Vec<_>>())?;
+    settle_gone(plan, &gone.iter().map(|i| &batch[*i]).collect::<Vec<_>>())?;
     excluded.extend(gone);
     let mut targets = targets(plan, batch, &live.records, &archive, &mut excluded, &mut out)?;
 
@@ -83,25 +83,26 @@ pub fn batch(plan: &Plan, others: &[Plan], keys: &MasterKeys, clock: &Clock, bat
     }
     state::records_changed(plan, &changes)?;
     let dues: Vec<&Due> = done.iter().map(|i| &batch[*i]).collect();
+    // (redacted, waiting) records of each order.
+    let mut counts: HashMap<&str, (usize, usize)> = HashMap::new();
+    for change in &changes {
+        let count = counts.entry(&change.order_key).or_default();
+        if change.status == "redacted" {
+            count.0 += 1;
+        } else {
+            count.1 += 1;
+        }
+    }
+    let count = |due: &Due| counts.get(due.order_key.as_str()).copied().unwrap_or_default();
     // One that was looked at again and found clean is no event.
-    let (overwritten, clean): (Vec<&Due>, Vec<&Due>) = dues.into_iter().partition(|due| {
-        due.status != "redacted"
-            || changes
-                .iter()
-                .any(|c| c.order_key == due.order_key && c.status == "redacted")
-    });
+    let (overwritten, clean): (Vec<&Due>, Vec<&Due>) = dues
+        .into_iter()
+        .partition(|due| due.status != "redacted" || count(due).0 > 0);
     state::redacted(plan, &overwritten)?;
     state::rechecked(plan, &clean)?;
     let mut entries = Vec::new();
     for due in &overwritten {
-        let count = changes
-            .iter()
-            .filter(|c| c.order_key == due.order_key && c.status == "redacted")
-            .count();
-        let waits = changes
-            .iter()
-            .filter(|c| c.order_key == due.order_key && c.status == "waiting")
-            .count();
+        let (count, waits) = count(due);
         let detail = if waits == 0 {
             format!("{count} records")
         } else {
