@@ -11,7 +11,6 @@ use super::vault::{self, NewDocument, OrderArchive};
 use crate::domain::document::{Cell, Document};
 use crate::domain::vault::MasterKeys;
 use crate::pg::error::Result;
-use crate::pg::sql;
 
 /// What one transaction archived.
 #[derive(Debug, Default)]
@@ -134,7 +133,7 @@ fn missing(
                 .map(|(i, _)| {
                     let column = &table.cells[*i];
                     let cell = Cell {
-                        type_name: sql::type_name(column.type_oid),
+                        type_name: column.type_shown.clone(),
                         text: value(*i),
                     };
                     (column.name.bare().to_owned(), cell)

@@ -281,7 +281,10 @@ pub fn role_name(role: pg_sys::Oid) -> String {
         if name.is_null() {
             format!("role with OID {role}")
         } else {
-            std::ffi::CStr::from_ptr(name).to_string_lossy().into_owned()
+            let owned = std::ffi::CStr::from_ptr(name).to_string_lossy().into_owned();
+            // Called once an order in a cycle, whose memory context lives as long as the cycle.
+            pg_sys::pfree(name.cast());
+            owned
         }
     }
 }

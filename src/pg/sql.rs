@@ -447,11 +447,12 @@ pub fn is_single_select(query: &str) -> bool {
 
 /// The name of a type with its schema, as SQL understands it.
 pub fn type_name(oid: pg_sys::Oid) -> String {
-    // SAFETY: catalog lookup inside a transaction; the result is a palloc'd C string.
+    // SAFETY: catalog lookup inside a transaction; the result is a palloc'd C string of our own.
     unsafe {
-        CStr::from_ptr(pg_sys::format_type_be_qualified(oid))
-            .to_string_lossy()
-            .into_owned()
+        let name = pg_sys::format_type_be_qualified(oid);
+        let owned = CStr::from_ptr(name).to_string_lossy().into_owned();
+        pg_sys::pfree(name.cast());
+        owned
     }
 }
 
