@@ -104,6 +104,16 @@ CREATE TABLE amazon_pii.touched (
 );
 COMMENT ON TABLE amazon_pii.touched IS 'Keys that a trigger could only note: rows applied by logical replication, rows whose flagging failed';
 
+CREATE TABLE amazon_pii.renamed (
+    renamed_id      bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    policy          text        NOT NULL,
+    table_name      text        NOT NULL,
+    old_key         text        NOT NULL,
+    new_key         text        NOT NULL,
+    is_order        boolean     NOT NULL
+);
+COMMENT ON TABLE amazon_pii.renamed IS 'Changes of keys that the archive has yet to follow';
+
 CREATE TABLE amazon_pii.run (
     run_id          bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     policy          text        NOT NULL,
@@ -151,9 +161,10 @@ DO $$
 DECLARE
     kept text;
 BEGIN
-    FOREACH kept IN ARRAY ARRAY['policy', 'policy_version', 'policy_table', 'order_state', 'record_state', 'run', 'audit_entry'] LOOP
+    FOREACH kept IN ARRAY ARRAY['policy', 'policy_version', 'policy_table', 'order_state', 'record_state', 'renamed', 'run', 'audit_entry'] LOOP
         PERFORM pg_extension_config_dump(('amazon_pii.' || kept)::regclass, '');
     END LOOP;
+    PERFORM pg_extension_config_dump(pg_get_serial_sequence('amazon_pii.renamed', 'renamed_id')::regclass, '');
     PERFORM pg_extension_config_dump(pg_get_serial_sequence('amazon_pii.run', 'run_id')::regclass, '');
     PERFORM pg_extension_config_dump(pg_get_serial_sequence('amazon_pii.audit_entry', 'audit_id')::regclass, '');
 END

@@ -24,7 +24,9 @@ SELECT o.policy, o.order_key, o.order_number, o.status,
        pg_catalog.now() - CASE WHEN o.status = 'retrieved' THEN o.retrieved_until ELSE o.redact_due_at END AS overdue_by,
        o.attempts, o.next_attempt_at, o.last_error
   FROM amazon_pii.order_state AS o
- WHERE o.status IN ('flagged', 'scheduled', 'archived', 'failed', 'retrieved')
+ WHERE (o.status IN ('flagged', 'scheduled', 'archived', 'failed', 'retrieved')
+        -- Personal data came back, and could not be redacted again.
+        OR o.status = 'redacted' AND o.last_error IS NOT NULL)
    AND o.next_due_at <= pg_catalog.now()
    AND CASE WHEN o.status = 'retrieved' THEN o.retrieved_until ELSE o.redact_due_at END < pg_catalog.now()
    AND (o.held_until IS NULL OR o.held_until < pg_catalog.now());

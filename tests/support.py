@@ -46,7 +46,7 @@ INSERT INTO shop.customers SELECT c, 'First ' || c, 'Last ' || c, 'c' || c || '@
   ON CONFLICT DO NOTHING;
 INSERT INTO shop.orders (id, external_no, channel, customer_id, shipped_at, gift_message, shop_note, total)
   SELECT i, '100-' || lpad(i::text, 7, '0') || '-' || lpad((i % 10000000)::text, 7, '0'), '{channel}', (i + {share} - 1) / {share},
-         now() - '{age}'::interval, 'Gift ' || i, CASE WHEN i % 2 = 0 THEN 'Note ' || i END, i
+         now() - '{age}'::interval + i * '1 ms'::interval, 'Gift ' || i, CASE WHEN i % 2 = 0 THEN 'Note ' || i END, i
   FROM generate_series({first}, {last}) AS i;
 INSERT INTO shop.addresses (order_id, name, line1, line2, city, zip, phone)
   SELECT i, 'Name ' || i, 'Street ' || i, '', 'Town ' || i, lpad(i::text, 5, '0'), NULL FROM generate_series({first}, {last}) AS i;
@@ -64,7 +64,8 @@ def open_shop(db):
 
 
 def fill(db, last, first=1, age="40 days", share=1, channel="amazon"):
-    """Orders `first` to `last`, dispatched `age` ago; `share` of them have one customer. Every third has an invoice."""
+    """Orders `first` to `last`, dispatched `age` ago one after the other; `share` of them have one customer. Every third
+    has an invoice."""
     with db.connect("shop_owner") as connection, connection.cursor() as cursor:
         cursor.execute(FILL.format(first=first, last=last, age=age, share=share, channel=channel))
 
@@ -271,3 +272,19 @@ def documents(db, schema="amazon_pii_archive"):
     """Archived documents as {(order key, table, record key, version): sealed bytes}."""
     rows = db.sql(f"SELECT order_key, table_name, record_key, version, sealed FROM {schema}.document")
     return {tuple(row[:4]): bytes(row[4]) for row in rows}
+
+
+def between_archiving_and_redacting(db, turn):
+    """A cycle that has committed its first copies and waits for its turn to overwrite; `turn` keeps it waiting."""
+    table = db.connect(autocommit=False)
+    table.cursor().execute("LOCK TABLE amazon_pii_archive.document IN SHARE MODE")
+    call = Background(db, "CALL amazon_pii.run_cycle()").wait_for_lock(db)
+    take = "SELECT pg_advisory_xact_lock(hashtextextended('amazon_pii shop', 0))"
+    waiting = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted AND pid = %s"
+    waiter = threading.Thread(target=lambda: turn.cursor().execute(take), daemon=True)
+    waiter.start()
+    wait_until(lambda: db.value(waiting, [turn.info.backend_pid]) == 1)
+    table.commit()
+    waiter.join(30)
+    wait_until(lambda: db.value(waiting, [call.pid]) == 1)
+    return call

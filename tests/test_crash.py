@@ -7,7 +7,10 @@ import psycopg2
 import pytest
 from cluster import Cluster, wait_until
 from conftest import CAPABILITIES, ROLES, add_extension, new_database
-from support import Background, cells_of, fill, go_on, open_shop, order_number, order_row, run_cycle, shop_policy, states, stop_at, stopped
+from support import (
+    Background, between_archiving_and_redacting, cells_of, fill, go_on, open_shop, order_number, run_cycle, shop_policy, states,
+    stop_at, stopped,
+)
 
 # By fill() with two orders a customer: order, address, customer, for every third an invoice with two lines.
 DOCUMENTS = "SELECT count(*), count(DISTINCT (order_key, table_name, record_key)), max(version) FROM amazon_pii_archive.document"
@@ -73,7 +76,7 @@ def check_finished(db, orders):
         text = str(db.value("SELECT amazon_pii.peek(%s, 'test')", [order_number(order)], "pii_operator"))
         for value in (f"Gift {order}", f"Name {order}", f"Street {order}", f"First {(order + 1) // 2}"):
             assert f"'{value}'" in text
-    for order in rng.sample(range(1, orders + 1), 4):
+    for order in rng.sample(range(2, orders + 1, 2), 4):
         rows = db.sql("SELECT * FROM amazon_pii.retrieve(%s, 'test')", [order_number(order)], "pii_operator")
         assert sum(r[3] for r in rows) == cells_of(order) + 4 and sum(r[4] for r in rows) == 0
         assert states(db)[order] == "original"
@@ -164,7 +167,7 @@ def test_server_killed_between_the_tables_of_an_order(shop, table, row):
 def test_server_killed_between_archiving_and_redacting(shop):
     # Breaks when a committed copy is not found again: the order would be archived twice, or never redacted.
     turn = shop.connect(autocommit=False)
-    call = interrupted_between(shop, turn)
+    call = between_archiving_and_redacting(shop, turn)
     shop.cluster.kill9()
     with pytest.raises(psycopg2.Error):
         call.result()
@@ -175,23 +178,6 @@ def test_server_killed_between_archiving_and_redacting(shop):
     ]
     assert run_cycle(shop)["archived"] == 50
     check_finished(shop, 60)
-
-
-def interrupted_between(db, turn):
-    """A cycle that has committed its first copies and waits for its turn to overwrite; `turn` keeps it waiting."""
-    table = db.connect("shop_owner", autocommit=False)
-    with table.cursor() as cursor:
-        cursor.execute("LOCK TABLE shop.invoice_lines IN ACCESS EXCLUSIVE MODE")
-    call = Background(db, "CALL amazon_pii.run_cycle()").wait_for_lock(db)
-    take = "SELECT pg_advisory_xact_lock(hashtextextended('amazon_pii shop', 0))"
-    waiting = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted AND pid = %s"
-    waiter = threading.Thread(target=lambda: turn.cursor().execute(take), daemon=True)
-    waiter.start()
-    wait_until(lambda: db.value(waiting, [turn.info.backend_pid]) == 1)
-    table.commit()
-    waiter.join(30)
-    wait_until(lambda: db.value(waiting, [call.pid]) == 1)
-    return call
 
 
 @pytest.mark.parametrize("function, error", [

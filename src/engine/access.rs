@@ -6,6 +6,7 @@ use super::audit::AuditEntry;
 use super::gather::{LiveCell, LiveRecord};
 use super::overwrite::{self, CellWrite, NewValue, RowWrite};
 use super::plan::{Plan, Table};
+use super::rekey;
 use super::state;
 use super::vault::{self, Newest};
 use super::walk::{self, FIRST, by_key, key_parts};
@@ -149,6 +150,7 @@ fn write_back(plan: &Plan, orders: &[Order], number: &str) -> Result<Vec<Restore
     // The caller's pending deferred triggers fire now, as the caller.
     xact::fire_deferred()?;
     let master = keys::master_keys()?;
+    rekey::settle(plan, &master)?;
     let order_keys: Vec<String> = orders.iter().map(|o| o.key.clone()).collect();
     let archive = vault::open(&plan.archive_schema, &master, &plan.policy, &order_keys)?;
     let mut out = Vec::new();
@@ -268,14 +270,13 @@ fn restore_table(
 /// The rows of a table as they are now, by their stored keys.
 fn live(plan: &Plan, index: usize, table: &Table, stored: &[&str]) -> Result<Vec<Option<LiveRecord>>> {
     let inputs = stored.iter().map(|k| key_parts(k)).collect::<Result<Vec<_>>>()?;
-    let mut select: Vec<String> = table.cells.iter().map(|c| c.name.to_string()).collect();
+    let mut select: Vec<String> = table.cells.iter().map(|c| c.read(&c.name)).collect();
     let plain = select.len();
     for cell in &table.cells {
-        select.push(
-            cell.expression
-                .as_ref()
-                .map_or_else(|| "NULL".to_owned(), |e| format!("CAST({e} AS {})", cell.type_shown)),
-        );
+        select.push(cell.expression.as_ref().map_or_else(
+            || "NULL".to_owned(),
+            |e| cell.read(format!("CAST({e} AS {})", cell.type_shown)),
+        ));
     }
     let mut out: Vec<Option<LiveRecord>> = stored.iter().map(|_| None).collect();
     for found in by_key(plan, table, &inputs, &select)? {
@@ -381,6 +382,7 @@ pub fn peek(target: &Target<'_>, reason: Option<&str>) -> Result<serde_json::Val
     }
     witness(&plan, "peek", &orders, target.number, reason.as_deref())?;
     let master = keys::master_keys()?;
+    rekey::settle(&plan, &master)?;
     let order_keys: Vec<String> = orders.iter().map(|o| o.key.clone()).collect();
     let archive = vault::open(&plan.archive_schema, &master, &plan.policy, &order_keys)?;
     let mut out = Vec::new();
@@ -390,7 +392,7 @@ pub fn peek(target: &Target<'_>, reason: Option<&str>) -> Result<serde_json::Val
             if archive.is_empty() && archive.keyless {
                 return Err(Error::purged(target.number));
             }
-            if archive.damaged > 0 {
+            if archive.records.values().any(|n| n.damaged) {
                 return Err(Error::damaged(format!(
                     "an archived document of order \"{}\" cannot be opened",
                     target.number
@@ -588,6 +590,7 @@ pub fn find_orders(search: &str) -> Result<Vec<Hit>> {
                 &walk::Hop {
                     table: &plan.tables[entry.table],
                     on: &[number.as_text()],
+                    own_types: &[pgrx::pg_sys::TEXTOID],
                     types: &[pgrx::pg_sys::TEXTOID],
                     filter: entry.filter.as_ref(),
                     select: &links,

@@ -8,8 +8,10 @@ use super::alive;
 use super::archive;
 use super::audit;
 use super::due::{self, Clock, Due};
+use super::overwrite;
 use super::plan::Plan;
 use super::redact;
+use super::rekey;
 use super::state;
 use super::sweep;
 use super::triggers;
@@ -70,6 +72,10 @@ pub fn run(policy: Option<&str>, sweep: bool, boundary: Boundary) -> Result<Coun
         match run_policy(&name, sweep, boundary) {
             Ok(counts) => total.add(counts),
             Err(e) if e.is_cancel() => return Err(e),
+            // Another cycle works on this policy for long; it is in good hands.
+            Err(e) if e.is_lock() && policy.is_none() => {
+                boundary.rollback();
+            }
             Err(e) => {
                 boundary.rollback();
                 note_error(&name, &e)?;
@@ -98,10 +104,12 @@ fn note_error(policy: &str, error: &Error) -> Result<()> {
 /// call leaves behind can stop redaction; correctness rests on the row locks in `order_state`.
 fn take_turn(policy: &str) -> Result<()> {
     // As the caller, outside of the pins: the wait for the other cycle has no limit. No operator is called.
-    sql::write(
-        "SELECT pg_catalog.pg_advisory_xact_lock(pg_catalog.hashtextextended($1, 0))",
-        &[Arg::Text(Some(&format!("amazon_pii {policy}")))],
-    )?;
+    subtransaction(|| {
+        sql::write(
+            "SELECT pg_catalog.pg_advisory_xact_lock(pg_catalog.hashtextextended($1, 0))",
+            &[Arg::Text(Some(&format!("amazon_pii {policy}")))],
+        )
+    })?;
     Ok(())
 }
 
@@ -173,6 +181,8 @@ impl Run<'_> {
         triggers::ensure(self.plan)?;
         self.counts.flagged += sweep::touched(self.plan)?;
         self.boundary.commit()?;
+        rekey::settle(self.plan, &self.keys)?;
+        self.boundary.commit()?;
         if sweep {
             sweep::request(self.plan)?;
             self.boundary.commit()?;
@@ -205,7 +215,7 @@ impl Run<'_> {
 
         take_turn(&self.plan.policy)?;
         to_redact.retain(|d| d.redact);
-        let locked = due::relock(self.plan, to_redact)?;
+        let locked = due::relock(self.plan, &self.clock, to_redact)?;
         if !locked.is_empty() {
             let others = alive::other_policies(self.plan)?;
             let results = self.contained(locked, |run, orders| {
@@ -255,6 +265,11 @@ impl Run<'_> {
         match whole {
             Ok(result) => out.push((batch, result)),
             Err(e) if e.is_cancel() => return Err(e),
+            // A whole table is locked: each order alone would wait for it as long as the batch did.
+            Err(e) if e.is_lock() && overwrite::is_locked(self.plan)? => {
+                let all: Vec<&Due> = batch.iter().collect();
+                state::set_back(self.plan, &all, i64::try_from(guc::naptime()).unwrap_or(60), false)?;
+            }
             Err(_) => {
                 for due in batch {
                     let alone = [due];

@@ -52,6 +52,10 @@ impl Clock {
 pub const REDACT_DUE: &str = "(o.held_until IS NULL OR o.held_until <= $2::timestamptz) AND (o.status = 'redacted' \
      OR CASE WHEN o.status = 'retrieved' OR o.retrieved_until IS NOT NULL THEN o.retrieved_until ELSE o.redact_due_at END <= $4::timestamptz)";
 
+/// The condition that a cycle may go on: the policy is at work, in version $5.
+const IN_FORCE: &str = "EXISTS (SELECT FROM amazon_pii.policy p WHERE p.policy = $1 AND p.version = $5 \
+     AND p.enabled AND p.suspended IS NULL)";
+
 /// Locks and returns the next orders that have something to do, oldest deadline first; those that another cycle or a
 /// retrieval has locked are left out.
 ///
@@ -66,14 +70,15 @@ pub fn take(plan: &Plan, clock: &Clock, limit: i64) -> Result<Vec<Due>> {
                  FROM amazon_pii.order_state o \
                  WHERE o.policy = $1 AND o.next_due_at <= GREATEST($2::timestamptz, $4::timestamptz) \
                    AND (o.next_attempt_at IS NULL OR o.next_attempt_at <= $2::timestamptz) \
-                   AND ((o.archived_at IS NULL AND o.archive_due_at <= $3::timestamptz) OR ({REDACT_DUE})) \
-                 ORDER BY o.next_due_at, o.order_key LIMIT $5 FOR UPDATE SKIP LOCKED"
+                   AND ((o.archived_at IS NULL AND o.archive_due_at <= $3::timestamptz) OR ({REDACT_DUE})) AND {IN_FORCE} \
+                 ORDER BY o.next_due_at, o.order_key LIMIT $6 FOR UPDATE OF o SKIP LOCKED"
             ),
             &[
                 Arg::Text(Some(&plan.policy)),
                 Arg::Text(Some(&clock.now)),
                 Arg::Text(clock.archive.as_deref()),
                 Arg::Text(Some(&clock.redact)),
+                Arg::Int(plan.version),
                 Arg::Int(limit),
             ],
         )
@@ -97,14 +102,23 @@ pub fn take(plan: &Plan, clock: &Clock, limit: i64) -> Result<Vec<Due>> {
 ///
 /// # Errors
 /// Errors of the server.
-pub fn relock(plan: &Plan, batch: Vec<Due>) -> Result<Vec<Due>> {
+pub fn relock(plan: &Plan, clock: &Clock, batch: Vec<Due>) -> Result<Vec<Due>> {
     let keys: Vec<&str> = batch.iter().map(|d| d.order_key.as_str()).collect();
     let rows = as_extension(|| {
         sql::write(
-            "SELECT o.order_key FROM amazon_pii.order_state o WHERE o.policy = $1 AND o.order_key = ANY ($2) \
-             AND o.status IN ('archived', 'redacted', 'retrieved', 'failed') \
-             AND (o.held_until IS NULL OR o.held_until <= pg_catalog.now()) FOR UPDATE SKIP LOCKED",
-            &[Arg::Text(Some(&plan.policy)), Arg::texts(&keys)],
+            // Meanwhile it may have been retrieved or held: whether it is due is asked again.
+            &format!(
+                "SELECT o.order_key FROM amazon_pii.order_state o WHERE o.policy = $1 AND o.order_key = ANY ($3) \
+                 AND o.status IN ('archived', 'redacted', 'retrieved', 'failed') AND ({REDACT_DUE}) \
+                 AND (o.held_until IS NULL OR o.held_until <= pg_catalog.now()) AND {IN_FORCE} FOR UPDATE OF o SKIP LOCKED"
+            ),
+            &[
+                Arg::Text(Some(&plan.policy)),
+                Arg::Text(Some(&clock.now)),
+                Arg::texts(&keys),
+                Arg::Text(Some(&clock.redact)),
+                Arg::Int(plan.version),
+            ],
         )
     })?;
     let locked: std::collections::HashSet<String> = rows.iter().map(|r| r.string(0)).collect::<Result<_>>()?;

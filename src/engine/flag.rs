@@ -2,8 +2,11 @@
 
 use std::collections::{BTreeMap, HashSet};
 
-use super::plan::{AnchorPlan, Plan};
+use pgrx::pg_sys;
+
+use super::plan::{AnchorPlan, Plan, Table};
 use super::walk::{self, Values, down, key_text};
+use crate::pg::catalog::{self, Compare};
 use crate::pg::error::Result;
 use crate::pg::identity::{Identity, act_as, as_extension};
 use crate::pg::sql::{self, Arg, Row};
@@ -101,12 +104,17 @@ pub struct Page {
 /// As [`in_transition`].
 pub fn page(plan: &Plan, after: Option<&Values>, limit: i64) -> Result<Page> {
     let table = plan.orders();
-    let keys = table.key_list().join(", ");
+    // Qualified: the number may be a column of the key, and is a result column of its name then.
+    let qualified: Vec<String> = table
+        .key_list()
+        .iter()
+        .map(|k| format!("{}.{k}", table.relation.name))
+        .collect();
+    let keys = qualified.join(", ");
     let mut args: Vec<Arg<'_>> = vec![Arg::Int(limit)];
     let mut condition = candidates(plan);
     if let Some(after) = after {
-        let places: Vec<String> = (2..2 + after.len()).map(|i| format!("${i}")).collect();
-        condition = format!("{condition} AND ({keys}) > ({})", places.join(", "));
+        condition = format!("{condition} AND {}", beyond(table, &qualified));
         args.extend(
             table
                 .key
@@ -140,6 +148,30 @@ pub fn page(plan: &Plan, after: Option<&Values>, limit: i64) -> Result<Page> {
         facts: facts(plan, rows.iter().map(|r| (r, 0)))?,
         next,
     })
+}
+
+/// The condition that a row's key comes after the one in `$2` and the parameters that follow it.
+fn beyond(table: &Table, keys: &[String]) -> String {
+    let operators = |compare| -> Vec<String> {
+        let same = |(_, oid): &(_, pg_sys::Oid)| catalog::operator(compare, *oid, *oid);
+        table.key.iter().map(same).collect()
+    };
+    let (equal, greater) = (operators(Compare::Equal), operators(Compare::Greater));
+    let places: Vec<String> = (2..2 + keys.len()).map(|i| format!("${i}")).collect();
+    if greater.iter().all(|g| *g == greater[0]) {
+        return format!("({}) {} ({})", keys.join(", "), greater[0], places.join(", "));
+    }
+    // A comparison of rows takes one operator for all columns; types of extensions bring their own.
+    let steps: Vec<String> = (0..keys.len())
+        .map(|i| {
+            let mut step: Vec<String> = (0..i)
+                .map(|j| format!("{} {} {}", keys[j], equal[j], places[j]))
+                .collect();
+            step.push(format!("{} {} {}", keys[i], greater[i], places[i]));
+            step.join(" AND ")
+        })
+        .collect();
+    format!("({})", steps.join(" OR "))
 }
 
 /// Reads what [`select`] selected, and adds what linked rows say about the anchor.

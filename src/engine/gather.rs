@@ -42,10 +42,8 @@ impl LiveRecord {
         for (i, (cell, column)) in self.cells.iter().zip(&table.cells).enumerate() {
             let Some(cell) = cell else { continue };
             let Some(treatment) = &column.treatment else {
-                // A row that goes as a whole: all of it is archived, NULLs need no copy.
-                if cell.value.is_some() {
-                    out.push((i, Outcome::Null));
-                }
+                // A row that goes as a whole: all of it is archived, NULLs too, or they came back as their defaults.
+                out.push((i, Outcome::Null));
                 continue;
             };
             let outcome = treatment.apply(cell.value.as_deref(), &key).map_err(|e| {
@@ -88,10 +86,11 @@ fn shape(plan: &Plan, index: usize) -> Shape {
     let keys = select.len();
     let mut cells = Vec::new();
     for cell in &entry.cells {
-        select.push(table.cells[*cell].name.to_string());
-        let computed = table.cells[*cell].expression.as_ref().map(|e| {
+        let column = &table.cells[*cell];
+        select.push(column.read(&column.name));
+        let computed = column.expression.as_ref().map(|e| {
             // By way of the column's own type, so that both texts are its output function's.
-            select.push(format!("CAST({e} AS {})", table.cells[*cell].type_shown));
+            select.push(column.read(format!("CAST({e} AS {})", column.type_shown)));
             select.len() - 1
         });
         cells.push((*cell, computed));
@@ -140,6 +139,7 @@ pub fn gather(plan: &Plan, orders: &[Values]) -> Result<Gathered> {
             let reach = Hop {
                 table,
                 on: &entry.on_child,
+                own_types: &entry.on_child_types,
                 types: &entry.on_parent_types,
                 filter: entry.filter.as_ref(),
                 select: &shape.select,

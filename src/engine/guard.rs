@@ -5,6 +5,7 @@ use pgrx::pg_sys;
 use super::plan::{Plan, Table};
 use super::triggers::{cached, transition_keys};
 use super::walk::key_text;
+use crate::pg::catalog::{self, Compare};
 use crate::pg::error::{Error, Result};
 use crate::pg::ident;
 use crate::pg::identity::as_extension;
@@ -37,9 +38,12 @@ pub fn refusal(plan: &Plan, table: &Table, call: &TriggerCall) -> Result<Option<
         return Ok(None);
     }
     let same_key: Vec<String> = table
-        .key_list()
+        .key
         .iter()
-        .map(|k| format!("new_or_old.{k} = amazon_pii_new.{k}"))
+        .map(|(k, oid)| {
+            let equal = catalog::operator(Compare::Equal, *oid, *oid);
+            format!("new_or_old.{k} {equal} amazon_pii_new.{k}")
+        })
         .collect();
     let differs: Vec<String> = table
         .cells

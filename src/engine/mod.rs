@@ -15,6 +15,7 @@ pub mod inspect;
 pub mod overwrite;
 pub mod plan;
 pub mod redact;
+pub mod rekey;
 pub mod state;
 pub mod sweep;
 pub mod triggers;

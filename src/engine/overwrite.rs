@@ -1,13 +1,14 @@
 //! The statements that write to the user's rows. Each compares every cell with the value that it is expected to hold,
 //! and what it returns with what was asked.
 
-use super::plan::{Plan, Table};
-use super::walk::{BATCH, Values, batch_column, batch_rows};
-use crate::pg::catalog;
+use super::plan::{CellColumn, Plan, Table};
+use super::walk::{BATCH, ORDINAL, Values, batch_column, batch_rows};
+use crate::pg::catalog::{self, Compare};
 use crate::pg::error::{Error, Result};
-use crate::pg::ident::{self, Ident};
+use crate::pg::ident::Ident;
 use crate::pg::identity::{Identity, KEYED, act_as, as_extension};
 use crate::pg::sql::{self, Arg};
+use crate::pg::subxact::trial;
 use crate::pg::trigger::EngineWrite;
 
 /// The value that a cell gets.
@@ -37,15 +38,59 @@ pub struct RowWrite {
 }
 
 /// Composes a statement's parameters, numbering them as they come.
+#[derive(Default)]
 struct Parameters<'a> {
     args: Vec<Arg<'a>>,
+    /// Positions of those that hold one element a row.
+    arrays: Vec<usize>,
 }
 
 impl<'a> Parameters<'a> {
     /// Adds an array, giving the name under which the statement sees its elements.
     fn add(&mut self, arg: Arg<'a>) -> String {
+        self.arrays.push(self.args.len());
         self.args.push(arg);
         format!("{BATCH}.{}", batch_column(self.args.len() - 1))
+    }
+
+    /// Adds one value, giving its name.
+    fn one(&mut self, arg: Arg<'a>) -> String {
+        self.args.push(arg);
+        format!("${}", self.args.len())
+    }
+
+    /// Adds the values of a column, one a row, each read by its type's input function: a cast from text could be the
+    /// owner's own.
+    fn values(&mut self, cell: &CellColumn, values: Vec<Option<&'a str>>) -> String {
+        if !cell.alone {
+            return self.add(Arg::Array(cell.type_oid, values));
+        }
+        // Each distinct value is a parameter of its own, the rows say which one they take.
+        let mut distinct: Vec<&str> = values.iter().copied().flatten().collect();
+        distinct.sort_unstable();
+        distinct.dedup();
+        let choices = values
+            .iter()
+            .map(|v| v.and_then(|v| distinct.binary_search(&v).ok()).map_or(-1, |i| i as i64))
+            .collect();
+        let choice = self.add(Arg::Ints(choices));
+        let cases: String = distinct
+            .into_iter()
+            .enumerate()
+            .map(|(i, v)| {
+                let value = self.one(Arg::Typed(cell.type_oid, Some(v)));
+                format!(" WHEN {choice} OPERATOR(pg_catalog.=) {i} THEN {value}")
+            })
+            .collect();
+        format!(
+            "CASE WHEN {choice} OPERATOR(pg_catalog.<) 0 THEN CAST(NULL AS {}){cases} END",
+            sql::type_name(cell.type_oid)
+        )
+    }
+
+    /// The arrays as the rows of a batch.
+    fn rows(&self) -> String {
+        batch_rows(self.arrays.iter().copied())
     }
 }
 
@@ -58,8 +103,9 @@ fn key_condition<'a>(table: &Table, rows: &'a [RowWrite], parameters: &mut Param
         .map(|(i, (name, oid))| {
             let values = rows.iter().map(|r| r.key.get(i).and_then(Option::as_deref)).collect();
             format!(
-                "{}.{name} = {}",
+                "{}.{name} {} {}",
                 table.relation.name,
+                catalog::operator(Compare::Equal, *oid, *oid),
                 parameters.add(Arg::Array(*oid, values))
             )
         })
@@ -84,12 +130,12 @@ pub fn lock(plan: &Plan, table: &Table, keys: &[Values], exclusively: bool) -> R
             cells: Vec::new(),
         })
         .collect();
-    let mut parameters = Parameters { args: Vec::new() };
+    let mut parameters = Parameters::default();
     let condition = key_condition(table, &rows, &mut parameters);
     let strength = if exclusively { "UPDATE" } else { "NO KEY UPDATE" };
     let query = format!(
-        "SELECT {BATCH}.n FROM {} JOIN {} AS {name} ON {} FOR {strength} OF {name} SKIP LOCKED",
-        batch_rows(parameters.args.len()),
+        "SELECT {ORDINAL} FROM {} JOIN {} AS {name} ON {} FOR {strength} OF {name} SKIP LOCKED",
+        parameters.rows(),
         table.relation,
         condition.join(" AND "),
         name = table.relation.name,
@@ -102,6 +148,27 @@ pub fn lock(plan: &Plan, table: &Table, keys: &[Values], exclusively: bool) -> R
         mark(&mut locked, row.int(0)?)?;
     }
     Ok(locked)
+}
+
+/// Whether somebody holds a lock on one of the policy's tables that keeps everybody from writing to it.
+///
+/// # Errors
+/// Errors of the server, a lock that is not to be had apart.
+pub fn is_locked(plan: &Plan) -> Result<bool> {
+    for table in &plan.tables {
+        let probe = format!("LOCK TABLE {} IN ROW EXCLUSIVE MODE NOWAIT", table.relation);
+        let free = trial(|| {
+            act_as(Identity::Owner(table.owner), &plan.search_path, &[], || {
+                sql::execute(&probe, &[])
+            })
+        });
+        match free {
+            Ok(_) => {}
+            Err(e) if e.is_lock() => return Ok(true),
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(false)
 }
 
 fn mark(flags: &mut [bool], ordinal: i64) -> Result<()> {
@@ -125,7 +192,8 @@ fn compare<'a>(table: &Table, rows: &'a [RowWrite], i: usize, parameters: &mut P
         .collect();
     let state = parameters.add(Arg::Texts(states));
     let expected = parameters.add(Arg::Texts(expected));
-    let live = ident::out(format!("{}.{}", table.relation.name, table.cells[i].name));
+    let cell = &table.cells[i];
+    let live = cell.out(format!("{}.{}", table.relation.name, cell.name));
     format!("({state} = '-' OR {live} IS NOT DISTINCT FROM {expected} COLLATE pg_catalog.\"C\")")
 }
 
@@ -154,7 +222,7 @@ pub fn update(plan: &Plan, table: &Table, rows: &[RowWrite]) -> Result<()> {
         return Ok(());
     }
     let name = &table.relation.name;
-    let mut parameters = Parameters { args: Vec::new() };
+    let mut parameters = Parameters::default();
     let mut condition = key_condition(table, rows, &mut parameters);
     let mut set = Vec::new();
     let mut check = Vec::new();
@@ -174,16 +242,7 @@ pub fn update(plan: &Plan, table: &Table, rows: &[RowWrite]) -> Result<()> {
             })
             .collect();
         let state = format!("{BATCH}.{}", batch_column(parameters.args.len() - 2));
-        // An array of arrays would lose its shape: arrays travel as one text a value.
-        let value = if cell.is_array {
-            format!(
-                "CAST({} AS {})",
-                parameters.add(Arg::Texts(values)),
-                sql::type_name(cell.type_oid)
-            )
-        } else {
-            parameters.add(Arg::Array(cell.type_oid, values))
-        };
+        let value = parameters.values(cell, values);
         let column = format!("{name}.{}", cell.name);
         let computed = cell
             .expression
@@ -202,17 +261,17 @@ pub fn update(plan: &Plan, table: &Table, rows: &[RowWrite]) -> Result<()> {
         };
         check.push(format!(
             "CASE {state} WHEN 'w' THEN {} IS NOT DISTINCT FROM {} WHEN 'x' THEN {} IS NOT DISTINCT FROM {} ELSE true END",
-            trim(ident::out(&column)),
-            trim(ident::out(&value)),
-            ident::out(&column),
-            ident::out(&computed),
+            trim(cell.out(&column)),
+            trim(cell.out(&value)),
+            cell.out(&column),
+            cell.out(&computed),
         ));
     }
     let query = format!(
-        "UPDATE {} AS {name} SET {} FROM {} WHERE {} RETURNING {BATCH}.n, {}",
+        "UPDATE {} AS {name} SET {} FROM {} WHERE {} RETURNING {ORDINAL}, {}",
         table.relation,
         set.join(", "),
-        batch_rows(parameters.args.len()),
+        parameters.rows(),
         condition.join(" AND "),
         check.join(" AND "),
     );
@@ -224,16 +283,16 @@ pub fn update(plan: &Plan, table: &Table, rows: &[RowWrite]) -> Result<()> {
 /// # Errors
 /// As [`update`].
 pub fn delete(plan: &Plan, table: &Table, rows: &[RowWrite]) -> Result<()> {
-    let mut parameters = Parameters { args: Vec::new() };
+    let mut parameters = Parameters::default();
     let mut condition = key_condition(table, rows, &mut parameters);
     for i in 0..table.cells.len() {
         condition.push(compare(table, rows, i, &mut parameters));
     }
     let query = format!(
-        "DELETE FROM {} AS {} USING {} WHERE {} RETURNING {BATCH}.n, true",
+        "DELETE FROM {} AS {} USING {} WHERE {} RETURNING {ORDINAL}, true",
         table.relation,
         table.relation.name,
-        batch_rows(parameters.args.len()),
+        parameters.rows(),
         condition.join(" AND "),
     );
     run(plan, table, rows.len(), &query, &parameters.args)
@@ -245,7 +304,7 @@ pub fn delete(plan: &Plan, table: &Table, rows: &[RowWrite]) -> Result<()> {
 /// As [`update`].
 pub fn insert(plan: &Plan, table: &Table, rows: &[Vec<(Ident, Option<String>)>]) -> Result<()> {
     for row in rows {
-        let mut parameters = Parameters { args: Vec::new() };
+        let mut parameters = Parameters::default();
         let mut names = Vec::new();
         let mut values = Vec::new();
         for (name, value) in row {
@@ -253,22 +312,13 @@ pub fn insert(plan: &Plan, table: &Table, rows: &[Vec<(Ident, Option<String>)>])
                 continue;
             };
             names.push(name.to_string());
-            values.push(if cell.is_array {
-                format!(
-                    "CAST({} AS {})",
-                    parameters.add(Arg::Texts(vec![value.as_deref()])),
-                    sql::type_name(cell.type_oid)
-                )
-            } else {
-                parameters.add(Arg::Array(cell.type_oid, vec![value.as_deref()]))
-            });
+            values.push(parameters.one(Arg::Typed(cell.type_oid, value.as_deref())));
         }
         let query = format!(
-            "INSERT INTO {} ({}) OVERRIDING SYSTEM VALUE SELECT {} FROM {} RETURNING 1, true",
+            "INSERT INTO {} ({}) OVERRIDING SYSTEM VALUE VALUES ({}) RETURNING 1, true",
             table.relation,
             names.join(", "),
             values.join(", "),
-            batch_rows(parameters.args.len()),
         );
         run(plan, table, 1, &query, &parameters.args)?;
     }

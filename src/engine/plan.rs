@@ -1,12 +1,14 @@
 //! A policy made ready to run: its tables, their keys and types, compiled treatments, checked expressions.
 
+use std::fmt::Display;
+
 use pgrx::pg_sys;
 
 use crate::domain::policy::{Anchor, OnRedact, Policy, Redact, Shared, Treatment as Rule};
 use crate::domain::treatment::{Shape, Treatment};
 use crate::pg::catalog::{self, TableFacts};
 use crate::pg::error::{Error, Result};
-use crate::pg::ident::{Expr, Ident, Relation};
+use crate::pg::ident::{self, Expr, Ident, Relation};
 use crate::pg::identity::{self, Identity, act_as, as_extension};
 use crate::pg::sql::{self, Arg};
 
@@ -15,7 +17,9 @@ pub struct CellColumn {
     pub name: Ident,
     pub type_oid: pg_sys::Oid,
     pub shape: Shape,
-    pub is_array: bool,
+    base_type: pg_sys::Oid,
+    /// Its values cannot travel in one array: unnest would flatten arrays, and take composites apart.
+    pub alone: bool,
     /// char(n): blanks at the end are padding.
     pub padded: bool,
     /// Part of a row that goes as a whole, without a treatment of its own.
@@ -32,6 +36,21 @@ impl CellColumn {
     /// The treatment as the policy says it; none for a row that goes as a whole.
     pub fn rule(&self) -> Option<&Rule> {
         self.rule.as_ref()
+    }
+
+    /// SQL that reads a value of this column so that its text form leaves nothing out: the output function of xml drops
+    /// the declaration.
+    pub fn read(&self, value: impl Display) -> String {
+        if self.base_type == pg_sys::XMLOID {
+            format!("CAST({value} AS pg_catalog.text)")
+        } else {
+            value.to_string()
+        }
+    }
+
+    /// [`ident::out`] of a value of this column.
+    pub fn out(&self, value: impl Display) -> String {
+        ident::out(self.read(value))
     }
 }
 
@@ -384,6 +403,21 @@ impl Builder<'_> {
         .map_err(|e| e.at(place))
     }
 
+    /// The types in which the values of a link travel to the other side, below all domains: the CHECK of a domain is
+    /// code of its owner, and would run as the other side's.
+    fn link_types(&self, table: usize, expressions: &[Expr], place: &str) -> Result<Vec<pg_sys::Oid>> {
+        let types = self.types(table, expressions, place)?;
+        types
+            .into_iter()
+            .map(|oid| {
+                sql::plain_type(oid).ok_or_else(|| {
+                    Error::unsupported(format!("{place}: a value of type {} cannot link", sql::type_name(oid)))
+                        .hint("Link by columns of plain types.")
+                })
+            })
+            .collect()
+    }
+
     fn linked(&mut self, linked: &crate::domain::policy::Linked, oid: pg_sys::Oid) -> Result<()> {
         let place = format!("linked \"{}\"", linked.alias);
         let table = self.table(oid, &linked.table, linked.key.as_deref())?;
@@ -402,8 +436,8 @@ impl Builder<'_> {
             on_child.push(self.expression(table, child, &format!("{place}.on"))?);
             on_parent.push(self.expression(parent_table, from, &format!("{place}.on"))?);
         }
-        let on_child_types = self.types(table, &on_child, &format!("{place}.on"))?;
-        let on_parent_types = self.types(parent_table, &on_parent, &format!("{place}.on"))?;
+        let on_child_types = self.link_types(table, &on_child, &format!("{place}.on"))?;
+        let on_parent_types = self.link_types(parent_table, &on_parent, &format!("{place}.on"))?;
         let filter = linked
             .filter
             .as_deref()
@@ -466,7 +500,8 @@ impl Builder<'_> {
                     name: c.name.clone(),
                     type_oid: c.type_oid,
                     shape: Shape::Other,
-                    is_array: c.is_array && c.type_oid == c.base_type,
+                    base_type: c.base_type,
+                    alone: alone(c),
                     padded: false,
                     treatment: None,
                     rule: None,
@@ -541,7 +576,8 @@ impl Builder<'_> {
                         name: column.name.clone(),
                         type_oid: column.type_oid,
                         shape,
-                        is_array: column.is_array && column.type_oid == column.base_type,
+                        base_type: column.base_type,
+                        alone: alone(&column),
                         padded,
                         treatment: Some(treatment),
                         rule: Some(rule),
@@ -616,6 +652,11 @@ impl Builder<'_> {
             }
         }
     }
+}
+
+/// Elements of a domain over arrays stay whole, those of a domain over composites do not.
+fn alone(column: &catalog::Column) -> bool {
+    column.is_composite || (column.is_array && column.type_oid == column.base_type)
 }
 
 /// What kind of values a column holds.

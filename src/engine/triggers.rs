@@ -6,6 +6,7 @@ use std::rc::Rc;
 use super::flag;
 use super::guard;
 use super::plan::{Plan, Table};
+use super::rekey;
 use super::sweep;
 use super::walk::{self, key_text};
 use crate::domain::policy::WhenRetrieved;
@@ -241,6 +242,9 @@ pub fn changed(call: &TriggerCall) -> Result<()> {
             .find(|e| e.alias == *alias)
             .ok_or_else(|| Error::undefined(format!("policy \"{policy}\" has no entry \"{alias}\"")))?;
         let table = entry.table;
+        if !speaks_for(&plan.tables[table], call)? {
+            return Ok(None);
+        }
         let refused = if call.event == Event::Update {
             guard::refusal(&plan, &plan.tables[table], call)?
         } else {
@@ -262,8 +266,26 @@ pub fn changed(call: &TriggerCall) -> Result<()> {
     }
 }
 
+/// Whether the table that fired is the policy's, or a partition of it: one that was detached kept its triggers, and may
+/// be anybody's now.
+fn speaks_for(table: &Table, call: &TriggerCall) -> Result<bool> {
+    if call.relation == table.relation.oid {
+        return Ok(true);
+    }
+    let rows = as_extension(|| {
+        sql::read(
+            "SELECT true FROM pg_catalog.pg_partition_ancestors($1) AS a WHERE a.relid = $2",
+            &[Arg::Oid(call.relation), Arg::Oid(table.relation.oid)],
+        )
+    })?;
+    Ok(!rows.is_empty())
+}
+
 /// Flags orders, and marks those whose records changed.
 fn note(plan: &Plan, table: usize, call: &TriggerCall) -> Result<()> {
+    if call.event == Event::Update {
+        rekey::changed(plan, table, call)?;
+    }
     if table == 0 {
         match call.event {
             Event::Insert | Event::Update => {

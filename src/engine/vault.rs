@@ -1,6 +1,6 @@
 //! The archive: sealed documents and wrapped data keys, in a schema that is no member of the extension.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::rc::Rc;
 
 use crate::domain::document::Document;
@@ -8,7 +8,7 @@ use crate::domain::vault::{Binding, DataKey, KeyBinding, MasterKeys};
 use crate::pg::error::{Error, Result};
 use crate::pg::ident::Ident;
 use crate::pg::identity::as_extension;
-use crate::pg::sql::{self, Arg};
+use crate::pg::sql::{self, Arg, Row};
 
 /// Creates schema and tables if they are not there; found again after DROP and CREATE EXTENSION.
 ///
@@ -121,8 +121,8 @@ pub struct Newest {
 pub struct OrderArchive {
     pub records: HashMap<Place, Newest>,
     key: Option<(String, Rc<DataKey>)>,
-    /// How many documents could not be opened.
-    pub damaged: usize,
+    /// Data keys that are there and cannot be unwrapped.
+    broken: HashSet<String>,
     /// Documents exist, but no key opens them: shredded or purged.
     pub keyless: bool,
 }
@@ -144,57 +144,8 @@ pub fn open(
     policy: &str,
     orders: &[String],
 ) -> Result<HashMap<String, OrderArchive>> {
-    let (wrapped, documents) = as_extension(|| {
-        let keys = sql::write_bytes(
-            &format!(
-                "SELECT order_key, key_id, wrapped, master_key_id FROM {schema}.data_key \
-                 WHERE policy = $1 AND order_key = ANY ($2) ORDER BY order_key, key_id::bigint"
-            ),
-            &[Arg::Text(Some(policy)), Arg::texts(orders)],
-        )?;
-        let documents = sql::write_bytes(
-            &format!(
-                "SELECT order_key, table_name, record_key, version, sealed, key_id FROM {schema}.document \
-                 WHERE policy = $1 AND order_key = ANY ($2) ORDER BY order_key, table_name, record_key, version"
-            ),
-            &[Arg::Text(Some(policy)), Arg::texts(orders)],
-        )?;
-        Ok((keys, documents))
-    })
-    .map_err(|e| {
-        if e.is_cancel() {
-            e
-        } else {
-            Error::archive(format!(
-                "the archive in schema {schema} cannot be read ({})",
-                e.sqlstate()
-            ))
-        }
-    })?;
-    let mut data_keys: HashMap<(String, String), Rc<DataKey>> = HashMap::new();
-    let mut all: HashMap<String, OrderArchive> = HashMap::new();
-    for row in &wrapped {
-        let (order, key_id) = (row.string(0)?, row.string(1)?);
-        let master = keys.get(row.str(3)?).ok_or_else(|| {
-            Error::no_key(format!(
-                "master key {} is not among the configured keys",
-                row.str(3).unwrap_or("?")
-            ))
-        })?;
-        let binding = KeyBinding {
-            policy,
-            order_key: &order,
-            key_id: &key_id,
-        };
-        match DataKey::unwrap(row.bytes(2)?, master, &binding) {
-            Ok(key) => {
-                let key = Rc::new(key);
-                all.entry(order.clone()).or_default().key = Some((key_id.clone(), key.clone()));
-                data_keys.insert((order, key_id), key);
-            }
-            Err(_) => all.entry(order).or_default().damaged += 1,
-        }
-    }
+    let (wrapped, documents) = read(schema, policy, orders)?;
+    let (data_keys, mut all) = unwrap(keys, policy, &wrapped)?;
     for row in &documents {
         let (order, table, record) = (row.string(0)?, row.string(1)?, row.string(2)?);
         let (version, key_id) = (row.int(3)?, row.string(5)?);
@@ -202,7 +153,12 @@ pub fn open(
         let newest = archive.records.entry((table.clone(), record.clone())).or_default();
         newest.version = version;
         let Some(key) = data_keys.get(&(order.clone(), key_id.clone())) else {
-            archive.keyless = true;
+            // Without its key a document is shredded; with a broken one it is damaged.
+            if archive.broken.contains(&key_id) {
+                newest.damaged = true;
+            } else {
+                archive.keyless = true;
+            }
             continue;
         };
         let binding = Binding {
@@ -230,13 +186,77 @@ pub fn open(
                     );
                 }
             }
-            None => {
-                newest.damaged = true;
-                archive.damaged += 1;
-            }
+            None => newest.damaged = true,
         }
     }
     Ok(all)
+}
+
+/// The wrapped data keys and the sealed documents of these orders, as they are stored.
+fn read(schema: &Ident, policy: &str, orders: &[String]) -> Result<(Vec<Row>, Vec<Row>)> {
+    as_extension(|| {
+        // Dropped since the policy was applied, it may have been made anew by anybody.
+        refuse_foreign_hands(schema)?;
+        let keys = sql::write_bytes(
+            &format!(
+                "SELECT order_key, key_id, wrapped, master_key_id FROM {schema}.data_key \
+                 WHERE policy = $1 AND order_key = ANY ($2) ORDER BY order_key, key_id::bigint"
+            ),
+            &[Arg::Text(Some(policy)), Arg::texts(orders)],
+        )?;
+        let documents = sql::write_bytes(
+            &format!(
+                "SELECT order_key, table_name, record_key, version, sealed, key_id FROM {schema}.document \
+                 WHERE policy = $1 AND order_key = ANY ($2) ORDER BY order_key, table_name, record_key, version"
+            ),
+            &[Arg::Text(Some(policy)), Arg::texts(orders)],
+        )?;
+        Ok((keys, documents))
+    })
+    .map_err(|e| {
+        if e.is_cancel() {
+            e
+        } else {
+            Error::archive(format!(
+                "the archive in schema {schema} cannot be read ({})",
+                e.sqlstate()
+            ))
+        }
+    })
+}
+
+/// Data keys by order and generation.
+type DataKeys = HashMap<(String, String), Rc<DataKey>>;
+
+/// Unwraps data keys; one that cannot be counts as damage of its order.
+fn unwrap(keys: &MasterKeys, policy: &str, wrapped: &[Row]) -> Result<(DataKeys, HashMap<String, OrderArchive>)> {
+    let mut data_keys = DataKeys::new();
+    let mut all: HashMap<String, OrderArchive> = HashMap::new();
+    for row in wrapped {
+        let (order, key_id) = (row.string(0)?, row.string(1)?);
+        let master = keys.get(row.str(3)?).ok_or_else(|| {
+            Error::no_key(format!(
+                "master key {} is not among the configured keys",
+                row.str(3).unwrap_or("?")
+            ))
+        })?;
+        let binding = KeyBinding {
+            policy,
+            order_key: &order,
+            key_id: &key_id,
+        };
+        match DataKey::unwrap(row.bytes(2)?, master, &binding) {
+            Ok(key) => {
+                let key = Rc::new(key);
+                all.entry(order.clone()).or_default().key = Some((key_id.clone(), key.clone()));
+                data_keys.insert((order, key_id), key);
+            }
+            Err(_) => {
+                all.entry(order).or_default().broken.insert(key_id);
+            }
+        }
+    }
+    Ok((data_keys, all))
 }
 
 /// One document to be sealed.
@@ -344,16 +364,116 @@ pub fn store(
 
 /// The number of an order's next data key.
 fn next_generation(schema: &Ident, policy: &str, order: &str, known: &HashMap<String, OrderArchive>) -> Result<String> {
-    if !known.get(order).is_some_and(|a| a.keyless) {
+    if !known.get(order).is_some_and(|a| a.keyless || !a.broken.is_empty()) {
         return Ok("1".to_owned());
     }
     let rows = as_extension(|| {
         sql::read(
             &format!(
-                "SELECT COALESCE(pg_catalog.max(key_id::bigint), 0) + 1 FROM {schema}.document WHERE policy = $1 AND order_key = $2"
+                "SELECT COALESCE(pg_catalog.max(k.key_id::bigint), 0) + 1 FROM ( \
+                    SELECT key_id FROM {schema}.document WHERE policy = $1 AND order_key = $2 \
+                    UNION ALL SELECT key_id FROM {schema}.data_key WHERE policy = $1 AND order_key = $2) AS k"
             ),
             &[Arg::Text(Some(policy)), Arg::Text(Some(order))],
         )
     })?;
     rows.first().ok_or_else(|| Error::internal("no row"))?.string(0)
+}
+
+/// Keys that changed: of the order itself, and of a record (table, old, new).
+pub struct Renames<'a> {
+    pub order: Option<(&'a str, &'a str)>,
+    pub record: Option<(&'a str, &'a str, &'a str)>,
+}
+
+/// Seals the documents of one order anew under the keys that its rows have now, and removes them under the old ones.
+/// Versions are kept as they are.
+///
+/// # Errors
+/// A document cannot be opened, so it cannot be moved: nothing is removed then.
+pub fn reseal(schema: &Ident, keys: &MasterKeys, policy: &str, order: &str, renames: &Renames<'_>) -> Result<()> {
+    let archive = open_versions(schema, keys, policy, order)?;
+    let moved: Vec<NewDocument> = archive
+        .into_iter()
+        .filter(|d| {
+            renames.order.is_some()
+                || renames
+                    .record
+                    .is_some_and(|(t, old, _)| d.table == t && d.record_key == old)
+        })
+        .map(|d| NewDocument {
+            order_key: renames.order.map_or(d.order_key, |(_, new)| new.to_owned()),
+            record_key: match renames.record {
+                Some((t, old, new)) if d.table == t && d.record_key == old => new.to_owned(),
+                _ => d.record_key,
+            },
+            ..d
+        })
+        .collect();
+    if moved.is_empty() {
+        return Ok(());
+    }
+    as_extension(|| {
+        match renames.record.filter(|_| renames.order.is_none()) {
+            None => {
+                for table in [Ident::new("document"), Ident::new("data_key")] {
+                    sql::execute(
+                        &format!("DELETE FROM {schema}.{table} WHERE policy = $1 AND order_key = $2"),
+                        &[Arg::Text(Some(policy)), Arg::Text(Some(order))],
+                    )?;
+                }
+            }
+            Some((table, old, _)) => {
+                sql::execute(
+                    &format!(
+                        "DELETE FROM {schema}.document WHERE policy = $1 AND order_key = $2 AND table_name = $3 AND record_key = $4"
+                    ),
+                    &[
+                        Arg::Text(Some(policy)),
+                        Arg::Text(Some(order)),
+                        Arg::Text(Some(table)),
+                        Arg::Text(Some(old)),
+                    ],
+                )?;
+            }
+        }
+        Ok(())
+    })?;
+    let target = moved.first().map(|d| d.order_key.clone()).unwrap_or_default();
+    let known = open(schema, keys, policy, &[target])?;
+    store(schema, keys, policy, &known, &moved)
+}
+
+/// Every version of every document of one order, opened.
+fn open_versions(schema: &Ident, keys: &MasterKeys, policy: &str, order: &str) -> Result<Vec<NewDocument>> {
+    let (wrapped, documents) = read(schema, policy, &[order.to_owned()])?;
+    let (data_keys, _) = unwrap(keys, policy, &wrapped)?;
+    documents
+        .iter()
+        .map(|row| {
+            let (table, record_key, version, key_id) = (row.string(1)?, row.string(2)?, row.int(3)?, row.string(5)?);
+            let binding = Binding {
+                policy,
+                order_key: order,
+                table: &table,
+                record_key: &record_key,
+                version,
+                key_id: &key_id,
+            };
+            let document = data_keys
+                .get(&(order.to_owned(), key_id.clone()))
+                .and_then(|key| key.open(&binding, row.bytes(4).ok()?).ok())
+                .and_then(|plain| Document::decode(&plain).ok())
+                .ok_or_else(|| {
+                    Error::damaged(format!("an archived document of a record of {table} cannot be opened"))
+                })?;
+            Ok(NewDocument {
+                order_key: order.to_owned(),
+                table,
+                record_key,
+                version,
+                document,
+            })
+        })
+        .collect()
 }

@@ -4,6 +4,7 @@
 use pgrx::pg_sys;
 
 use super::plan::{Plan, Table};
+use crate::pg::catalog::{self, Compare};
 use crate::pg::error::{Error, Result};
 use crate::pg::ident::{Expr, Ident};
 use crate::pg::identity::{Identity, KEYED, act_as};
@@ -27,6 +28,8 @@ pub struct Hop<'a> {
     pub table: &'a Table,
     /// Expressions over the table's row that must equal the inputs.
     pub on: &'a [Expr],
+    /// Types of these expressions.
+    pub own_types: &'a [pg_sys::Oid],
     /// Types of the inputs.
     pub types: &'a [pg_sys::Oid],
     pub filter: Option<&'a Expr>,
@@ -44,12 +47,18 @@ pub fn batch_column(i: usize) -> Ident {
     Ident::new(format!("amazon_pii.{i}"))
 }
 
-/// `ROWS FROM (unnest($1), …) WITH ORDINALITY AS batch (…)` for `count` parameters from `$1` on.
-pub fn batch_rows(count: usize) -> String {
-    let arrays: Vec<String> = (1..=count).map(|i| format!("pg_catalog.unnest(${i})")).collect();
-    let names: Vec<String> = (0..count).map(|i| batch_column(i).to_string()).collect();
+/// The position of a batch's row, from 1; no column of the user's is called so by accident either.
+pub const ORDINAL: &str = "\"amazon_pii.batch\".\"amazon_pii.n\"";
+
+/// `ROWS FROM (unnest($1), …) WITH ORDINALITY AS batch (…)` for the parameters at these positions, `$1` being at 0.
+pub fn batch_rows(positions: impl Iterator<Item = usize> + Clone) -> String {
+    let arrays: Vec<String> = positions
+        .clone()
+        .map(|i| format!("pg_catalog.unnest(${})", i + 1))
+        .collect();
+    let names: Vec<String> = positions.map(|i| batch_column(i).to_string()).collect();
     format!(
-        "ROWS FROM ({}) WITH ORDINALITY AS {BATCH} ({}, n)",
+        "ROWS FROM ({}) WITH ORDINALITY AS {BATCH} ({}, \"amazon_pii.n\")",
         arrays.join(", "),
         names.join(", ")
     )
@@ -85,7 +94,10 @@ pub fn hop(plan: &Plan, hop: &Hop<'_>, inputs: &[Values]) -> Result<Vec<Found>> 
         .on
         .iter()
         .enumerate()
-        .map(|(i, e)| format!("{e} = {BATCH}.{}", batch_column(i)))
+        .map(|(i, e)| {
+            let equal = catalog::operator(Compare::Equal, hop.own_types[i], hop.types[i]);
+            format!("{e} {equal} {BATCH}.{}", batch_column(i))
+        })
         .chain(hop.filter.map(ToString::to_string))
         .collect();
     let select: String = hop.select.iter().map(|s| format!(", {s}")).collect();
@@ -94,16 +106,16 @@ pub fn hop(plan: &Plan, hop: &Hop<'_>, inputs: &[Values]) -> Result<Vec<Found>> 
         .collect();
     let query = match hop.limit {
         None => format!(
-            "SELECT {BATCH}.n{select} FROM {} JOIN {} AS {} ON {}",
-            batch_rows(hop.on.len()),
+            "SELECT {ORDINAL}{select} FROM {} JOIN {} AS {} ON {}",
+            batch_rows(0..hop.on.len()),
             table.relation,
             table.relation.name,
             condition.join(" AND ")
         ),
         Some(limit) => format!(
-            "SELECT {BATCH}.n{} FROM {} CROSS JOIN LATERAL (SELECT true{select} FROM {} AS {} WHERE {} LIMIT {limit}) AS found (one{})",
+            "SELECT {ORDINAL}{} FROM {} CROSS JOIN LATERAL (SELECT true{select} FROM {} AS {} WHERE {} LIMIT {limit}) AS found (one{})",
             names.iter().map(|n| format!(", found.{n}")).collect::<String>(),
-            batch_rows(hop.on.len()),
+            batch_rows(0..hop.on.len()),
             table.relation,
             table.relation.name,
             condition.join(" AND "),
@@ -139,6 +151,7 @@ pub fn by_key(plan: &Plan, table: &Table, keys: &[Values], select: &[String]) ->
         &Hop {
             table,
             on: &on,
+            own_types: &types,
             types: &types,
             filter: None,
             select,
@@ -183,6 +196,7 @@ pub fn down(
             &Hop {
                 table: &plan.tables[entry.table],
                 on: &entry.on_child,
+                own_types: &entry.on_child_types,
                 types: &entry.on_parent_types,
                 filter: both.as_ref(),
                 select: wanted,
@@ -234,6 +248,7 @@ pub fn up(
             &Hop {
                 table: &plan.tables[parent.table],
                 on: &entry.on_parent,
+                own_types: &entry.on_parent_types,
                 types: &entry.on_child_types,
                 filter: parent.filter.as_ref(),
                 select: if top { select } else { &next },

@@ -18,6 +18,7 @@ pub struct Column {
     pub not_null: bool,
     pub generated: bool,
     pub is_array: bool,
+    pub is_composite: bool,
     /// Characters at most, for character types.
     pub max_length: Option<i64>,
     pub number: i64,
@@ -92,6 +93,51 @@ pub fn search_path() -> String {
     schemas.join(", ")
 }
 
+/// A comparison of two values.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Compare {
+    Equal,
+    Greater,
+}
+
+/// The operator for values of these types, with its schema: one that a search path finds could be a neighbour's, and
+/// would run as the owner of the table. Within a type it is the one that the type's indexes use.
+pub fn operator(compare: Compare, left: pg_sys::Oid, right: pg_sys::Oid) -> String {
+    let (word, flag) = match compare {
+        Compare::Equal => ("=", pg_sys::TYPECACHE_EQ_OPR),
+        Compare::Greater => (">", pg_sys::TYPECACHE_GT_OPR),
+    };
+    // SAFETY: catalog lookups inside a transaction; a cache entry lives as long as the session, a catalog tuple until
+    // it is released.
+    let found = unsafe {
+        let (left, right) = (pg_sys::getBaseType(left), pg_sys::getBaseType(right));
+        let known = pg_sys::lookup_type_cache(left, flag as i32);
+        let oid = match compare {
+            Compare::Equal => (*known).eq_opr,
+            Compare::Greater => (*known).gt_opr,
+        };
+        let tuple = if left == right {
+            pg_sys::SearchSysCache1(pg_sys::SysCacheIdentifier::OPEROID as i32, pg_sys::Datum::from(oid))
+        } else {
+            std::ptr::null_mut()
+        };
+        if tuple.is_null() {
+            None
+        } else {
+            let row = &*pg_sys::GETSTRUCT(tuple).cast::<pg_sys::FormData_pg_operator>();
+            let schema = pg_sys::get_namespace_name(row.oprnamespace);
+            let word = CStr::from_ptr(row.oprname.data.as_ptr()).to_string_lossy().into_owned();
+            let found = (!schema.is_null()).then(|| (Ident::new(CStr::from_ptr(schema).to_string_lossy()), word));
+            pg_sys::ReleaseSysCache(tuple);
+            found
+        }
+    };
+    match found {
+        Some((schema, word)) => format!("OPERATOR({schema}.{word})"),
+        None => format!("OPERATOR(pg_catalog.{word})"),
+    }
+}
+
 /// Everything about one table; `None` when it no longer exists.
 ///
 /// # Errors
@@ -113,7 +159,7 @@ pub fn facts(oid: pg_sys::Oid) -> Result<Option<TableFacts>> {
             SELECT b.start, t.typbasetype, t.typtypmod FROM base b JOIN pg_catalog.pg_type t ON t.oid = b.oid WHERE t.typtype = 'd') \
          SELECT a.attname, a.atttypid, b.oid, a.attnotnull, a.attgenerated <> '', t.typelem <> 0 AND t.typlen = -1, \
                 CASE WHEN b.oid IN (1042, 1043) AND GREATEST(b.typmod, a.atttypmod) > 4 THEN GREATEST(b.typmod, a.atttypmod) - 4 END, a.attnum, \
-                pg_catalog.format_type(a.atttypid, a.atttypmod) \
+                pg_catalog.format_type(a.atttypid, a.atttypmod), t.typtype = 'c' \
          FROM pg_catalog.pg_attribute a \
          JOIN base b ON b.start = a.atttypid JOIN pg_catalog.pg_type t ON t.oid = b.oid AND t.typtype <> 'd' \
          WHERE a.attrelid = $1 AND a.attnum > 0 AND NOT a.attisdropped \
@@ -187,6 +233,7 @@ fn column(row: &Row) -> Result<Column> {
             .transpose()?,
         number: row.int(7)?,
         type_shown: row.string(8)?,
+        is_composite: row.bool(9)?,
     })
 }
 

@@ -12,6 +12,8 @@ pub struct Error {
     message: String,
     detail: Option<String>,
     hint: Option<String>,
+    /// This session was canceled, or is being terminated.
+    cancel: bool,
 }
 
 /// Result of anything that talks to the server.
@@ -24,6 +26,7 @@ impl Error {
             message: message.into(),
             detail: None,
             hint: None,
+            cancel: false,
         }
     }
 
@@ -193,10 +196,7 @@ impl Error {
 
     /// The caller pressed cancel, or the server is stopping: never to be swallowed.
     pub fn is_cancel(&self) -> bool {
-        matches!(
-            self.code,
-            Code::ERRCODE_QUERY_CANCELED | Code::ERRCODE_ADMIN_SHUTDOWN | Code::ERRCODE_CRASH_SHUTDOWN
-        )
+        self.cancel
     }
 
     /// A lock that was not to be had in time, or a deadlock: the order waits for the next batch, it has not failed.
@@ -232,6 +232,7 @@ impl From<CaughtError> for Error {
                 message: report.message().to_owned(),
                 detail: report.detail().map(str::to_owned),
                 hint: report.hint().map(str::to_owned),
+                cancel: says_cancel(report.sql_error_code()),
             },
             // The server's words may quote a row ("Key (email)=(…)"), a RAISE of the shop's code may say anything.
             CaughtError::PostgresError(report) => Self {
@@ -239,10 +240,21 @@ impl From<CaughtError> for Error {
                 message: words_for(report.sql_error_code()),
                 detail: None,
                 hint: None,
+                // A trigger of the shop's may raise the same SQLSTATE, or pass on a remote server's timeout: that is
+                // its order's failure. A cancel of this session comes from one place, or through a trigger of ours.
+                cancel: says_cancel(report.sql_error_code())
+                    && (report.function_name() == Some("ProcessInterrupts") || report.file() == file!()),
             },
             CaughtError::RustPanic { .. } => Self::internal("unexpected failure inside amazon_pii"),
         }
     }
+}
+
+fn says_cancel(code: Code) -> bool {
+    matches!(
+        code,
+        Code::ERRCODE_QUERY_CANCELED | Code::ERRCODE_ADMIN_SHUTDOWN | Code::ERRCODE_CRASH_SHUTDOWN
+    )
 }
 
 /// Words for an error of the server, by its class; the server's own message is dropped because it may quote a value.

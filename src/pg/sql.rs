@@ -445,6 +445,17 @@ pub fn is_single_select(query: &str) -> bool {
     .unwrap_or(false)
 }
 
+/// The type below all domains, if reading a value of it calls nobody's code but the type's own: a base type or an enum.
+pub fn plain_type(oid: pg_sys::Oid) -> Option<pg_sys::Oid> {
+    // SAFETY: catalog lookups inside a transaction.
+    unsafe {
+        let base = pg_sys::getBaseType(oid);
+        let kind = pg_sys::get_typtype(base) as u8;
+        let element = pg_sys::get_element_type(base);
+        (matches!(kind, b'b' | b'e') && element == pg_sys::InvalidOid).then_some(base)
+    }
+}
+
 /// The name of a type with its schema, as SQL understands it.
 pub fn type_name(oid: pg_sys::Oid) -> String {
     // SAFETY: catalog lookup inside a transaction; the result is a palloc'd C string of our own.

@@ -1,0 +1,328 @@
+"""Cycles, calls and applications at the same time: nobody deadlocks, nothing is done twice, and whoever was last is right."""
+import threading
+import time
+
+import psycopg2
+import pytest
+from cluster import Cluster, wait_until
+from conftest import CAPABILITIES, ROLES, add_extension, new_database
+from support import (
+    Background, between_archiving_and_redacting, fill, go_on, open_shop, order_number, order_row, refused, run_cycle,
+    shop_policy, states, stop_at, stopped,
+)
+
+CALL = "CALL amazon_pii.run_cycle()"
+COPIES = "SELECT count(*), max(version) FROM amazon_pii_archive.document"
+
+
+@pytest.fixture(scope="module")
+def small_batches():
+    """The worker is there, but does nothing until a test switches it on."""
+    server = Cluster(preload=True, conf=["amazon_pii.batch_size = 10", "amazon_pii.naptime = '1s'", "amazon_pii.enabled = off"])
+    server.start()
+    server.sql(ROLES)
+    server.create_database("roles")
+    add_extension(server, "roles")
+    server.sql(CAPABILITIES)
+    server.drop_database("roles")
+    yield server
+    server.destroy()
+
+
+@pytest.fixture
+def shop(small_batches):
+    """Sixty orders, two a customer; nothing was done yet."""
+    db = new_database(small_batches, "template0")
+    add_extension(db.cluster, db.name)
+    fill(open_shop(db), 60, share=2)
+    db.apply_policy(shop_policy())
+    yield db
+    db.drop()
+
+
+@pytest.fixture
+def worker(small_batches):
+    small_batches.configure("amazon_pii.enabled = on")
+    small_batches.reload()
+    yield
+    small_batches.configure("amazon_pii.enabled = off")
+    small_batches.reload()
+
+
+def assert_done(db, orders=60):
+    assert set(states(db).values()) == {"redacted"}
+    assert db.sql("SELECT status, count(*) FROM amazon_pii.orders GROUP BY 1") == [("redacted", orders)]
+    assert db.sql("SELECT count(*) FROM shop.customers WHERE last_name <> '[Redacted]'") == [(0,)]
+    assert db.value("SELECT sum(attempts) FROM amazon_pii.orders") == 0
+    # Three documents an order and three more for every third: none twice.
+    assert db.sql(COPIES) == [(3 * orders + 3 * (orders // 3), 1)]
+    assert "deadlock" not in db.cluster.log_text()
+
+
+# Two cycles
+
+
+def test_two_calls_at_once_share_the_work(shop):
+    # Breaks when two cycles take the same orders, or block each other for good.
+    calls = [Background(shop, CALL) for _ in range(4)]
+    counts = [call.result()[0] for call in calls]
+    assert sum(c[2] for c in counts) == 60
+    assert [c[3:] for c in counts] == [(0, 0)] * 4
+    assert_done(shop)
+
+
+def test_call_waits_for_a_cycle_that_is_under_way(shop):
+    # Breaks when two cycles of a policy do not take turns.
+    stop_at(shop, "addresses", 35)
+    first = Background(shop, CALL)
+    stopped(shop)
+    second = Background(shop, CALL).wait_for_lock(shop)
+    shop.sql("SELECT pg_cancel_backend(%s)", [first.pid])
+    go_on(shop)
+    with pytest.raises(psycopg2.errors.QueryCanceled):
+        first.result()
+    assert second.result()[0][2] == 30
+    assert_done(shop)
+
+
+def test_worker_and_call_at_once(shop, worker):
+    # Breaks when the worker's session and a caller's do the same orders.
+    while any(call.result()[0][2] for call in [Background(shop, CALL) for _ in range(2)]):
+        pass
+    wait_until(lambda: set(states(shop).values()) == {"redacted"})
+    assert_done(shop)
+
+
+def test_worker_waits_for_a_long_call_without_an_error(shop, worker):
+    # Breaks when the worker's wait for its turn ends in an error of the whole cycle: the policies after it would have to
+    # wait as well.
+    turn = shop.connect(autocommit=False)
+    turn.cursor().execute("SELECT pg_advisory_xact_lock(hashtextextended('amazon_pii shop', 0))")
+    waits = "SELECT clock_timestamp() - state_change > '6 s' FROM pg_stat_activity WHERE backend_type = 'amazon_pii worker' AND wait_event = 'advisory'"
+    seen = wait_until(lambda: shop.sql(waits) in ([(True,)],) or shop.value("SELECT worker_error IS NOT NULL FROM amazon_pii.status"))
+    assert seen
+    assert shop.value("SELECT worker_error FROM amazon_pii.status") is None
+    assert shop.value("SELECT last_error FROM amazon_pii.status") is None
+    turn.rollback()
+    wait_until(lambda: set(states(shop).values()) == {"redacted"})
+
+
+# People and a cycle
+
+
+def test_retrieval_while_a_cycle_is_between_its_two_transactions(shop):
+    # Breaks when a cycle overwrites what was retrieved after it had looked at the order.
+    run_cycle(shop)
+    shop.sql("UPDATE shop.addresses SET phone = '555' WHERE order_id = 5", user="shop_owner")
+    turn = shop.connect(autocommit=False)
+    call = between_archiving_and_redacting(shop, turn)
+    shop.sql("SELECT * FROM amazon_pii.retrieve(%s, 'test')", [order_number(5)], "pii_operator")
+    turn.rollback()
+    call.result()
+    assert order_row(shop, 5) == ("retrieved",)
+    assert states(shop)[5] == "original"
+    assert [states(shop)[6], shop.value("SELECT phone FROM shop.addresses WHERE order_id = 5")] == ["redacted", "555"]
+
+
+def test_hold_while_a_cycle_is_between_its_two_transactions(shop):
+    # Breaks when a cycle overwrites what somebody has put on hold after it had looked at the order.
+    turn = shop.connect(autocommit=False)
+    call = between_archiving_and_redacting(shop, turn)
+    shop.sql("SELECT amazon_pii.hold(%s, 'dispute', now() + '1 day')", [order_number(5)], "pii_operator")
+    turn.rollback()
+    call.result()
+    assert {order for order, state in states(shop).items() if state == "original"} == {5}
+    assert shop.sql("SELECT order_number FROM amazon_pii.overdue") == []
+
+
+def test_retrieval_during_a_cycle_waits_at_most_for_its_batch(shop):
+    # Breaks when people's calls deadlock with a cycle, or when a cycle waits for people.
+    run_cycle(shop)
+    fill(shop, 120, first=61, share=2)
+    call = Background(shop, CALL)
+    for order in range(1, 20):
+        shop.sql("SELECT * FROM amazon_pii.retrieve(%s, 'test')", [order_number(order)], "pii_operator")
+        if order % 2:
+            shop.sql("SELECT amazon_pii.end_retrieval(%s)", [order_number(order)], "pii_operator")
+    call.result()
+    run_cycle(shop)
+    now = states(shop)
+    assert {o for o in now if now[o] == "original"} == set(range(2, 20, 2))
+    assert shop.value("SELECT sum(attempts) FROM amazon_pii.orders") == 0
+
+
+@pytest.mark.parametrize("end", ["disable", "new version"])
+def test_policy_that_is_changed_during_a_cycle_ends_it(shop, end):
+    # Breaks when a cycle goes on for hours with a policy that was disabled or replaced.
+    turn = shop.connect(autocommit=False)
+    call = between_archiving_and_redacting(shop, turn)
+    if end == "disable":
+        change = Background(shop, "SELECT amazon_pii.disable_policy('shop')")
+    else:
+        import json
+        change = Background(shop, "SELECT amazon_pii.apply_policy(%s::jsonb)", [json.dumps(shop_policy(placeholder="***"))])
+    change.result()
+    turn.rollback()
+    assert call.result()[0][2] == 0
+    assert shop.sql("SELECT count(*) FROM shop.orders WHERE gift_message LIKE 'Gift%%'") == [(60,)]
+    if end == "disable":
+        shop.sql("SELECT amazon_pii.enable_policy('shop')", user="pii_admin")
+    assert run_cycle(shop)["redacted"] == 60
+    mark = "[Redacted]" if end == "disable" else "***"
+    assert shop.sql("SELECT DISTINCT gift_message FROM shop.orders") == [(mark,)]
+
+
+# Applications and a cycle
+
+
+def test_new_orders_of_a_customer_while_its_old_ones_go(shop):
+    # Breaks when a shared row is overwritten although an order began to use it before that (P5), when the foreign key's
+    # lock and ours deadlock, or when an import fails.
+    stop = threading.Event()
+    imported, errors = [], []
+
+    def application(part):
+        connection = shop.connect("shop_owner", options="-c statement_timeout=20s")
+        for order in range(1000 + part, 2000, 2):
+            if stop.is_set():
+                return
+            customer = order % 30 + 1
+            try:
+                with connection.cursor() as cursor:
+                    cursor.execute(
+                        "WITH seen AS (SELECT last_name FROM shop.customers WHERE id = %s) INSERT INTO shop.orders "
+                        "(id, external_no, channel, customer_id, shipped_at) SELECT %s, %s, 'amazon', %s, NULL FROM seen RETURNING id",
+                        [customer, order, order_number(order), customer],
+                    )
+                imported.append((order, customer))
+                time.sleep(0.005)
+            except psycopg2.Error as error:
+                errors.append(error)
+
+    threads = [threading.Thread(target=application, args=(part,)) for part in (0, 1)]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: len(imported) > 4)
+    calls = [Background(shop, CALL) for _ in range(2)]
+    results = [call.result() for call in calls]
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert [r[0][3] for r in results] == [0, 0]
+    # An order that was there when its customer was locked kept it alive: what went, went before its first new order.
+    in_time = """
+        SELECT c.id FROM shop.customers AS c WHERE c.last_name = '[Redacted]' AND EXISTS (
+            SELECT FROM shop.orders AS o JOIN amazon_pii.record_state AS r ON r.table_name = 'shop.customers'
+              AND r.record_key = '["' || c.id || '"]' AND r.status = 'redacted'
+             WHERE o.customer_id = c.id AND o.id >= 1000 AND pg_xact_commit_timestamp(o.xmin) < pg_xact_commit_timestamp(c.xmin))
+    """
+    if shop.value("SHOW track_commit_timestamp") == "on":
+        assert shop.sql(in_time) == []
+    assert "deadlock" not in shop.cluster.log_text()
+
+
+@pytest.mark.parametrize("first", ["import", "cycle"])
+def test_foreign_key_and_cycle_meet_on_a_customer(shop, first):
+    # Breaks without the lock on the shared row and the second look after it: whoever comes second must see the first.
+    if first == "import":
+        connection = shop.connect("shop_owner", autocommit=False)
+        cursor = connection.cursor()
+        cursor.execute("INSERT INTO shop.orders VALUES (100, %s, 'web', 3, NULL, NULL, NULL, 1)", [order_number(100)])
+        run_cycle(shop)
+        # Not committed yet: nobody sees the new order, but its foreign key holds the customer.
+        assert shop.value("SELECT last_name FROM shop.customers WHERE id = 3") == "Last 3"
+        connection.commit()
+        shop.sql("UPDATE amazon_pii.order_state SET next_attempt_at = NULL")
+        run_cycle(shop)
+        assert shop.value("SELECT last_name FROM shop.customers WHERE id = 3") == "Last 3"
+        assert {order_row(shop, 5), order_row(shop, 6)} == {("redacted",)}
+        assert shop.sql("SELECT DISTINCT status FROM amazon_pii.records WHERE table_name = 'shop.customers' AND record_key = '[\"3\"]'") == [("waiting",)]
+    else:
+        # Customers are written after addresses, and locked before any of them.
+        stop_at(shop, "customers", 3)
+        call = Background(shop, CALL)
+        stopped(shop)
+        insert = Background(shop, f"INSERT INTO shop.orders VALUES (100, '{order_number(100)}', 'web', 3, NULL, NULL, NULL, 1)", user="shop_owner")
+        insert.wait_for_lock(shop)
+        shop.sql("SELECT pg_cancel_backend(%s)", [call.pid])
+        with pytest.raises(psycopg2.errors.QueryCanceled):
+            call.result()
+        insert.result()
+        go_on(shop)
+        run_cycle(shop)
+        assert shop.value("SELECT last_name FROM shop.customers WHERE id = 3") == "Last 3"
+
+
+# Where and how run_cycle may be called
+
+
+def test_not_inside_a_transaction_block(shop):
+    # Breaks when a cycle in a transaction block runs, and overwrites what is not committed to the archive.
+    connection = shop.connect("pii_admin", autocommit=False)
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT 1")
+        with refused("25001", "run_cycle"):
+            cursor.execute(CALL)
+    assert set(states(shop).values()) == {"original"}
+
+
+@pytest.mark.parametrize("block, code", [
+    ("CREATE FUNCTION pg_temp.cycle() RETURNS void LANGUAGE plpgsql AS $$ BEGIN CALL amazon_pii.run_cycle(flagged => 0); END $$; SELECT pg_temp.cycle()", None),
+    ("DO $$ BEGIN PERFORM 1; CALL amazon_pii.run_cycle(); EXCEPTION WHEN division_by_zero THEN NULL; END $$", "25001"),
+])
+def test_not_where_it_cannot_commit(shop, block, code):
+    # Breaks when a function or a block with an exception handler can run a cycle as one transaction.
+    with pytest.raises(psycopg2.Error) as caught:
+        shop.sql(block, user="pii_admin")
+    assert code in (None, caught.value.pgcode)
+    assert set(states(shop).values()) == {"original"}
+    assert shop.sql(COPIES) == [(0, None)]
+
+
+def test_in_a_procedure_it_runs(shop):
+    # Breaks when the cycle's transactions do not get along with plpgsql's.
+    shop.sql("GRANT CREATE ON SCHEMA public TO pii_admin; CREATE TABLE public.seen (redacted bigint)")
+    shop.sql("GRANT ALL ON public.seen TO pii_admin")
+    shop.sql("""CREATE PROCEDURE public.nightly() LANGUAGE plpgsql AS $$
+        DECLARE flagged bigint; archived bigint; redacted bigint; failed bigint; overdue bigint;
+        BEGIN
+            INSERT INTO public.seen VALUES (-1);
+            CALL amazon_pii.run_cycle('shop', false, flagged, archived, redacted, failed, overdue);
+            INSERT INTO public.seen VALUES (redacted);
+        END $$""", user="pii_admin")
+    shop.sql("CALL public.nightly()", user="pii_admin")
+    assert shop.sql("SELECT * FROM public.seen") == [(-1,), (60,)]
+    assert_done(shop)
+
+
+@pytest.mark.parametrize("setting", [
+    "default_transaction_isolation=serializable", r"default_transaction_isolation=repeatable\ read",
+    "default_transaction_read_only=on", "default_transaction_deferrable=on", "search_path=shop", "DateStyle=SQL,DMY",
+    "row_security=on", "session_replication_role=origin", "lock_timeout=1", "idle_in_transaction_session_timeout=1",
+])
+def test_whatever_the_session_has_set(shop, setting):
+    # Breaks when a cycle trusts the caller's defaults.
+    if setting.startswith("session_replication_role"):
+        pytest.importorskip("psycopg2")
+    caller = "pii_admin" if "replication_role" not in setting else "postgres"
+    counts = Background(shop, CALL, user=caller, options=f"-c {setting}").result()[0]
+    assert counts[2:] == (60, 0, 0)
+    assert_done(shop)
+
+
+def test_session_is_as_it_was_before_the_call(shop):
+    # Breaks when identity, settings or locks of a cycle stay in the caller's session.
+    session = shop.connect("pii_admin")
+    with session.cursor() as cursor:
+        def state():
+            cursor.execute("SELECT name, setting FROM pg_settings WHERE source <> 'override' ORDER BY name")
+            settings = cursor.fetchall()
+            cursor.execute("SELECT current_user, session_user, current_setting('transaction_isolation')")
+            return settings, cursor.fetchall()
+
+        before = state()
+        cursor.execute(CALL)
+        assert state() == before
+        cursor.execute("SELECT count(*) FROM pg_locks WHERE pid = pg_backend_pid() AND locktype = 'advisory'")
+        assert cursor.fetchone() == (0,)
