@@ -226,27 +226,14 @@ def test_nothing_leaks_when_it_is_given_back(aviary):
     assert aviary.value("SELECT gift_message FROM shop.orders WHERE id = 1") == CANARY + "D"
     aviary.sql("CREATE TRIGGER shout BEFORE UPDATE ON shop.orders FOR EACH ROW EXECUTE FUNCTION shop.shout()", user="shop_owner")
     listener.call("SELECT * FROM amazon_pii.retrieve(%s, 'return')", [number(3)], "pii_operator", error=True)
+    # The shop's own statement, with the shop's own trigger: what that one says would be no doing of ours.
+    aviary.sql("ALTER TABLE shop.addresses DISABLE TRIGGER shout", user="shop_owner")
     listener.call("UPDATE shop.addresses SET city = 'Elsewhere' WHERE order_id = 1", user="shop_owner", error=True)
+    aviary.sql("ALTER TABLE shop.addresses ENABLE TRIGGER shout", user="shop_owner")
     listener.call("SELECT amazon_pii.end_retrieval(%s)", [number(1)], "pii_operator")
     listener.call("CALL amazon_pii.run_cycle('shop')")
     assert shouted(aviary)
-    heard = listener.end()
-    # The refused UPDATE is the shop's own statement, with the shop's own trigger: what that one said is no doing of ours.
-    own = [line for line in heard if "Elsewhere" in line]
-    assert_nothing_leaked_but(aviary, [line for line in heard if line not in own], "Elsewhere")
-
-
-def assert_nothing_leaked_but(db, heard, word):
-    """As assert_nothing_leaked(), without log entries about the client's own statement that has this word."""
-    entries = re.split(r"(?m)^(?=\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)", db.cluster.log_text())
-    own = {e.split("[")[1].split("]")[0] for e in entries if f"statement: UPDATE shop.addresses SET city = '{word}'" in e}
-    kept = "".join(e for e in entries if "[" not in e or e.split("[")[1].split("]")[0] not in own)
-    assert len(own) == 1
-    real, db.cluster.log_text = db.cluster.log_text, lambda: kept
-    try:
-        assert_nothing_leaked(db, heard)
-    finally:
-        db.cluster.log_text = real
+    assert_nothing_leaked(aviary, listener.end())
 
 
 def test_nothing_leaks_from_constraints(aviary):

@@ -37,7 +37,8 @@ pub fn witnesses(
     let mut out: Vec<Option<String>> = vec![None; rows.len()];
     for user in std::iter::once(plan).chain(others) {
         let none = Ours::default();
-        let ours = if std::ptr::eq(user, plan) { ours } else { &none };
+        let own = std::ptr::eq(user, plan);
+        let ours = if own { ours } else { &none };
         let Some(theirs) = user.tables.iter().position(|t| t.relation.oid == relation) else {
             continue;
         };
@@ -46,7 +47,7 @@ pub fn witnesses(
             let keys: Vec<Values> = open.iter().map(|i| rows[*i].clone()).collect();
             let users = users(user, theirs, &keys, limit)?;
             let full = limit.is_some_and(|l| users.len() >= l as usize);
-            for (input, order) in alive(user, users, ours, clock, amazon_only)? {
+            for (input, order) in alive(user, users, ours, own, clock, amazon_only)? {
                 out[open[input]].get_or_insert(order);
             }
             if !full {
@@ -88,7 +89,18 @@ fn users(plan: &Plan, table: usize, rows: &[Values], limit: Option<u32>) -> Resu
 }
 
 /// Those users that still need the row.
-fn alive(plan: &Plan, users: Vec<User>, ours: &Ours, clock: &Clock, amazon_only: bool) -> Result<Vec<(usize, String)>> {
+///
+/// An order of the policy that asks lets go once it is redacted and has nothing new to archive: a copy that was made
+/// earlier may be out of date by now. Orders of other policies let go when they are due: their cycles take no turns
+/// with this one, and two that waited for each other would leave the row behind.
+fn alive(
+    plan: &Plan,
+    users: Vec<User>,
+    ours: &Ours,
+    own: bool,
+    clock: &Clock,
+    amazon_only: bool,
+) -> Result<Vec<(usize, String)>> {
     let users: Vec<User> = users
         .into_iter()
         .filter(|(_, key, amazon)| (*amazon || !amazon_only) && !ours.leaving.contains(key))
@@ -102,8 +114,9 @@ fn alive(plan: &Plan, users: Vec<User>, ours: &Ours, clock: &Clock, amazon_only:
             &format!(
                 "SELECT u.i FROM pg_catalog.unnest($5) WITH ORDINALITY AS u (k, i) \
                  LEFT JOIN amazon_pii.order_state o ON o.policy = $1 AND o.order_key = u.k AND $3::text IS NOT DISTINCT FROM $3::text \
-                 WHERE o.order_key IS NULL OR u.k = ANY ($6) OR NOT COALESCE(o.status IN ('redacted', 'purged') \
-                    OR (o.status = 'archived' AND {REDACT_DUE}), false)"
+                 WHERE o.order_key IS NULL OR u.k = ANY ($6) OR NOT COALESCE(o.status = 'purged' \
+                    OR (o.status = 'redacted' AND (NOT $7 OR o.next_due_at IS NULL OR o.next_due_at > pg_catalog.clock_timestamp())) \
+                    OR (o.status = 'archived' AND NOT $7 AND {REDACT_DUE}), false)"
             ),
             &[
                 Arg::Text(Some(&plan.policy)),
@@ -112,6 +125,7 @@ fn alive(plan: &Plan, users: Vec<User>, ours: &Ours, clock: &Clock, amazon_only:
                 Arg::Text(Some(&clock.redact)),
                 Arg::texts(&keys),
                 Arg::texts(&ours.staying),
+                Arg::Bool(own),
             ],
         )
     })?;

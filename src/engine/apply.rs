@@ -99,6 +99,11 @@ pub fn check(document: &str) -> Result<Vec<Problem>> {
         Err(e) => return Ok(vec![Problem::of(&e)]),
     };
     let mut out = check::problems(&plan)?;
+    match crate::pg::subxact::trial(|| vault::create(&plan.archive_schema)) {
+        Ok(()) => {}
+        Err(e) if e.is_cancel() => return Err(e),
+        Err(e) => out.push(Problem::of(&e)),
+    }
     if let Err(e) = keys::master_keys() {
         out.push(Problem::of(&e));
     }
@@ -142,8 +147,8 @@ fn store(plan: &Plan, document: &str) -> Result<(i64, bool)> {
     let user = session_user();
     as_extension(|| {
         let known = sql::write(
-            "SELECT version, document::jsonb = $2::jsonb FROM amazon_pii.policy WHERE policy = $1 FOR UPDATE",
-            &[Arg::Text(Some(&plan.policy)), Arg::Text(Some(document))],
+            "SELECT version, document FROM amazon_pii.policy WHERE policy = $1 FOR UPDATE",
+            &[Arg::Text(Some(&plan.policy))],
         )?;
         let (version, new) = match known.first() {
             None => {
@@ -153,7 +158,12 @@ fn store(plan: &Plan, document: &str) -> Result<(i64, bool)> {
                 )?;
                 (kept.first().ok_or_else(|| Error::internal("no row"))?.int(0)?, true)
             }
-            Some(row) => (row.int(0)? + i64::from(!row.bool(1)?), !row.bool(1)?),
+            Some(row) => {
+                // A damaged document is none that could be the same.
+                let parsed = |text: &str| serde_json::from_str::<serde_json::Value>(text).ok();
+                let same = parsed(row.str(1)?).is_some_and(|known| Some(known) == parsed(document));
+                (row.int(0)? + i64::from(!same), !same)
+            }
         };
         sql::execute(
             "INSERT INTO amazon_pii.policy AS p (policy, version, document, enabled, search_path, applied_by) \

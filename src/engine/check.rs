@@ -4,15 +4,16 @@
 use super::flag;
 use super::gather::{self, LiveRecord};
 use super::overwrite::{self, CellWrite, NewValue, RowWrite};
-use super::plan::{AnchorPlan, Plan, Table};
+use super::plan::{AnchorPlan, EXPRESSION_HINT, Plan, Table};
 use super::walk::Values;
 use crate::domain::policy::Treatment as Rule;
 use crate::domain::treatment::{Outcome, Shape};
+use crate::pg::catalog;
 use crate::pg::error::{Error, Result};
 use crate::pg::ident::Expr;
-use crate::pg::identity::as_extension;
+use crate::pg::identity::{Identity, act_as, as_extension};
 use crate::pg::sql::{self, Arg};
-use crate::pg::subxact::{subtransaction, trial};
+use crate::pg::subxact::trial;
 use crate::pg::xact;
 
 /// How bad it is.
@@ -75,20 +76,68 @@ pub fn problems(plan: &Plan) -> Result<Vec<Problem>> {
         out.extend(lengths(plan, table));
         out.extend(cascades(plan, table)?);
     }
+    out.extend(expressions(plan)?);
     out.extend(indexes(plan));
     out.extend(anchors(plan));
     let before_trial = out.iter().any(|p| p.severity == Severity::Error);
     if !before_trial {
-        match subtransaction(|| try_out(plan)) {
+        // A trial as a whole: functions that expressions call may write, too.
+        match trial(|| try_out(plan)) {
             Ok(found) => out.extend(found),
             Err(e) if e.is_cancel() => return Err(e),
+            Err(e) if e.hint_text().is_none() => out.push(Problem::of(&e.hint(EXPRESSION_HINT))),
             Err(e) => out.push(Problem::of(&e)),
         }
     }
     Ok(out)
 }
 
-/// Placeholders that do not fit their columns.
+/// Expressions that the server does not accept, and conditions that are none. They are looked at without parameters, so
+/// that none can refer to one of ours.
+fn expressions(plan: &Plan) -> Result<Vec<Problem>> {
+    // Place, table, expression, whether it is a condition.
+    let mut all: Vec<(String, usize, &Expr, bool)> = vec![("orders.amazon".to_owned(), 0, &plan.amazon, true)];
+    all.extend(plan.number.iter().map(|e| ("orders.number".to_owned(), 0, e, false)));
+    all.extend(plan.replaces.iter().map(|e| ("orders.replaces".to_owned(), 0, e, false)));
+    for entry in &plan.entries {
+        let place = |key: &str| format!("linked \"{}\".{key}", entry.alias);
+        all.extend(entry.filter.iter().map(|e| (place("where"), entry.table, e, true)));
+        all.extend(entry.number.iter().map(|e| (place("number"), entry.table, e, false)));
+    }
+    for anchor in &plan.anchors {
+        if let AnchorPlan::Linked {
+            entry, filter, complete, ..
+        } = anchor
+        {
+            let table = plan.entries[*entry].table;
+            all.extend(filter.iter().map(|e| ("orders.anchor.where".to_owned(), table, e, true)));
+            all.extend(complete.iter().map(|e| ("orders.anchor.complete".to_owned(), 0, e, true)));
+        }
+    }
+    for (index, table) in plan.tables.iter().enumerate() {
+        for cell in &table.cells {
+            let place = || format!("{}.{}", table.relation.shown(), cell.name.bare());
+            all.extend(cell.expression.iter().map(|e| (place(), index, e, false)));
+        }
+    }
+    let mut out = Vec::new();
+    for (place, table, expression, condition) in all {
+        let table = &plan.tables[table];
+        let types = act_as(Identity::Owner(table.owner), &plan.search_path, &[], || {
+            catalog::expression_types(&table.relation, std::slice::from_ref(expression))
+        });
+        let problem = match types {
+            Ok(types) if condition && types.first() != Some(&pgrx::pg_sys::BOOLOID) => "not a condition".to_owned(),
+            Ok(_) => continue,
+            Err(e) if e.is_cancel() => return Err(e),
+            Err(e) => e.message().to_owned(),
+        };
+        out.push(Problem::new(Severity::Error, place, problem, EXPRESSION_HINT));
+    }
+    Ok(out)
+}
+
+/// Texts that do not fit their columns.
 fn lengths(plan: &Plan, table: &Table) -> Vec<Problem> {
     let placeholder = plan.document.placeholder.chars().count() as i64;
     table
@@ -97,15 +146,18 @@ fn lengths(plan: &Plan, table: &Table) -> Vec<Problem> {
         .filter(|c| c.shape == Shape::Text && c.treatment.is_some())
         .filter_map(|cell| {
             let limit = table.facts.column(cell.name.bare())?.max_length?;
-            let needed = match cell.rule()? {
-                Rule::Default | Rule::Placeholder => placeholder,
+            let (what, needed) = match cell.rule()? {
+                Rule::Default | Rule::Placeholder => ("placeholder", placeholder),
+                Rule::Value(serde_json::Value::String(text)) => ("value", text.chars().count() as i64),
+                // A key has one character at least.
+                Rule::Unique(text) => ("value", text.replace("{key}", "1").chars().count() as i64),
                 _ => return None,
             };
             (needed > limit).then(|| {
                 Problem::new(
                     Severity::Error,
                     format!("{}.{}", table.relation.shown(), cell.name.bare()),
-                    format!("the placeholder has {needed} characters, the column holds {limit}"),
+                    format!("the {what} has {needed} characters, the column holds {limit}"),
                     "Use {\"value\": \"…\"} with a shorter text, {\"prefix\": n} or \"null\", or make the column longer.",
                 )
             })

@@ -75,9 +75,11 @@ pub fn run(policy: Option<&str>, sweep: bool, boundary: Boundary) -> Result<Coun
             // Another cycle works on this policy for long; it is in good hands.
             Err(e) if e.is_lock() && policy.is_none() => {
                 boundary.rollback();
+                total.overdue += overdue(&name)?;
             }
             Err(e) => {
                 boundary.rollback();
+                total.overdue += overdue(&name)?;
                 note_error(&name, &e)?;
                 boundary.commit()?;
                 if policy.is_some() {
@@ -187,10 +189,21 @@ impl Run<'_> {
             sweep::request(self.plan)?;
             self.boundary.commit()?;
         }
-        while let Some(flagged) = sweep::slice(self.plan, &self.clock)? {
-            self.counts.flagged += flagged;
-            self.start()?;
-            self.boundary.commit()?;
+        loop {
+            match sweep::slice(self.plan, &self.clock) {
+                Ok(Some(flagged)) => {
+                    self.counts.flagged += flagged;
+                    self.start()?;
+                    self.boundary.commit()?;
+                }
+                Ok(None) => break,
+                // An open transaction has an order that is new, or changed; the pass goes on from there another time.
+                Err(e) if e.is_lock() => {
+                    self.boundary.rollback();
+                    break;
+                }
+                Err(e) => return Err(e),
+            }
         }
         sweep::stale(self.plan)?;
         self.boundary.commit()

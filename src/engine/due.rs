@@ -1,5 +1,7 @@
 //! Which orders a cycle takes next.
 
+use std::collections::HashMap;
+
 use super::plan::Plan;
 use super::walk::{Values, key_parts};
 use crate::domain::clock::Horizons;
@@ -108,7 +110,7 @@ pub fn relock(plan: &Plan, clock: &Clock, batch: Vec<Due>) -> Result<Vec<Due>> {
         sql::write(
             // Meanwhile it may have been retrieved or held: whether it is due is asked again.
             &format!(
-                "SELECT o.order_key FROM amazon_pii.order_state o WHERE o.policy = $1 AND o.order_key = ANY ($3) \
+                "SELECT o.order_key, o.status FROM amazon_pii.order_state o WHERE o.policy = $1 AND o.order_key = ANY ($3) \
                  AND o.status IN ('archived', 'redacted', 'retrieved', 'failed') AND ({REDACT_DUE}) \
                  AND (o.held_until IS NULL OR o.held_until <= pg_catalog.now()) AND {IN_FORCE} FOR UPDATE OF o SKIP LOCKED"
             ),
@@ -121,6 +123,15 @@ pub fn relock(plan: &Plan, clock: &Clock, batch: Vec<Due>) -> Result<Vec<Due>> {
             ],
         )
     })?;
-    let locked: std::collections::HashSet<String> = rows.iter().map(|r| r.string(0)).collect::<Result<_>>()?;
-    Ok(batch.into_iter().filter(|d| locked.contains(&d.order_key)).collect())
+    let locked: HashMap<String, String> = rows
+        .iter()
+        .map(|r| Ok((r.string(0)?, r.string(1)?)))
+        .collect::<Result<_>>()?;
+    // Another cycle may have done it.
+    let open = |d: &Due| {
+        locked
+            .get(&d.order_key)
+            .is_some_and(|now| now != "redacted" || d.status == "redacted")
+    };
+    Ok(batch.into_iter().filter(open).collect())
 }

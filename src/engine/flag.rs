@@ -277,6 +277,8 @@ pub fn upsert(plan: &Plan, facts: &[OrderFact], by: &str, touched: bool) -> Resu
     if facts.is_empty() {
         return Ok(0);
     }
+    // A conflict locks its row even where nothing changes, and waits for whoever has it: a sweep leaves out what is up to
+    // date. Not so a trigger, which must see what a cycle is doing to the order.
     let rows = as_extension(|| {
         sql::write(
             "INSERT INTO amazon_pii.order_state AS o (policy, order_key, order_number, status, flagged_by, anchor_at, \
@@ -286,6 +288,10 @@ pub fn upsert(plan: &Plan, facts: &[OrderFact], by: &str, touched: bool) -> Resu
              FROM (SELECT k, n, p, CASE WHEN pg_catalog.isfinite(t::timestamptz) THEN t::timestamptz END AS a \
                    FROM ROWS FROM (pg_catalog.unnest($2), pg_catalog.unnest($3), pg_catalog.unnest($4), \
                         pg_catalog.unnest($9)) AS u (k, n, t, p)) AS s \
+             WHERE $8 OR NOT EXISTS (SELECT FROM amazon_pii.order_state AS e WHERE e.policy = $1 AND e.order_key = s.k \
+                AND e.status <> 'gone' AND e.order_number IS NOT DISTINCT FROM s.n AND (e.archived_at IS NOT NULL \
+                     OR e.anchor_at IS NOT DISTINCT FROM s.a \
+                        AND e.stale_at IS NOT DISTINCT FROM CASE WHEN s.a IS NULL THEN s.p::timestamptz + $10::interval END)) \
              ON CONFLICT (policy, order_key) DO UPDATE SET \
                 order_number = EXCLUDED.order_number, stale_at = EXCLUDED.stale_at, \
                 status = CASE WHEN o.status IN ('flagged', 'scheduled') AND o.archived_at IS NULL OR o.status = 'gone' THEN EXCLUDED.status ELSE o.status END, \
@@ -299,7 +305,7 @@ pub fn upsert(plan: &Plan, facts: &[OrderFact], by: &str, touched: bool) -> Resu
              WHERE o.status = 'gone' OR o.order_number IS DISTINCT FROM EXCLUDED.order_number \
                 OR (o.archived_at IS NULL AND o.anchor_at IS DISTINCT FROM EXCLUDED.anchor_at) \
                 OR (o.archived_at IS NULL AND o.stale_at IS DISTINCT FROM EXCLUDED.stale_at) \
-                OR ($8 AND o.status = 'redacted' AND o.next_due_at IS NULL) \
+                OR ($8 AND o.status = 'redacted' AND (o.next_due_at IS NULL OR o.next_due_at > pg_catalog.now())) \
              RETURNING o.xmax = 0",
             &[
                 Arg::Text(Some(&plan.policy)),
@@ -322,6 +328,25 @@ pub fn upsert(plan: &Plan, facts: &[OrderFact], by: &str, touched: bool) -> Resu
     Ok(new)
 }
 
+/// Of these orders those that are redacted are looked at by the next cycle.
+///
+/// # Errors
+/// Errors of the server.
+pub fn look_again(plan: &Plan, orders: &[String]) -> Result<()> {
+    as_extension(|| {
+        sql::execute(
+            // One that may be redacted before this transaction commits is noted, for then.
+            "WITH again AS (UPDATE amazon_pii.order_state SET next_due_at = pg_catalog.now() WHERE policy = $1 AND order_key = ANY ($2) \
+             AND status = 'redacted' AND (next_due_at IS NULL OR next_due_at > pg_catalog.now())) \
+             INSERT INTO amazon_pii.touched (policy, entry, row_key) SELECT policy, '', order_key FROM amazon_pii.order_state \
+             WHERE policy = $1 AND order_key = ANY ($2) AND status IN ('scheduled', 'archived', 'failed', 'retrieved') \
+             AND COALESCE(retrieved_until, redact_due_at) < pg_catalog.now() + '8 days'::interval",
+            &[Arg::Text(Some(&plan.policy)), Arg::texts(orders)],
+        )
+    })?;
+    Ok(())
+}
+
 /// Orders whose linked rows changed: redacted ones are looked at again, clocks that linked rows set are set anew.
 ///
 /// # Errors
@@ -330,14 +355,7 @@ pub fn linked_changed(plan: &Plan, orders: &[Values]) -> Result<()> {
     if orders.is_empty() {
         return Ok(());
     }
-    let texts = orders.iter().map(|k| key_text(k)).collect::<Result<Vec<_>>>()?;
-    as_extension(|| {
-        sql::execute(
-            "UPDATE amazon_pii.order_state SET next_due_at = pg_catalog.now() \
-             WHERE policy = $1 AND order_key = ANY ($2) AND status = 'redacted' AND next_due_at IS NULL",
-            &[Arg::Text(Some(&plan.policy)), Arg::texts(&texts)],
-        )
-    })?;
+    look_again(plan, &orders.iter().map(|k| key_text(k)).collect::<Result<Vec<_>>>()?)?;
     if plan.anchors.iter().any(|a| matches!(a, AnchorPlan::Linked { .. })) {
         upsert(plan, &by_keys(plan, orders)?, "import", false)?;
     }

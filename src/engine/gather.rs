@@ -3,9 +3,10 @@
 use std::collections::HashMap;
 
 use super::plan::Plan;
-use super::walk::{self, FIRST, Found, Hop, Values, by_key, hop, key_text};
+use super::walk::{self, FIRST, Hop, Values, by_key, hop, key_text};
 use crate::domain::treatment::Outcome;
 use crate::pg::error::{Error, Result};
+use crate::pg::sql::Row;
 
 /// One treated column of a row.
 #[derive(Debug, Clone)]
@@ -15,6 +16,9 @@ pub struct LiveCell {
     /// What a treatment by expression makes of it.
     pub computed: Option<String>,
 }
+
+/// A moment that has to pass `redact_after`, with the entry that says so.
+pub type NotBefore = Option<(String, usize)>;
 
 /// A row that holds, or may hold, PII of an order.
 pub struct LiveRecord {
@@ -26,8 +30,8 @@ pub struct LiveRecord {
     pub key_text: String,
     /// One for each cell of the table; `None` where no entry that reached the row treats the column.
     pub cells: Vec<Option<LiveCell>>,
-    /// The row may not be redacted before this has passed `redact_after`; with the entry that says so.
-    pub not_before: Option<(String, usize)>,
+    /// The row may not be redacted before this has passed `redact_after`.
+    pub not_before: NotBefore,
 }
 
 impl LiveRecord {
@@ -126,16 +130,19 @@ pub fn gather(plan: &Plan, orders: &[Values]) -> Result<Gathered> {
         records: Vec::new(),
     };
     let mut known: HashMap<(usize, usize, String), usize> = HashMap::new();
-    // For each entry: the orders and link values that lead into it.
-    let mut pending: Vec<Vec<(usize, Values)>> = plan.entries.iter().map(|_| Vec::new()).collect();
+    // For each entry: the orders and link values that lead into it, and how young the rows are that they come from.
+    let mut pending: Vec<Vec<((usize, NotBefore), Values)>> = plan.entries.iter().map(|_| Vec::new()).collect();
     for index in 0..plan.entries.len() {
         let shape = shape(plan, index);
         let entry = &plan.entries[index];
         let table = &plan.tables[entry.table];
-        let found: Vec<Found> = if entry.parent.is_none() {
+        let found: Vec<((usize, NotBefore), Row)> = if entry.parent.is_none() {
             by_key(plan, table, orders, &shape.select)?
+                .into_iter()
+                .map(|f| ((f.input, None), f.row))
+                .collect()
         } else {
-            let (origins, inputs): (Vec<usize>, Vec<Values>) = std::mem::take(&mut pending[index]).into_iter().unzip();
+            let (origins, inputs): (Vec<(usize, NotBefore)>, Vec<Values>) = std::mem::take(&mut pending[index]).into_iter().unzip();
             let reach = Hop {
                 table,
                 on: &entry.on_child,
@@ -147,19 +154,23 @@ pub fn gather(plan: &Plan, orders: &[Values]) -> Result<Gathered> {
             };
             hop(plan, &reach, &inputs)?
                 .into_iter()
-                .map(|f| Found {
-                    input: origins[f.input],
-                    row: f.row,
-                })
+                .map(|f| (origins[f.input].clone(), f.row))
                 .collect()
         };
-        for Found { input: order, row } in found {
+        for ((order, inherited), row) in found {
             let at = |i: usize| FIRST + i;
             if entry.parent.is_none() {
                 gathered.exists[order] = true;
             }
+            let mut not_before = inherited;
+            if let Some(column) = shape.not_before
+                && let Some(text) = row.owned(at(column))?
+                && not_before.as_ref().is_none_or(|(known, _)| *known < text)
+            {
+                not_before = Some((text, index));
+            }
             for (child, range) in &shape.links {
-                pending[*child].push((order, row.texts(at(range.start)..at(range.end))?));
+                pending[*child].push(((order, not_before.clone()), row.texts(at(range.start)..at(range.end))?));
             }
             if entry.cells.is_empty() && shape.not_before.is_none() {
                 continue;
@@ -190,11 +201,10 @@ pub fn gather(plan: &Plan, orders: &[Values]) -> Result<Gathered> {
                     computed: computed.map(|c| row.owned(at(c))).transpose()?.flatten(),
                 });
             }
-            if let Some(column) = shape.not_before
-                && let Some(text) = row.owned(at(column))?
-                && record.not_before.as_ref().is_none_or(|(known, _)| *known < text)
+            if let Some((moment, by)) = not_before
+                && record.not_before.as_ref().is_none_or(|(known, _)| *known < moment)
             {
-                record.not_before = Some((text, index));
+                record.not_before = Some((moment, by));
             }
         }
     }

@@ -3,7 +3,7 @@
 use pgrx::pg_sys;
 
 use super::plan::{Plan, Table};
-use super::triggers::{cached, transition_keys};
+use super::triggers::{cached, speaks_for, transition_keys};
 use super::walk::key_text;
 use crate::pg::catalog::{self, Compare};
 use crate::pg::error::{Error, Result};
@@ -83,6 +83,9 @@ pub fn ignore(call: &TriggerCall) -> Result<pg_sys::Datum> {
             return Ok(None);
         };
         let table = &plan.tables[entry.table];
+        if !speaks_for(table, call)? {
+            return Ok(None);
+        }
         let key = table
             .key
             .iter()

@@ -340,7 +340,10 @@ fn run(plan: &Plan, table: &Table, rows: usize, query: &str, args: &[Arg<'_>]) -
             return Err(Error::not_overwritten(format!(
                 "{shown}: a trigger of the table writes something else than it was given"
             ))
-            .hint("Let the trigger pass the placeholder unchanged, or choose a treatment that it does not change."));
+            .hint(
+                "Let the trigger pass the placeholder unchanged, or choose a treatment that it does not change; an expression \
+                 must give the same again for a row that it has treated.",
+            ));
         }
         mark(&mut seen, row.int(0)?)?;
     }

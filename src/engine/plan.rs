@@ -12,6 +12,10 @@ use crate::pg::ident::{self, Expr, Ident, Relation};
 use crate::pg::identity::{self, Identity, act_as, as_extension};
 use crate::pg::sql::{self, Arg};
 
+/// What to do about an expression that the server does not accept.
+pub const EXPRESSION_HINT: &str =
+    "Try it in a SELECT from the table, as the table's owner; functions and types of other schemas need their schema's name.";
+
 /// A column that a policy treats.
 pub struct CellColumn {
     pub name: Ident,
@@ -301,6 +305,13 @@ impl Plan {
         })
     }
 
+    /// Whether rows of entry `index` can start an order's clock.
+    pub fn anchored_by(&self, index: usize) -> bool {
+        self.anchors
+            .iter()
+            .any(|a| matches!(a, AnchorPlan::Linked { entry, .. } if *entry == index))
+    }
+
     /// The entries that lead from the orders to entry `index`, the orders table left out.
     pub fn path(&self, index: usize) -> Vec<usize> {
         let mut path = Vec::new();
@@ -348,10 +359,11 @@ impl Builder<'_> {
                 if let Some(missing) = wanted.iter().find(|c| facts.column(c).is_none()) {
                     return Err(Error::undefined(format!(
                         "column \"{missing}\" of the key of {name} does not exist"
-                    )));
+                    ))
+                    .hint(nearest(&facts, missing)));
                 }
                 if !facts.keys.iter().any(|k| sorted(k) == sorted(wanted)) {
-                    return Err(Error::invalid(format!("the key of {name} is not unique")).detail(
+                    return Err(Error::invalid(format!("the key of {name} is not unique")).hint(
                         "A key needs a unique index that is not partial and not deferrable, over NOT NULL columns.",
                     ));
                 }
@@ -400,7 +412,7 @@ impl Builder<'_> {
         act_as(Identity::Owner(table.owner), self.search_path, &[], || {
             catalog::expression_types(&table.relation, expressions)
         })
-        .map_err(|e| e.at(place))
+        .map_err(|e| e.at(place).hint(EXPRESSION_HINT))
     }
 
     /// The types in which the values of a link travel to the other side, below all domains: the CHECK of a domain is
@@ -534,7 +546,8 @@ impl Builder<'_> {
             if self.tables[index].key.iter().any(|(k, _)| *k == column.name) {
                 return Err(Error::invalid(format!(
                     "column \"{name}\" of {shown} is part of its key and cannot be redacted"
-                )));
+                ))
+                .hint("Name another key in \"key\", or leave the column out of \"redact\"."));
             }
             if column.generated {
                 return Err(Error::invalid(format!(
@@ -600,7 +613,10 @@ impl Builder<'_> {
                 &[Arg::Typed(column.type_oid, Some(constant))],
             )
         })
-        .map_err(|e| e.at(place))?;
+        .map_err(|e| {
+            e.at(place)
+                .hint("Write a {\"value\": …} that the column's type and its constraints accept, or use \"null\".")
+        })?;
         rows.first().ok_or_else(|| Error::internal("no row"))?.string(0)
     }
 

@@ -50,8 +50,9 @@ pub fn batch(plan: &Plan, others: &[Plan], keys: &MasterKeys, clock: &Clock, bat
     let inputs: Vec<Values> = batch.iter().map(|d| d.key.clone()).collect();
     // The copies first: read back from what is committed, and opened, before any row is locked.
     let archive = vault::open(&plan.archive_schema, keys, &plan.policy, &order_keys)?;
-    let live = gather::gather(plan, &inputs)?;
+    let mut live = gather::gather(plan, &inputs)?;
     let mut out = Redacted::default();
+    let late = late_rows(plan, clock, batch, &mut live.records)?;
     let mut excluded: HashSet<usize> = push_back(plan, clock, batch, &live.records, &mut out)?;
     let gone: Vec<usize> = (0..batch.len()).filter(|i| !live.exists[*i]).collect();
     settle_gone(plan, &gone.iter().map(|i| &batch[*i]).collect::<Vec<_>>())?;
@@ -100,6 +101,9 @@ pub fn batch(plan: &Plan, others: &[Plan], keys: &MasterKeys, clock: &Clock, bat
         .partition(|due| due.status != "redacted" || count(due).0 > 0);
     state::redacted(plan, &overwritten)?;
     state::rechecked(plan, &clean)?;
+    for (order, (moment, by)) in late.into_iter().filter(|(order, _)| !excluded.contains(order)) {
+        state::pushed(plan, &batch[order], &moment, &plan.entries[by].alias)?;
+    }
     let mut entries = Vec::new();
     for due in &overwritten {
         let (count, waits) = count(due);
@@ -117,6 +121,41 @@ pub fn batch(plan: &Plan, others: &[Plan], keys: &MasterKeys, clock: &Clock, bat
     state::announce(plan, "redacted", &overwritten)?;
     out.done = overwritten.len() as i64;
     Ok(out)
+}
+
+/// Takes out the rows that came after their order was redacted and are not due by their own date: nothing else waits
+/// for them. Returns the first such date of each order.
+fn late_rows(
+    plan: &Plan,
+    clock: &Clock,
+    batch: &[Due],
+    records: &mut Vec<LiveRecord>,
+) -> Result<BTreeMap<usize, (String, usize)>> {
+    let dated = |r: &LiveRecord| batch[r.order].status == "redacted" && r.not_before.is_some();
+    let moments: Vec<String> = records
+        .iter()
+        .filter(|r| dated(r))
+        .filter_map(|r| r.not_before.as_ref().map(|(moment, _)| moment.clone()))
+        .collect();
+    let mut young = state::still_young(plan, &moments, &clock.redact)?.into_iter();
+    let mut late: BTreeMap<usize, (String, usize)> = BTreeMap::new();
+    let mut kept = Vec::with_capacity(records.len());
+    for record in records.drain(..) {
+        let is_late = dated(&record) && young.next().unwrap_or(false);
+        match &record.not_before {
+            // One without PII is no reason to come back.
+            Some(first) if is_late && !record.pii(plan)?.is_empty() => {
+                let known = late.entry(record.order).or_insert_with(|| first.clone());
+                if first.0 < known.0 {
+                    *known = first.clone();
+                }
+            }
+            _ if is_late => {}
+            _ => kept.push(record),
+        }
+    }
+    *records = kept;
+    Ok(late)
 }
 
 /// Orders that a younger linked record keeps from being redacted now.

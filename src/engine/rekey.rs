@@ -6,6 +6,7 @@ use super::vault;
 use super::walk::key_text;
 use crate::domain::vault::MasterKeys;
 use crate::pg::error::{Error, Result};
+use crate::pg::ident;
 use crate::pg::identity::{Identity, act_as, as_extension};
 use crate::pg::sql::{self, Arg};
 use crate::pg::trigger::TriggerCall;
@@ -65,7 +66,7 @@ fn pairs(plan: &Plan, table: &Table, call: &TriggerCall) -> Result<(Vec<String>,
     let differs: Vec<String> = old
         .iter()
         .zip(&new)
-        .map(|(a, b)| format!("{a} IS DISTINCT FROM {b}"))
+        .map(|(a, b)| format!("{} IS DISTINCT FROM {}", ident::out(a), ident::out(b)))
         .collect();
     let numbered = |from: &str, alias: &str| {
         format!(

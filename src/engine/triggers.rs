@@ -36,10 +36,10 @@ enum Scope {
     Every,
     /// The orders table and each of its partitions.
     Orders,
-    /// Every table, for rows that logical replication applies. Row triggers of a partitioned table are its partitions'
-    /// too.
+    /// Every table that holds rows, for what logical replication applies. Not a partitioned one: its row triggers are
+    /// given to each new partition in the name of whoever makes that, who may not use our functions.
     Replica,
-    /// Where the policy ignores writes to retrieved rows instead of refusing them.
+    /// Likewise, where the policy ignores writes to retrieved rows instead of refusing them.
     Ignoring,
 }
 
@@ -90,13 +90,13 @@ const KINDS: &[Kind] = &[
 
 impl Kind {
     /// Whether a table of the policy, or a partition of one, is to have it.
-    fn belongs(&self, plan: &Plan, table: usize, is_partition: bool) -> bool {
+    fn belongs(&self, plan: &Plan, table: usize, holds_rows: bool) -> bool {
         match self.scope {
             Scope::Every => true,
             Scope::Orders => table == 0,
-            Scope::Replica => !is_partition,
+            Scope::Replica => holds_rows,
             Scope::Ignoring => {
-                !is_partition
+                holds_rows
                     && !plan.tables[table].cells.is_empty()
                     && matches!(plan.document.when_retrieved, WhenRetrieved::Ignore)
             }
@@ -130,8 +130,8 @@ pub fn ensure(plan: &Plan) -> Result<()> {
             let arguments = arguments(plan, index);
             for relation in catalog::with_partitions(table.relation.oid)? {
                 let known = existing(&relation, &plan.policy)?;
-                let is_partition = relation.oid != table.relation.oid;
-                for kind in KINDS.iter().filter(|k| k.belongs(plan, index, is_partition)) {
+                let holds_rows = catalog::holds_rows(relation.oid);
+                for kind in KINDS.iter().filter(|k| k.belongs(plan, index, holds_rows)) {
                     let name = name(&plan.policy, kind.suffix);
                     if known.contains(&name) {
                         continue;
@@ -268,7 +268,10 @@ pub fn changed(call: &TriggerCall) -> Result<()> {
 
 /// Whether the table that fired is the policy's, or a partition of it: one that was detached kept its triggers, and may
 /// be anybody's now.
-fn speaks_for(table: &Table, call: &TriggerCall) -> Result<bool> {
+///
+/// # Errors
+/// Errors of the server.
+pub fn speaks_for(table: &Table, call: &TriggerCall) -> Result<bool> {
     if call.relation == table.relation.oid {
         return Ok(true);
     }
@@ -291,6 +294,11 @@ fn note(plan: &Plan, table: usize, call: &TriggerCall) -> Result<()> {
             Event::Insert | Event::Update => {
                 let facts = flag::in_transition(plan, call)?;
                 flag::upsert(plan, &facts, "import", true)?;
+                if call.event == Event::Update {
+                    // One that is tracked stays so, whatever an import calls it now.
+                    let keys = transition_keys(plan, plan.orders(), call, "amazon_pii_new AS new_or_old", "true")?;
+                    flag::look_again(plan, &keys)?;
+                }
             }
             Event::Delete => deleted(plan, call)?,
             Event::Truncate => truncated(plan)?,
@@ -305,8 +313,14 @@ fn note(plan: &Plan, table: usize, call: &TriggerCall) -> Result<()> {
         {
             let links = walk::select_all(&entry.on_child);
             let filter = entry.filter.as_ref().map(|f| format!(" WHERE {f}")).unwrap_or_default();
+            // A row that moved to another order may have set the clock of the one that it left.
+            let rows = if call.event == Event::Update && plan.anchored_by(index) {
+                "(TABLE amazon_pii_new UNION ALL TABLE amazon_pii_old)"
+            } else {
+                "amazon_pii_new"
+            };
             let query = format!(
-                "SELECT DISTINCT {} FROM amazon_pii_new AS {}{filter}",
+                "SELECT DISTINCT {} FROM {rows} AS {}{filter}",
                 links.join(", "),
                 plan.tables[table].relation.name
             );
@@ -435,6 +449,9 @@ pub fn applied(call: &TriggerCall) -> Result<()> {
         let plan = cached(policy)?;
         let entry = plan.entries.iter().find(|e| e.alias == *alias);
         let table = entry.map_or_else(|| plan.orders(), |e| &plan.tables[e.table]);
+        if !speaks_for(table, call)? {
+            return Ok(());
+        }
         let key = table
             .key
             .iter()

@@ -242,6 +242,12 @@ fn names(row: &Row) -> Result<Vec<String>> {
     serde_json::from_str(&format!("[{}]", row.str(0)?)).map_err(|_| Error::internal("column names of an index"))
 }
 
+/// Whether a table holds rows itself, rather than by its partitions.
+pub fn holds_rows(oid: pg_sys::Oid) -> bool {
+    // SAFETY: catalog lookup inside a transaction.
+    (unsafe { pg_sys::get_rel_relkind(oid) }) as u8 == pg_sys::RELKIND_RELATION
+}
+
 /// Partitions of a table that hold rows, the table itself first.
 ///
 /// # Errors

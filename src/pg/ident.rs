@@ -108,12 +108,17 @@ impl Expr {
         Self(format!("{a} AND {b}"))
     }
 
-    /// Whether the server's own print of an expression says the same.
+    /// Whether the server's own print of an expression says the same, but for parentheses and casts, which it adds.
     pub fn same_text(&self, shown: &str) -> bool {
         let bare = |s: &str| {
-            s.chars()
+            let s: String = s
+                .chars()
                 .filter(|c| !c.is_whitespace() && !matches!(c, '(' | ')'))
-                .collect::<String>()
+                .collect();
+            let mut parts = s.split("::");
+            let mut out = parts.next().unwrap_or_default().to_owned();
+            out.extend(parts.map(|p| p.trim_start_matches(|c: char| c.is_alphanumeric() || matches!(c, '_' | '.' | '"'))));
+            out
         };
         bare(&self.0) == bare(shown)
     }

@@ -60,9 +60,9 @@ pub const KEYED: &[(&str, &str)] = &[
 /// # Errors
 /// As `f`; an error of the server keeps its SQLSTATE only.
 pub fn act_as<T>(who: Identity, search_path: &str, extra: &[(&str, &str)], f: impl FnOnce() -> Result<T>) -> Result<T> {
-    let role = match who {
-        Identity::Extension => extension_owner()?,
-        Identity::Owner(role) => role,
+    let (role, _unheard) = match who {
+        Identity::Extension => (extension_owner()?, None),
+        Identity::Owner(role) => (role, Some(Unheard::begin())),
     };
     subtransaction(|| {
         let mut saved_user = pg_sys::InvalidOid;
@@ -89,6 +89,28 @@ pub fn act_as<T>(who: Identity, search_path: &str, extra: &[(&str, &str)], f: im
         }
         Ok(value)
     })
+}
+
+/// Keeps what a table owner's code says from the caller: RAISE INFO obeys no setting. Ends when dropped.
+struct Unheard(pg_sys::CommandDest::Type);
+
+impl Unheard {
+    fn begin() -> Self {
+        // SAFETY: a backend-local variable that says where messages go; the results of the caller's statement have
+        // their own receiver.
+        unsafe {
+            let saved = pg_sys::whereToSendOutput;
+            pg_sys::whereToSendOutput = pg_sys::CommandDest::DestNone;
+            Self(saved)
+        }
+    }
+}
+
+impl Drop for Unheard {
+    fn drop(&mut self) {
+        // SAFETY: as above.
+        unsafe { pg_sys::whereToSendOutput = self.0 }
+    }
 }
 
 /// [`act_as`] the extension's owner, on our own tables.

@@ -1,0 +1,231 @@
+"""The master key: without the right one nothing is archived in clear and nothing is overwritten; nobody gets to see it."""
+import secrets
+
+import psycopg2
+import pytest
+from cluster import Cluster, wait_until
+from conftest import new_database, prepare
+from support import documents, hurry, number, refused, retrieve, run_cycle
+
+TABLES = """
+CREATE SCHEMA shop AUTHORIZATION shop_owner;
+SET ROLE shop_owner;
+CREATE TABLE shop.orders (id int PRIMARY KEY, no text, shipped_at timestamptz, note text);
+"""
+POLICY = {"policy": "shop", "enabled": True, "archive_after": "10 days", "redact_after": "60 days",
+          "orders": {"table": "shop.orders", "number": "no", "anchor": "shipped_at", "redact": ["note"]}}
+DUE = {**POLICY, "redact_after": "30 days"}
+
+
+@pytest.fixture(scope="module")
+def server():
+    """A server of its own, since its key comes and goes."""
+    with Cluster() as server:
+        prepare(server)
+        yield server
+
+
+class Keys:
+    """The server's key settings, and an archived order of a fresh database."""
+
+    def __init__(self, server):
+        self.server = server
+        self.set(server.key_file)
+
+    def set(self, file="", command=""):
+        self.server.configure(f"amazon_pii.key_file = '{file}'", f"amazon_pii.key_command = '{command}'")
+        self.server.reload()
+        self.reloaded = [str(file), command]
+        wait_until(lambda: self.shown() == self.reloaded)
+
+    def shown(self):
+        return list(self.server.sql("SELECT current_setting('amazon_pii.key_file'), current_setting('amazon_pii.key_command')")[0])
+
+    def file(self, text, mode=0o600, name="other"):
+        path = self.server.write_key(self.server.base / f"{name}-{secrets.token_hex(4)}", mode)
+        path.write_text(text)
+        return path
+
+
+@pytest.fixture
+def keys(server):
+    return Keys(server)
+
+
+@pytest.fixture
+def shop(keys):
+    """Order 1 is archived and not redacted yet."""
+    db = new_database(keys.server)
+    db.psql(TABLES)
+    db.sql("INSERT INTO shop.orders VALUES (1, %s, now() - '40 days'::interval, 'Ada')", [number(1)])
+    db.apply_policy(POLICY)
+    run_cycle(db)
+    yield db
+    keys.set(keys.server.key_file)
+    db.drop()
+
+
+def reconnect(db):
+    """Sessions take a reloaded setting when they next read a command: new ones have it from the start."""
+    for session in db._sessions.values():
+        session.close()
+
+
+def note(db):
+    return db.value("SELECT note FROM shop.orders WHERE id = 1")
+
+
+def state(db):
+    return db.sql("SELECT status, last_error FROM amazon_pii.orders WHERE order_key = '[\"1\"]'")[0]
+
+
+def use(db, keys, file="", command=""):
+    keys.set(file, command)
+    reconnect(db)
+
+
+def test_without_a_key_no_policy_is_applied(keys):
+    """Breaks when a policy is accepted that could only archive in clear."""
+    db = new_database(keys.server)
+    db.psql(TABLES)
+    use(db, keys)
+    with refused("F0000", "no master key is configured") as caught:
+        db.apply_policy(POLICY)
+    assert "openssl rand -hex 32" in caught.value.diag.message_hint and "amazon_pii.key_file" in caught.value.diag.message_hint
+    problems = [row for row in db.check_policy(POLICY) if row[0] == "error"]
+    assert len(problems) == 1 and "no master key" in problems[0][2] and "openssl" in problems[0][3]
+    assert db.sql("SELECT * FROM amazon_pii.policies") == []
+    assert db.value("SELECT to_regnamespace('amazon_pii_archive') IS NULL")
+    keys.set(keys.server.key_file)
+    db.drop()
+
+
+def unusable(keys):
+    """Ways in which a key cannot be had, each with words of its message."""
+    good = secrets.token_hex(32) + "\n"
+    return {
+        "": "no master key is configured",
+        keys.server.base / "missing": "cannot be opened",
+        keys.server.base: "is no ordinary file",
+        keys.file(good, 0o640): "can be read by others than its owner",
+        keys.file(good, 0o604): "can be read by others than its owner",
+        keys.file(""): "unusable",
+        keys.file("# only a comment\n"): "unusable",
+        keys.file(good[:-3]): "unusable",
+        keys.file("not a key " + good): "unusable",
+        keys.file("\0" + good): "unusable",
+    }
+
+
+def test_a_key_that_cannot_be_had_stops_the_policy_and_is_shown(shop, keys):
+    """Breaks when a cycle goes on without its key, or tells nobody why it does not."""
+    shop.apply_policy(DUE)
+    before = documents(shop)
+    shop.sql("INSERT INTO shop.orders VALUES (2, %s, now() - '40 days'::interval, 'Bob')", [number(2)])
+    for file, words in unusable(keys).items():
+        use(shop, keys, file)
+        with refused("F0000", words) as caught:
+            run_cycle(shop, "shop")
+        assert "openssl rand -hex 32" in caught.value.diag.message_hint
+        # One policy's key stops no other policy.
+        assert run_cycle(shop)["redacted"] == 0
+        assert words in shop.value("SELECT last_error FROM amazon_pii.status", user="pii_admin")
+        assert shop.sql("SELECT note FROM shop.orders ORDER BY id") == [("Ada",), ("Bob",)]
+        assert documents(shop) == before and state(shop) == ("archived", None)
+    use(shop, keys, keys.server.key_file)
+    assert run_cycle(shop, "shop")["redacted"] == 2
+    assert shop.value("SELECT last_error FROM amazon_pii.status", user="pii_admin") is None
+
+
+def test_a_wrong_key_overwrites_nothing(shop, keys):
+    """Breaks when a copy that the configured key does not open passes for one that is there."""
+    shop.apply_policy(DUE)
+    before = documents(shop)
+    right = keys.server.key_file
+    use(shop, keys, keys.file(secrets.token_hex(32)))
+    assert run_cycle(shop)["failed"] == 1
+    hurry(shop)
+    assert run_cycle(shop)["failed"] == 1
+    status, error = state(shop)
+    assert status == "failed" and error.startswith("F0000: master key ") and error.endswith(" is not among the configured keys")
+    assert note(shop) == "Ada" and documents(shop) == before
+    use(shop, keys, right)
+    hurry(shop)
+    assert run_cycle(shop)["redacted"] == 1 and note(shop) == "[Redacted]"
+    # And with a wrong key nothing is given back.
+    use(shop, keys, keys.file(secrets.token_hex(32)))
+    with refused("F0000", "is not among the configured keys"):
+        retrieve(shop, number(1))
+    assert note(shop) == "[Redacted]"
+    use(shop, keys, right)
+    retrieve(shop, number(1))
+    assert note(shop) == "Ada"
+
+
+def test_another_key_under_the_right_name_opens_nothing(shop, keys):
+    """Breaks when a wrapped key is not authenticated: its name alone would make it the right one."""
+    use(shop, keys, keys.file(secrets.token_hex(32)))
+    shop.sql("INSERT INTO shop.orders VALUES (2, %s, now() - '40 days'::interval, 'Bob')", [number(2)])
+    run_cycle(shop)
+    shop.sql("UPDATE amazon_pii_archive.data_key SET master_key_id = (SELECT master_key_id FROM amazon_pii_archive.data_key "
+             "WHERE order_key = '[\"2\"]')")
+    shop.apply_policy(DUE)
+    run_cycle(shop)
+    assert note(shop) == "Ada" and state(shop)[0] == "failed" and state(shop)[1].startswith("XX001")
+
+
+def test_older_keys_still_open_and_the_first_one_seals(shop, keys):
+    """Breaks when only the current key is tried, or an older one seals."""
+    old = keys.server.key_file.read_text()
+    use(shop, keys, keys.file(f"# current\n{secrets.token_hex(32)}\n\n# older\n{old}"))
+    shop.apply_policy(DUE)
+    shop.sql("INSERT INTO shop.orders VALUES (2, %s, now() - '40 days'::interval, 'Bob')", [number(2)])
+    assert run_cycle(shop)["redacted"] == 2
+    assert shop.value("SELECT count(DISTINCT master_key_id) FROM amazon_pii_archive.data_key") == 2
+    for order in (1, 2):
+        retrieve(shop, number(order))
+    assert shop.sql("SELECT note FROM shop.orders ORDER BY id") == [("Ada",), ("Bob",)]
+
+
+def test_key_command(shop, keys):
+    """Breaks when the command's failure is taken for a key, or its output gets into the server log."""
+    shop.apply_policy(DUE)
+    right = keys.server.key_file
+    for command, words in [("exit 3", "failed"), (f"cat {right}; exit 1", "failed"), ("true", "unusable"),
+                           ("echo no key", "unusable"), ("no_such_program_1", "failed"),
+                           ("head -c 100 /dev/zero", "unusable"), ("echo //79 | base64 -d", "no text")]:
+        use(shop, keys, "", command)
+        with refused("F0000", words):
+            run_cycle(shop, "shop")
+        assert note(shop) == "Ada"
+    # It takes precedence over the file.
+    use(shop, keys, keys.file("no key"), f"cat {right}")
+    assert run_cycle(shop)["redacted"] == 1
+    retrieve(shop, number(1))
+    assert note(shop) == "Ada"
+    assert right.read_text().strip() not in keys.server.log_text()
+
+
+def test_nobody_gets_to_see_the_key(preloaded, preloaded_db):
+    """Breaks when a setting, a view, an error, the log or the archive shows the key, or an unprivileged role its place."""
+    db, key = preloaded_db, preloaded.key_file.read_text().strip()
+    db.psql(TABLES)
+    db.sql("INSERT INTO shop.orders VALUES (1, %s, now() - '40 days'::interval, 'Ada')", [number(1)])
+    db.apply_policy(DUE)
+    wait_until(lambda: note(db) == "[Redacted]")
+    for user in ("nobody_special", "shop_owner", "pii_admin", "pii_operator", "pii_auditor"):
+        for setting in ("key_file", "key_command"):
+            with refused("42501"):
+                db.sql(f"SHOW amazon_pii.{setting}", user=user)
+            with refused("55P02"):
+                db.sql(f"SET amazon_pii.{setting} = 'x'", user=user)
+            assert db.sql("SELECT * FROM pg_settings WHERE name = %s", [f"amazon_pii.{setting}"], user) == []
+        with pytest.raises(psycopg2.Error):
+            db.sql("SELECT * FROM pg_file_settings", user=user)
+        for table in ("document", "data_key"):
+            with refused("42501"):
+                db.sql(f"SELECT * FROM amazon_pii_archive.{table}", user=user)
+    dump = preloaded.client("pg_dump", "-d", db.name).stdout
+    assert "amazon_pii_archive" in dump and number(1) in dump
+    for place in (dump, preloaded.log_text(), str(db.sql("SELECT * FROM pg_settings")), str(db.sql("SELECT * FROM pg_stat_activity"))):
+        assert key not in place.lower()
