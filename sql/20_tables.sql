@@ -39,8 +39,10 @@ CREATE TABLE amazon_pii.policy_table (
     entry           text        NOT NULL,
     relation        regclass    NOT NULL,
     owner           name        NOT NULL,
+    archived_as     text        NOT NULL,
     PRIMARY KEY (policy, entry)
 );
+COMMENT ON COLUMN amazon_pii.policy_table.archived_as IS 'The name under which the archive knows the table, whatever it is called now';
 COMMENT ON TABLE amazon_pii.policy_table IS 'The tables of a policy and their owners when it was applied; entry '''' is the orders table';
 
 CREATE TABLE amazon_pii.order_state (

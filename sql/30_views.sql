@@ -69,7 +69,7 @@ SELECT p.policy, p.version, p.enabled, p.suspended,
        p.swept_at,
        CASE WHEN h.worker IS NOT NULL AND a.pid IS NOT NULL THEN 'running'
             WHEN h.worker IS NOT NULL AND h.beat_at > pg_catalog.now() - GREATEST(
-                     3 * pg_catalog.current_setting('amazon_pii.naptime')::interval, '1 minute'::interval) THEN 'running'
+                     3 * COALESCE(pg_catalog.current_setting('amazon_pii.naptime', true), '1 minute')::interval, '1 minute'::interval) THEN 'running'
             WHEN h.worker IS NOT NULL THEN 'not running since ' || h.beat_at
             ELSE 'no worker runs' END AS worker,
        h.beat_at AS worker_beat_at, h.last_error AS worker_error

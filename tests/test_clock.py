@@ -46,7 +46,7 @@ def test_existing_orders_are_handled_at_the_first_enabling(db):
     assert run_cycle(db)["redacted"] == 0
     add_order(db, 5)
     assert order_value(db, 5) == "scheduled", "a disabled policy still flags"
-    assert db.sql("SELECT order_number FROM amazon_pii.overdue") == [(number(5),)]
+    assert (number(5),) in db.sql("SELECT order_number FROM amazon_pii.overdue")
     run_cycle(db)
     assert tables_with(db, "Name1") == tables_with(db, "Name5") == ["addresses"]
     db.sql("SELECT amazon_pii.enable_policy('shop')", user="pii_admin")

@@ -12,6 +12,7 @@ use super::vault::{self, Newest};
 use super::walk::{self, FIRST, by_key, key_parts};
 use crate::domain::reason;
 use crate::domain::treatment::Outcome;
+use crate::domain::vault::MasterKeys;
 use crate::pg::error::{Error, Result};
 use crate::pg::ident::Ident;
 use crate::pg::identity::{as_extension, require_role};
@@ -85,6 +86,15 @@ fn entry(plan: &Plan, action: &str, order: &Order, number: &str, reason: Option<
     })
 }
 
+/// Lets the archive follow changes of keys first; fails when it cannot for one of these orders.
+fn follow_keys(plan: &Plan, master: &MasterKeys, orders: &[Order]) -> Result<()> {
+    let failed = rekey::settle(plan, master)?;
+    match failed.into_iter().find(|(key, _)| orders.iter().any(|o| o.key == *key)) {
+        Some((_, error)) => Err(error),
+        None => Ok(()),
+    }
+}
+
 /// Records an access in a transaction of another process, before anything is opened.
 fn witness(plan: &Plan, action: &str, orders: &[Order], number: &str, reason: Option<&str>) -> Result<()> {
     for order in orders {
@@ -150,7 +160,7 @@ fn write_back(plan: &Plan, orders: &[Order], number: &str) -> Result<Vec<Restore
     // The caller's pending deferred triggers fire now, as the caller.
     xact::fire_deferred()?;
     let master = keys::master_keys()?;
-    rekey::settle(plan, &master)?;
+    follow_keys(plan, &master, orders)?;
     let order_keys: Vec<String> = orders.iter().map(|o| o.key.clone()).collect();
     let archive = vault::open(&plan.archive_schema, &master, &plan.policy, &order_keys)?;
     let mut out = Vec::new();
@@ -170,7 +180,7 @@ fn write_back(plan: &Plan, orders: &[Order], number: &str) -> Result<Vec<Restore
         let mut places: Vec<(&vault::Place, &Newest)> = archive.records.iter().collect();
         places.sort_by_key(|(place, _)| (*place).clone());
         for (index, table) in plan.tables.iter().enumerate() {
-            let shown = table.relation.shown();
+            let shown = table.archived_as.clone();
             let mine: Vec<(&str, &Newest)> = places
                 .iter()
                 .filter(|(p, _)| p.0 == shown)
@@ -183,7 +193,7 @@ fn write_back(plan: &Plan, orders: &[Order], number: &str) -> Result<Vec<Restore
         // A table that left the policy keeps its documents; they are not lost, but not written either.
         for (place, newest) in places
             .iter()
-            .filter(|(p, _)| plan.tables.iter().all(|t| t.relation.shown() != p.0))
+            .filter(|(p, _)| plan.tables.iter().all(|t| t.archived_as != p.0))
         {
             out.push(Restored {
                 order_key: order.key.clone(),
@@ -212,7 +222,7 @@ fn restore_table(
     )?;
     let mut restored = Restored {
         order_key: order.to_owned(),
-        table: table.relation.shown(),
+        table: table.archived_as.clone(),
         records: 0,
         cells: 0,
         kept: 0,
@@ -296,6 +306,7 @@ fn live(plan: &Plan, index: usize, table: &Table, stored: &[&str]) -> Result<Vec
             key_text: stored[found.input].to_owned(),
             cells,
             not_before: None,
+            stored: true,
         });
     }
     Ok(out)
@@ -382,7 +393,7 @@ pub fn peek(target: &Target<'_>, reason: Option<&str>) -> Result<serde_json::Val
     }
     witness(&plan, "peek", &orders, target.number, reason.as_deref())?;
     let master = keys::master_keys()?;
-    rekey::settle(&plan, &master)?;
+    follow_keys(&plan, &master, &orders)?;
     let order_keys: Vec<String> = orders.iter().map(|o| o.key.clone()).collect();
     let archive = vault::open(&plan.archive_schema, &master, &plan.policy, &order_keys)?;
     let mut out = Vec::new();

@@ -190,19 +190,24 @@ fn store(plan: &Plan, document: &str) -> Result<(i64, bool)> {
                 ],
             )?;
         }
-        sql::execute(
-            "DELETE FROM amazon_pii.policy_table WHERE policy = $1",
+        let mut names = sql::write(
+            "DELETE FROM amazon_pii.policy_table WHERE policy = $1 RETURNING relation::oid, archived_as",
             &[Arg::Text(Some(&plan.policy))],
-        )?;
+        )?
+        .iter()
+        .map(|r| Ok((r.oid(0)?, r.string(1)?)))
+        .collect::<Result<Vec<_>>>()?;
         for entry in &plan.entries {
             let table = &plan.tables[entry.table];
+            let archived_as = archived_as(&mut names, table.relation.oid, table.relation.shown());
             sql::execute(
-                "INSERT INTO amazon_pii.policy_table (policy, entry, relation, owner) VALUES ($1, $2, $3::regclass, $4)",
+                "INSERT INTO amazon_pii.policy_table (policy, entry, relation, owner, archived_as) VALUES ($1, $2, $3::regclass, $4, $5)",
                 &[
                     Arg::Text(Some(&plan.policy)),
                     Arg::Text(Some(&entry.alias)),
                     Arg::Oid(table.relation.oid),
                     Arg::Text(Some(&crate::pg::error::role_name(table.owner))),
+                    Arg::Text(Some(&archived_as)),
                 ],
             )?;
         }
@@ -211,13 +216,29 @@ fn store(plan: &Plan, document: &str) -> Result<(i64, bool)> {
     })
 }
 
+/// The name under which the archive knows a table: the one it got first, and never that of another table.
+fn archived_as(names: &mut Vec<(pg_sys::Oid, String)>, relation: pg_sys::Oid, shown: String) -> String {
+    if let Some((_, known)) = names.iter().find(|(oid, _)| *oid == relation) {
+        return known.clone();
+    }
+    let mut name = shown.clone();
+    let mut number = 1;
+    while names.iter().any(|(_, taken)| *taken == name) {
+        number += 1;
+        name = format!("{shown} ({number})");
+    }
+    names.push((relation, name.clone()));
+    name
+}
+
 /// A new version: clocks of orders that are not redacted follow it, and those that are done are looked at again.
 fn reschedule(plan: &Plan) -> Result<()> {
     as_extension(|| {
         sql::execute(
-            "UPDATE amazon_pii.order_state SET archive_due_at = anchor_at + $2::interval, redact_due_at = anchor_at + $3::interval, \
-                pushed_by = NULL, next_due_at = CASE status WHEN 'scheduled' THEN anchor_at + $2::interval \
-                    WHEN 'archived' THEN GREATEST(anchor_at + $3::interval, held_until) ELSE next_due_at END \
+            "UPDATE amazon_pii.order_state SET archive_due_at = COALESCE(anchor_at + $2::interval, stale_at), \
+                redact_due_at = COALESCE(anchor_at + $3::interval, stale_at), \
+                pushed_by = NULL, next_due_at = CASE status WHEN 'scheduled' THEN COALESCE(anchor_at + $2::interval, stale_at) \
+                    WHEN 'archived' THEN GREATEST(COALESCE(anchor_at + $3::interval, stale_at), held_until) ELSE next_due_at END \
              WHERE policy = $1 AND status IN ('scheduled', 'archived', 'failed')",
             &[
                 Arg::Text(Some(&plan.policy)),

@@ -36,8 +36,8 @@ pub fn batch(plan: &Plan, keys: &MasterKeys, batch: &[Due]) -> Result<Archived> 
         *counts.entry(&document.order_key).or_default() += 1;
     }
     let (mut present, mut gone, mut new, mut entries) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-    for (due, exists) in batch.iter().zip(&live.exists) {
-        if !exists {
+    for (i, due) in batch.iter().enumerate() {
+        if live.is_gone(i) {
             gone.push(due);
             continue;
         }
@@ -115,7 +115,7 @@ fn missing(
         }
         let table = &plan.tables[record.table];
         let order = &batch[record.order].order_key;
-        let place = (table.relation.shown(), record.key_text.clone());
+        let place = (table.archived_as.clone(), record.key_text.clone());
         let newest = known.get(order).and_then(|a| a.records.get(&place));
         let value = |i: usize| record.cells[i].as_ref().and_then(|c| c.value.clone());
         let covered = newest.is_some_and(|n| {

@@ -98,7 +98,11 @@ fn expressions(plan: &Plan) -> Result<Vec<Problem>> {
     // Place, table, expression, whether it is a condition.
     let mut all: Vec<(String, usize, &Expr, bool)> = vec![("orders.amazon".to_owned(), 0, &plan.amazon, true)];
     all.extend(plan.number.iter().map(|e| ("orders.number".to_owned(), 0, e, false)));
-    all.extend(plan.replaces.iter().map(|e| ("orders.replaces".to_owned(), 0, e, false)));
+    all.extend(
+        plan.replaces
+            .iter()
+            .map(|e| ("orders.replaces".to_owned(), 0, e, false)),
+    );
     for entry in &plan.entries {
         let place = |key: &str| format!("linked \"{}\".{key}", entry.alias);
         all.extend(entry.filter.iter().map(|e| (place("where"), entry.table, e, true)));
@@ -106,12 +110,23 @@ fn expressions(plan: &Plan) -> Result<Vec<Problem>> {
     }
     for anchor in &plan.anchors {
         if let AnchorPlan::Linked {
-            entry, filter, complete, ..
+            entry,
+            filter,
+            complete,
+            ..
         } = anchor
         {
             let table = plan.entries[*entry].table;
-            all.extend(filter.iter().map(|e| ("orders.anchor.where".to_owned(), table, e, true)));
-            all.extend(complete.iter().map(|e| ("orders.anchor.complete".to_owned(), 0, e, true)));
+            all.extend(
+                filter
+                    .iter()
+                    .map(|e| ("orders.anchor.where".to_owned(), table, e, true)),
+            );
+            all.extend(
+                complete
+                    .iter()
+                    .map(|e| ("orders.anchor.complete".to_owned(), 0, e, true)),
+            );
         }
     }
     for (index, table) in plan.tables.iter().enumerate() {
@@ -170,16 +185,19 @@ fn cascades(plan: &Plan, table: &Table) -> Result<Vec<Problem>> {
     if !table.delete {
         return Ok(Vec::new());
     }
-    let known: Vec<i64> = plan
-        .tables
-        .iter()
-        .map(|t| i64::from(u32::from(t.relation.oid)))
-        .collect();
+    let oids = |wanted: &dyn Fn(usize, &Table) -> bool| -> Vec<i64> {
+        let tables = plan.tables.iter().enumerate().filter(|(i, t)| wanted(*i, t));
+        tables.map(|(_, t)| i64::from(u32::from(t.relation.oid))).collect()
+    };
+    // What a cascade deletes must be archived first: every row of a table that goes as a whole, too.
+    let going = oids(&|i, t| t.delete && plan.entries.iter().all(|e| e.table != i || e.filter.is_none()));
+    let known = oids(&|_, _| true);
     let rows = as_extension(|| {
         sql::read(
             "SELECT c.conname, c.conrelid::pg_catalog.regclass::text FROM pg_catalog.pg_constraint c WHERE c.contype = 'f' \
-             AND c.confrelid = $1 AND c.confdeltype IN ('c', 'n', 'd') AND c.conrelid::bigint <> ALL ($2)",
-            &[Arg::Oid(table.relation.oid), Arg::Ints(known)],
+             AND c.confrelid = $1 AND (c.confdeltype = 'c' AND c.conrelid::bigint <> ALL ($2) \
+                OR c.confdeltype IN ('n', 'd') AND c.conrelid::bigint <> ALL ($3))",
+            &[Arg::Oid(table.relation.oid), Arg::Ints(going), Arg::Ints(known)],
         )
     })?;
     rows.iter()
@@ -192,7 +210,7 @@ fn cascades(plan: &Plan, table: &Table) -> Result<Vec<Problem>> {
                     r.str(1)?,
                     r.str(0)?
                 ),
-                "Make that table an entry of the policy, or redact the columns instead of deleting the row.",
+                "Make that table an entry of the policy that deletes its rows, without \"where\", or redact columns instead of deleting rows.",
             ))
         })
         .collect()

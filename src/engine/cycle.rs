@@ -4,6 +4,8 @@
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
+use sha2::{Digest, Sha256};
+
 use super::alive;
 use super::archive;
 use super::audit;
@@ -102,17 +104,15 @@ fn note_error(policy: &str, error: &Error) -> Result<()> {
     Ok(())
 }
 
-/// Two cycles of one policy take turns, batch by batch. Held until the transaction ends, so that nothing a failed
-/// call leaves behind can stop redaction; correctness rests on the row locks in `order_state`.
+/// Two cycles of one policy take turns, batch by batch; correctness rests on the row locks in `order_state`.
 fn take_turn(policy: &str) -> Result<()> {
-    // As the caller, outside of the pins: the wait for the other cycle has no limit. No operator is called.
-    subtransaction(|| {
-        sql::write(
-            "SELECT pg_catalog.pg_advisory_xact_lock(pg_catalog.hashtextextended($1, 0))",
-            &[Arg::Text(Some(&format!("amazon_pii {policy}")))],
-        )
+    let class = as_extension(|| {
+        let rows = sql::read("SELECT 'amazon_pii.policy'::pg_catalog.regclass::pg_catalog.oid", &[])?;
+        rows.first().ok_or_else(|| Error::internal("no row"))?.oid(0)
     })?;
-    Ok(())
+    // Outside of the pins: the wait for the other cycle has no limit but the session's own.
+    let digest = Sha256::digest(policy.as_bytes());
+    xact::take_turn(class, u32::from_be_bytes([digest[0], digest[1], digest[2], digest[3]]))
 }
 
 struct Run<'a> {
@@ -181,9 +181,16 @@ impl Run<'_> {
     /// New partitions, keys that triggers could only note, and the sweep when it is due.
     fn flag(&mut self, sweep: bool) -> Result<()> {
         triggers::ensure(self.plan)?;
-        self.counts.flagged += sweep::touched(self.plan)?;
+        match sweep::touched(self.plan) {
+            Ok(flagged) => self.counts.flagged += flagged,
+            // Somebody's open transaction has one of the orders: the notes stay for the next cycle.
+            Err(e) if e.is_lock() => self.boundary.rollback(),
+            Err(e) => return Err(e),
+        }
         self.boundary.commit()?;
-        rekey::settle(self.plan, &self.keys)?;
+        for (order, error) in rekey::settle(self.plan, &self.keys)? {
+            state::troubled(self.plan, &order, &error)?;
+        }
         self.boundary.commit()?;
         if sweep {
             sweep::request(self.plan)?;

@@ -328,19 +328,24 @@ pub fn upsert(plan: &Plan, facts: &[OrderFact], by: &str, touched: bool) -> Resu
     Ok(new)
 }
 
-/// Of these orders those that are redacted are looked at by the next cycle.
+/// Of these orders those that are redacted, or are just being redacted, are looked at by the next cycle.
 ///
 /// # Errors
 /// Errors of the server.
 pub fn look_again(plan: &Plan, orders: &[String]) -> Result<()> {
     as_extension(|| {
         sql::execute(
-            // One that may be redacted before this transaction commits is noted, for then.
+            // One that is due soon is kept from being redacted until this transaction is over, so that its new rows are
+            // seen; if a cycle is at it already, it is noted for the next.
             "WITH again AS (UPDATE amazon_pii.order_state SET next_due_at = pg_catalog.now() WHERE policy = $1 AND order_key = ANY ($2) \
-             AND status = 'redacted' AND (next_due_at IS NULL OR next_due_at > pg_catalog.now())) \
-             INSERT INTO amazon_pii.touched (policy, entry, row_key) SELECT policy, '', order_key FROM amazon_pii.order_state \
-             WHERE policy = $1 AND order_key = ANY ($2) AND status IN ('scheduled', 'archived', 'failed', 'retrieved') \
-             AND COALESCE(retrieved_until, redact_due_at) < pg_catalog.now() + '8 days'::interval",
+                AND status = 'redacted' AND (next_due_at IS NULL OR next_due_at > pg_catalog.now())), \
+             soon AS (SELECT order_key FROM amazon_pii.order_state WHERE policy = $1 AND order_key = ANY ($2) \
+                AND status IN ('scheduled', 'archived', 'failed', 'retrieved') \
+                AND COALESCE(retrieved_until, redact_due_at) < pg_catalog.now() + '8 days'::interval), \
+             kept AS (SELECT order_key FROM amazon_pii.order_state WHERE policy = $1 AND order_key IN (SELECT order_key FROM soon) \
+                FOR KEY SHARE SKIP LOCKED) \
+             INSERT INTO amazon_pii.touched (policy, entry, row_key) SELECT $1, '', order_key FROM soon \
+             WHERE order_key NOT IN (SELECT order_key FROM kept)",
             &[Arg::Text(Some(&plan.policy)), Arg::texts(orders)],
         )
     })?;

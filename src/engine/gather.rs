@@ -3,10 +3,11 @@
 use std::collections::HashMap;
 
 use super::plan::Plan;
-use super::walk::{self, FIRST, Hop, Values, by_key, hop, key_text};
+use super::walk::{self, FIRST, Hop, Values, by_key, hop, key_parts, key_text};
 use crate::domain::treatment::Outcome;
 use crate::pg::error::{Error, Result};
-use crate::pg::sql::Row;
+use crate::pg::identity::as_extension;
+use crate::pg::sql::{self, Arg, Row};
 
 /// One treated column of a row.
 #[derive(Debug, Clone)]
@@ -32,6 +33,8 @@ pub struct LiveRecord {
     pub cells: Vec<Option<LiveCell>>,
     /// The row may not be redacted before this has passed `redact_after`.
     pub not_before: NotBefore,
+    /// Known by its stored key alone: the links lead elsewhere by now.
+    pub stored: bool,
 }
 
 impl LiveRecord {
@@ -64,6 +67,13 @@ impl LiveRecord {
             }
         }
         Ok(out)
+    }
+}
+
+impl Gathered {
+    /// Whether an order of the batch is neither there nor has left anything behind.
+    pub fn is_gone(&self, order: usize) -> bool {
+        !self.exists[order] && self.records.iter().all(|r| r.order != order)
     }
 }
 
@@ -142,7 +152,8 @@ pub fn gather(plan: &Plan, orders: &[Values]) -> Result<Gathered> {
                 .map(|f| ((f.input, None), f.row))
                 .collect()
         } else {
-            let (origins, inputs): (Vec<(usize, NotBefore)>, Vec<Values>) = std::mem::take(&mut pending[index]).into_iter().unzip();
+            let (origins, inputs): (Vec<(usize, NotBefore)>, Vec<Values>) =
+                std::mem::take(&mut pending[index]).into_iter().unzip();
             let reach = Hop {
                 table,
                 on: &entry.on_child,
@@ -186,6 +197,7 @@ pub fn gather(plan: &Plan, orders: &[Values]) -> Result<Gathered> {
                     key_text: text,
                     cells: vec![None; table.cells.len()],
                     not_before: None,
+                    stored: false,
                 });
                 gathered.records.len() - 1
             });
@@ -208,5 +220,76 @@ pub fn gather(plan: &Plan, orders: &[Values]) -> Result<Gathered> {
             }
         }
     }
+    add_stored(plan, orders, &known, &mut gathered)?;
     Ok(gathered)
+}
+
+/// Adds the records that these orders once led to and that are not done: a link that was changed, or a deleted order,
+/// leaves no personal data behind.
+fn add_stored(
+    plan: &Plan,
+    orders: &[Values],
+    known: &HashMap<(usize, usize, String), usize>,
+    gathered: &mut Gathered,
+) -> Result<()> {
+    let texts = orders.iter().map(|k| key_text(k)).collect::<Result<Vec<_>>>()?;
+    let rows = as_extension(|| {
+        sql::read(
+            "SELECT u.i - 1, r.table_name, r.record_key, r.entry FROM pg_catalog.unnest($2) WITH ORDINALITY AS u (k, i) \
+             JOIN amazon_pii.record_state r ON r.policy = $1 AND r.order_key = u.k \
+             WHERE r.status IN ('archived', 'waiting', 'retrieved')",
+            &[Arg::Text(Some(&plan.policy)), Arg::texts(&texts)],
+        )
+    })?;
+    // For each table: order, entry, key.
+    let mut missing: Vec<Vec<(usize, usize, String)>> = plan.tables.iter().map(|_| Vec::new()).collect();
+    for row in &rows {
+        let order = usize::try_from(row.int(0)?).map_err(|_| Error::internal("an ordinality is negative"))?;
+        let (table, key, alias) = (row.str(1)?, row.string(2)?, row.str(3)?);
+        let Some(index) = plan.tables.iter().position(|t| t.archived_as == table) else {
+            continue;
+        };
+        if known.contains_key(&(order, index, key.clone())) {
+            continue;
+        }
+        let entry = plan
+            .entries
+            .iter()
+            .position(|e| e.table == index && e.alias == alias)
+            .or_else(|| plan.entries.iter().position(|e| e.table == index));
+        if let Some(entry) = entry {
+            missing[index].push((order, entry, key));
+        }
+    }
+    for (index, missing) in missing.into_iter().enumerate().filter(|(_, m)| !m.is_empty()) {
+        let table = &plan.tables[index];
+        let keys = missing.iter().map(|(_, _, k)| key_parts(k)).collect::<Result<Vec<_>>>()?;
+        let mut select: Vec<String> = table.cells.iter().map(|c| c.read(&c.name)).collect();
+        select.extend(table.cells.iter().map(|c| {
+            c.expression
+                .as_ref()
+                .map_or_else(|| "NULL".to_owned(), |e| c.read(format!("CAST({e} AS {})", c.type_shown)))
+        }));
+        for found in by_key(plan, table, &keys, &select)? {
+            let (order, entry, key) = &missing[found.input];
+            let mut cells = vec![None; table.cells.len()];
+            for i in &plan.entries[*entry].cells {
+                cells[*i] = Some(LiveCell {
+                    value: found.row.owned(FIRST + i)?,
+                    computed: found.row.owned(FIRST + table.cells.len() + i)?,
+                });
+            }
+            gathered.records.push(LiveRecord {
+                order: *order,
+                table: index,
+                entry: *entry,
+                key: keys[found.input].clone(),
+                key_text: key.clone(),
+                cells,
+                not_before: None,
+                stored: true,
+            });
+        }
+    }
+    Ok(())
 }

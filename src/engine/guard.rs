@@ -33,7 +33,7 @@ fn is_retrieved(table: &str, keys: Option<&[String]>) -> Result<bool> {
 /// # Errors
 /// Errors of the server.
 pub fn refusal(plan: &Plan, table: &Table, call: &TriggerCall) -> Result<Option<Error>> {
-    let shown = table.relation.shown();
+    let shown = table.archived_as.clone();
     if table.cells.is_empty() || !is_retrieved(&shown, None)? {
         return Ok(None);
     }
@@ -91,7 +91,7 @@ pub fn ignore(call: &TriggerCall) -> Result<pg_sys::Datum> {
             .iter()
             .map(|(name, _)| call.column(name.bare()))
             .collect::<Result<Vec<_>>>()?;
-        if !is_retrieved(&table.relation.shown(), Some(&[key_text(&key)?]))? {
+        if !is_retrieved(&table.archived_as, Some(&[key_text(&key)?]))? {
             return Ok(None);
         }
         Ok(Some(

@@ -13,8 +13,7 @@ use crate::pg::identity::{self, Identity, act_as, as_extension};
 use crate::pg::sql::{self, Arg};
 
 /// What to do about an expression that the server does not accept.
-pub const EXPRESSION_HINT: &str =
-    "Try it in a SELECT from the table, as the table's owner; functions and types of other schemas need their schema's name.";
+pub const EXPRESSION_HINT: &str = "Try it in a SELECT from the table, as the table's owner; functions and types of other schemas need their schema's name.";
 
 /// A column that a policy treats.
 pub struct CellColumn {
@@ -64,6 +63,8 @@ pub struct Table {
     pub owner: pg_sys::Oid,
     pub key: Vec<(Ident, pg_sys::Oid)>,
     pub cells: Vec<CellColumn>,
+    /// The name under which the archive knows it: the one it had when a policy first named it, whatever it is called now.
+    pub archived_as: String,
     /// Redaction removes the row.
     pub delete: bool,
     /// Several orders may use one of its rows.
@@ -171,7 +172,7 @@ impl Plan {
                     .hint("The view amazon_pii.policies lists the policies.")
             })?;
             let relations = sql::read(
-                "SELECT t.entry, t.relation::oid, t.owner, COALESCE(r.rolname, '') FROM amazon_pii.policy_table t \
+                "SELECT t.entry, t.relation::oid, t.owner, COALESCE(r.rolname, ''), t.archived_as FROM amazon_pii.policy_table t \
                  LEFT JOIN pg_catalog.pg_class c ON c.oid = t.relation LEFT JOIN pg_catalog.pg_roles r ON r.oid = c.relowner \
                  WHERE t.policy = $1",
                 &[Arg::Text(Some(policy))],
@@ -204,6 +205,11 @@ impl Plan {
             oids.push(known.oid(1)?);
         }
         let mut plan = Self::build(document, row.str(2)?, &oids)?;
+        for (entry, known) in plan.entries.iter().map(|e| (e.table, &e.alias)) {
+            if let Some(row) = relations.iter().find(|r| r.str(0).is_ok_and(|a| a == known)) {
+                plan.tables[entry].archived_as = row.string(4)?;
+            }
+        }
         plan.version = row.int(0)?;
         plan.enabled = row.bool(3)?;
         plan.suspended = row.owned(4)?;
@@ -357,10 +363,10 @@ impl Builder<'_> {
                     k
                 };
                 if let Some(missing) = wanted.iter().find(|c| facts.column(c).is_none()) {
-                    return Err(Error::undefined(format!(
-                        "column \"{missing}\" of the key of {name} does not exist"
-                    ))
-                    .hint(nearest(&facts, missing)));
+                    return Err(
+                        Error::undefined(format!("column \"{missing}\" of the key of {name} does not exist"))
+                            .hint(nearest(&facts, missing)),
+                    );
                 }
                 if !facts.keys.iter().any(|k| sorted(k) == sorted(wanted)) {
                     return Err(Error::invalid(format!("the key of {name} is not unique")).hint(
@@ -382,6 +388,7 @@ impl Builder<'_> {
         self.tables.push(Table {
             relation: facts.relation.clone(),
             owner: facts.owner,
+            archived_as: facts.relation.shown(),
             key,
             cells: Vec::new(),
             delete: false,

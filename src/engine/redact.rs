@@ -38,6 +38,8 @@ struct Target {
     /// (order, entry) that will list it.
     notes: Vec<(usize, usize)>,
     key_text: String,
+    /// Reached by no link any more: whoever it belongs to now may need it.
+    stored: bool,
 }
 
 /// Overwrites the PII of a batch.
@@ -54,7 +56,7 @@ pub fn batch(plan: &Plan, others: &[Plan], keys: &MasterKeys, clock: &Clock, bat
     let mut out = Redacted::default();
     let late = late_rows(plan, clock, batch, &mut live.records)?;
     let mut excluded: HashSet<usize> = push_back(plan, clock, batch, &live.records, &mut out)?;
-    let gone: Vec<usize> = (0..batch.len()).filter(|i| !live.exists[*i]).collect();
+    let gone: Vec<usize> = (0..batch.len()).filter(|i| live.is_gone(*i)).collect();
     settle_gone(plan, &gone.iter().map(|i| &batch[*i]).collect::<Vec<_>>())?;
     excluded.extend(gone);
     let mut targets = targets(plan, batch, &live.records, &archive, &mut excluded, &mut out)?;
@@ -208,7 +210,7 @@ fn targets(
             continue;
         }
         let due = &batch[record.order];
-        let place = (plan.tables[record.table].relation.shown(), record.key_text.clone());
+        let place = (plan.tables[record.table].archived_as.clone(), record.key_text.clone());
         let newest = archive.get(&due.order_key).and_then(|a| a.records.get(&place));
         let Some(cells) = proven(plan, record, &pii, newest)? else {
             excluded.insert(record.order);
@@ -226,7 +228,9 @@ fn targets(
                 },
                 notes: Vec::new(),
                 key_text: record.key_text.clone(),
+                stored: true,
             });
+        target.stored &= record.stored;
         target.orders.push(record.order);
         target.notes.push((record.order, record.entry));
         for (slot, cell) in target.write.cells.iter_mut().zip(cells) {
@@ -304,12 +308,11 @@ fn wait_for_others(
                 .iter()
                 .any(|t| t.relation.oid == plan.tables[table].relation.oid)
         });
-        if !plan.tables[table].shared && !named_elsewhere {
-            continue;
-        }
+        let every = plan.tables[table].shared || named_elsewhere;
+        let asked = |t: &Target| t.table == table && (every || t.stored);
         let rows: Vec<Values> = targets
             .iter()
-            .filter(|t| t.table == table)
+            .filter(|t| asked(t))
             .map(|t| t.write.key.clone())
             .collect();
         if rows.is_empty() {
@@ -318,7 +321,7 @@ fn wait_for_others(
         let mut witnesses = alive::witnesses(plan, others, table, &rows, &ours, clock)?.into_iter();
         let (mut keep, mut wait) = (Vec::new(), Vec::new());
         for target in targets.drain(..) {
-            let witness = if target.table == table {
+            let witness = if asked(&target) {
                 witnesses.next().flatten()
             } else {
                 None
@@ -356,7 +359,8 @@ fn lock(plan: &Plan, targets: &[Target], excluded: &mut HashSet<usize>, out: &mu
 }
 
 fn write(plan: &Plan, targets: &[Target], excluded: &HashSet<usize>) -> Result<()> {
-    for (index, table) in plan.tables.iter().enumerate() {
+    // Children first: a row that goes would take those that refer to it along before they are compared.
+    for (index, table) in plan.tables.iter().enumerate().rev() {
         let rows: Vec<RowWrite> = targets
             .iter()
             .filter(|t| t.table == index && t.orders.iter().all(|o| !excluded.contains(o)))
@@ -392,7 +396,7 @@ fn notes(
         .filter(|_| status != "redacted" || target.orders.iter().all(|o| !excluded.contains(o)))
         .map(|(order, entry)| RecordChange {
             order_key: batch[*order].order_key.clone(),
-            table: plan.tables[target.table].relation.shown(),
+            table: plan.tables[target.table].archived_as.clone(),
             record_key: target.key_text.clone(),
             entry: plan.entries[*entry].alias.clone(),
             status,

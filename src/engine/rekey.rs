@@ -9,6 +9,7 @@ use crate::pg::error::{Error, Result};
 use crate::pg::ident;
 use crate::pg::identity::{Identity, act_as, as_extension};
 use crate::pg::sql::{self, Arg};
+use crate::pg::subxact::subtransaction;
 use crate::pg::trigger::TriggerCall;
 
 /// Notices keys that an UPDATE changed, and moves the states of their orders and records.
@@ -21,12 +22,17 @@ pub fn changed(plan: &Plan, index: usize, call: &TriggerCall) -> Result<()> {
     if old.is_empty() {
         return Ok(());
     }
-    let shown = table.relation.shown();
+    let shown = table.archived_as.clone();
     as_extension(|| {
         let mut moved = sql::execute(
             "UPDATE amazon_pii.record_state r SET record_key = n.new FROM ROWS FROM (pg_catalog.unnest($2), pg_catalog.unnest($3)) AS n (old, new) \
-             WHERE r.table_name = $1 AND r.record_key = n.old",
-            &[Arg::Text(Some(&shown)), Arg::texts(&old), Arg::texts(&new)],
+             WHERE r.table_name = $1 AND r.record_key = n.old AND r.policy = $4",
+            &[
+                Arg::Text(Some(&shown)),
+                Arg::texts(&old),
+                Arg::texts(&new),
+                Arg::Text(Some(&plan.policy)),
+            ],
         )?;
         if index == 0 {
             for statement in [
@@ -103,11 +109,12 @@ struct Note {
 }
 
 /// Seals the documents of changed keys anew. In the caller's transaction: a document is under its old keys or under its
-/// new ones, never under none.
+/// new ones, never under none. Returns the orders whose documents could not be moved, each with the reason: their notes
+/// stay, and nobody else's wait for them.
 ///
 /// # Errors
-/// A document cannot be opened; errors of the server. The notes stay then.
-pub fn settle(plan: &Plan, keys: &MasterKeys) -> Result<()> {
+/// A cancel; errors of the server on our own tables.
+pub fn settle(plan: &Plan, keys: &MasterKeys) -> Result<Vec<(String, Error)>> {
     let rows = as_extension(|| {
         sql::write(
             "SELECT renamed_id, table_name, old_key, new_key, is_order FROM amazon_pii.renamed WHERE policy = $1 \
@@ -127,28 +134,45 @@ pub fn settle(plan: &Plan, keys: &MasterKeys) -> Result<()> {
             })
         })
         .collect::<Result<Vec<_>>>()?;
+    let mut failed = Vec::new();
     // Orders first: records are then looked up under the keys that their orders have now.
     for (at, note) in notes.iter().enumerate() {
-        let mut renames = vault::Renames {
-            order: None,
-            record: Some((&note.table, &note.old, &note.new)),
-        };
-        let orders = if note.is_order {
-            renames.order = Some((&note.old, &note.new));
-            vec![note.old.clone()]
-        } else {
-            users(plan, &note.table, last_key(&notes[at..]))?
-        };
-        for order in orders {
-            vault::reseal(&plan.archive_schema, keys, &plan.policy, &order, &renames)?;
+        let moved = subtransaction(|| follow(plan, keys, &notes[at..]));
+        match moved {
+            Ok(()) => {}
+            Err(e) if e.is_cancel() => return Err(e),
+            Err(e) if note.is_order => failed.push((last_key(&notes[at..]).to_owned(), e)),
+            Err(e) => {
+                let orders = users(plan, &note.table, last_key(&notes[at..]))?;
+                failed.extend(orders.into_iter().map(|order| (order, e.clone())));
+            }
         }
-        as_extension(|| {
-            sql::execute(
-                "DELETE FROM amazon_pii.renamed WHERE renamed_id = $1",
-                &[Arg::Int(note.id)],
-            )
-        })?;
     }
+    Ok(failed)
+}
+
+/// Follows the first of these notes.
+fn follow(plan: &Plan, keys: &MasterKeys, notes: &[Note]) -> Result<()> {
+    let Some(note) = notes.first() else { return Ok(()) };
+    let mut renames = vault::Renames {
+        order: None,
+        record: Some((&note.table, &note.old, &note.new)),
+    };
+    let orders = if note.is_order {
+        renames.order = Some((&note.old, &note.new));
+        vec![note.old.clone()]
+    } else {
+        users(plan, &note.table, last_key(notes))?
+    };
+    for order in orders {
+        vault::reseal(&plan.archive_schema, keys, &plan.policy, &order, &renames)?;
+    }
+    as_extension(|| {
+        sql::execute(
+            "DELETE FROM amazon_pii.renamed WHERE renamed_id = $1",
+            &[Arg::Int(note.id)],
+        )
+    })?;
     Ok(())
 }
 
@@ -157,7 +181,7 @@ fn last_key(notes: &[Note]) -> &str {
     let Some(first) = notes.first() else { return "" };
     notes[1..]
         .iter()
-        .filter(|n| !n.is_order && n.table == first.table)
+        .filter(|n| n.is_order == first.is_order && n.table == first.table)
         .fold(&first.new, |key, n| if n.old == *key { &n.new } else { key })
 }
 

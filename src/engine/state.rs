@@ -201,6 +201,20 @@ pub fn failed(plan: &Plan, due: &Due, error: &Error) -> Result<()> {
     Ok(())
 }
 
+/// An order whose archive needs attention; its state stays.
+///
+/// # Errors
+/// Errors of the server.
+pub fn troubled(plan: &Plan, order: &str, error: &Error) -> Result<()> {
+    as_extension(|| {
+        sql::execute(
+            "UPDATE amazon_pii.order_state SET last_error = $3 WHERE policy = $1 AND order_key = $2 AND last_error IS DISTINCT FROM $3",
+            &[Arg::Text(Some(&plan.policy)), Arg::Text(Some(order)), Arg::Text(Some(&error.stored()))],
+        )
+    })?;
+    Ok(())
+}
+
 /// Orders whose rows somebody has locked, or that were edited since they were archived: set back without blame.
 ///
 /// # Errors

@@ -17,7 +17,7 @@ use crate::pg::identity::{Identity, act_as, as_extension};
 use crate::pg::invalidation;
 use crate::pg::sql::{self, Arg};
 use crate::pg::subxact::subtransaction;
-use crate::pg::trigger::{Event, TriggerCall, is_engine_write};
+use crate::pg::trigger::{Event, TriggerCall, engine_is_writing, is_engine_write};
 
 /// A kind of trigger: its suffix, what stands around its table in CREATE TRIGGER, and its function.
 struct Kind {
@@ -245,7 +245,7 @@ pub fn changed(call: &TriggerCall) -> Result<()> {
         if !speaks_for(&plan.tables[table], call)? {
             return Ok(None);
         }
-        let refused = if call.event == Event::Update {
+        let refused = if call.event == Event::Update && !engine_is_writing() {
             guard::refusal(&plan, &plan.tables[table], call)?
         } else {
             None
@@ -364,11 +364,14 @@ fn key_columns(table: &Table, alias: &str) -> String {
         .join(", ")
 }
 
+/// Orders that were deleted; one whose records are elsewhere and not done goes on until they are.
 fn deleted(plan: &Plan, call: &TriggerCall) -> Result<()> {
     let keys = transition_keys(plan, plan.orders(), call, "amazon_pii_old AS new_or_old", "true")?;
     as_extension(|| {
         sql::execute(
-            "UPDATE amazon_pii.order_state SET status = 'gone', next_due_at = NULL WHERE policy = $1 AND order_key = ANY ($2) AND status <> 'gone'",
+            "UPDATE amazon_pii.order_state o SET status = 'gone', next_due_at = NULL WHERE o.policy = $1 AND o.order_key = ANY ($2) \
+                AND o.status <> 'gone' AND NOT EXISTS (SELECT FROM amazon_pii.record_state r WHERE r.policy = o.policy AND r.order_key = o.order_key \
+                AND r.status IN ('archived', 'waiting', 'retrieved') AND r.entry <> '')",
             &[Arg::Text(Some(&plan.policy)), Arg::texts(&keys)],
         )
     })?;
@@ -379,7 +382,9 @@ fn truncated(plan: &Plan) -> Result<()> {
     as_extension(|| {
         // A single partition may have been truncated: the next sweep says which orders are left.
         sql::execute(
-            "UPDATE amazon_pii.order_state SET status = 'gone', next_due_at = NULL WHERE policy = $1 AND status <> 'gone'",
+            "UPDATE amazon_pii.order_state o SET status = 'gone', next_due_at = NULL WHERE o.policy = $1 AND o.status <> 'gone' \
+                AND NOT EXISTS (SELECT FROM amazon_pii.record_state r WHERE r.policy = o.policy AND r.order_key = o.order_key \
+                AND r.status IN ('archived', 'waiting', 'retrieved') AND r.entry <> '')",
             &[Arg::Text(Some(&plan.policy))],
         )?;
         sql::execute(

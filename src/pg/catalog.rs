@@ -85,7 +85,8 @@ pub fn search_path() -> String {
                 let name = pg_sys::get_namespace_name((*(*list).elements.add(i as usize)).oid_value);
                 (!name.is_null()).then(|| CStr::from_ptr(name).to_string_lossy().into_owned())
             })
-            .filter(|name| !name.starts_with("pg_temp"))
+            // pg_catalog is searched first where it is not named: named after others it would be shadowed by them.
+            .filter(|name| !name.starts_with("pg_temp") && name != "pg_catalog")
             .map(|name| Ident::new(name).to_string())
             .collect()
     };

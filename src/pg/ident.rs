@@ -117,7 +117,9 @@ impl Expr {
                 .collect();
             let mut parts = s.split("::");
             let mut out = parts.next().unwrap_or_default().to_owned();
-            out.extend(parts.map(|p| p.trim_start_matches(|c: char| c.is_alphanumeric() || matches!(c, '_' | '.' | '"'))));
+            out.extend(
+                parts.map(|p| p.trim_start_matches(|c: char| c.is_alphanumeric() || matches!(c, '_' | '.' | '"'))),
+            );
             out
         };
         bare(&self.0) == bare(shown)

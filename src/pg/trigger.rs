@@ -178,6 +178,11 @@ impl Drop for EngineWrite {
     }
 }
 
+/// Whether the engine is writing at all: what the user's own triggers do then is their answer to it.
+pub fn engine_is_writing() -> bool {
+    WRITING.with_borrow(|w| !w.is_empty())
+}
+
 /// Whether the statement that fired a trigger on `relation` is the engine's own.
 pub fn is_engine_write(relation: pg_sys::Oid) -> bool {
     WRITING.with_borrow(|w| !w.is_empty() && w.contains(&(relation, depth())))

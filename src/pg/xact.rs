@@ -4,6 +4,7 @@ use pgrx::pg_sys;
 
 use super::error::{Error, Result};
 use super::sql;
+use super::subxact::subtransaction;
 
 /// Who owns the transactions that a cycle commits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,6 +33,8 @@ impl Boundary {
                     pg_sys::CommitTransactionCommand();
                     // A worker that writes must say so itself, or autovacuum never hears of the dead rows.
                     pg_sys::pgstat_report_stat(false);
+                    // Nobody else moves now() on in a worker.
+                    pg_sys::SetCurrentStatementStartTimestamp();
                     pg_sys::StartTransactionCommand();
                 }
             }
@@ -49,6 +52,8 @@ impl Boundary {
                 Self::Procedure => pg_sys::SPI_rollback(),
                 Self::Worker => {
                     pg_sys::AbortCurrentTransaction();
+                    // Nobody else moves now() on in a worker.
+                    pg_sys::SetCurrentStatementStartTimestamp();
                     pg_sys::StartTransactionCommand();
                 }
             }
@@ -90,7 +95,20 @@ pub fn non_atomic<T>(f: impl FnOnce() -> Result<T>) -> Result<T> {
 /// # Errors
 /// What a pending constraint raises unwinds, as it would at COMMIT.
 pub fn fire_deferred() -> Result<()> {
-    sql::execute("SET CONSTRAINTS ALL IMMEDIATE", &[]).map(|_| ())
+    subtransaction(|| {
+        let (mut user, mut context) = (pg_sys::InvalidOid, 0);
+        // SAFETY: plain getters and setters of backend state; on an error the subtransaction's abort restores both.
+        // COMMIT would run these triggers as the outer user: inside a SECURITY DEFINER function the current one is the
+        // function's owner.
+        unsafe {
+            pg_sys::GetUserIdAndSecContext(&mut user, &mut context);
+            pg_sys::SetUserIdAndSecContext(pg_sys::GetOuterUserId(), 0);
+        }
+        sql::execute("SET CONSTRAINTS ALL IMMEDIATE", &[])?;
+        // SAFETY: as above.
+        unsafe { pg_sys::SetUserIdAndSecContext(user, context) };
+        Ok(())
+    })
 }
 
 /// Whether the server replays somebody else's WAL.
@@ -133,4 +151,24 @@ pub fn from_server(at: pgrx::datum::TimestampWithTimeZone) -> Result<String> {
 /// A time as PostgreSQL reads it.
 pub fn timestamp_text(at: chrono::DateTime<chrono::Utc>) -> String {
     at.format("%Y-%m-%d %H:%M:%S%.6f+00").to_string()
+}
+
+/// Waits for a turn of our own kind: no SQL of anybody else's can take this lock, as it could an advisory one. Held
+/// until the transaction ends, so that nothing a failed call leaves behind can stop redaction.
+///
+/// # Errors
+/// 55P03 when the session's `lock_timeout` is over.
+pub fn take_turn(class: pg_sys::Oid, object: u32) -> Result<()> {
+    subtransaction(|| {
+        // SAFETY: inside a transaction; the tag is of this database and of a relation of ours, and is released with it.
+        unsafe {
+            pg_sys::LockDatabaseObject(
+                class,
+                pg_sys::Oid::from(object),
+                0,
+                pg_sys::ExclusiveLock as pg_sys::LOCKMODE,
+            );
+        }
+        Ok(())
+    })
 }
