@@ -35,8 +35,7 @@ class Keys:
     def set(self, file="", command=""):
         self.server.configure(f"amazon_pii.key_file = '{file}'", f"amazon_pii.key_command = '{command}'")
         self.server.reload()
-        self.reloaded = [str(file), command]
-        wait_until(lambda: self.shown() == self.reloaded)
+        wait_until(lambda: self.shown() == [str(file), command])
 
     def shown(self):
         return list(self.server.sql("SELECT current_setting('amazon_pii.key_file'), current_setting('amazon_pii.key_command')")[0])

@@ -1,17 +1,15 @@
 """Every type comes back exactly: archived, redacted, retrieved and redacted again, with each treatment, whatever the
 session's settings are."""
 import pytest
+from conftest import new_database
 from support import documents, end_retrieval, number, retrieve, run_cycle
 
-HERE = ["plain", "hostile"]
 # Settings of the sessions that run cycles and retrieve: each of them changes how some value looks as text.
-SETTINGS = {
-    "plain": "",
-    "hostile": "-c DateStyle=German -c IntervalStyle=sql_standard -c TimeZone=America/St_Johns -c extra_float_digits=-15 "
-               "-c bytea_output=escape -c xmloption=document -c xmlbinary=hex -c array_nulls=off "
-               "-c standard_conforming_strings=off -c backslash_quote=on -c transform_null_equals=on "
-               "-c search_path=shop,public -c default_transaction_isolation=serializable",
-}
+SETTINGS = (
+    "-c DateStyle=German -c IntervalStyle=sql_standard -c TimeZone=America/St_Johns -c extra_float_digits=-15 -c bytea_output=escape "
+    "-c xmloption=document -c xmlbinary=hex -c array_nulls=off -c standard_conforming_strings=off -c backslash_quote=on "
+    "-c transform_null_equals=on -c search_path=shop,public -c default_transaction_isolation=serializable"
+)
 TYPES = """
 CREATE EXTENSION IF NOT EXISTS citext;
 CREATE EXTENSION IF NOT EXISTS hstore;
@@ -37,7 +35,7 @@ NASTY = [
     "(SELECT string_agg(chr(c), '' ORDER BY c) FROM generate_series(1, 65535) c WHERE c NOT BETWEEN 55296 AND 57343)",
 ]
 FLOATS = ["'NaN'", "'Infinity'", "'-Infinity'", "'-0'", "0.1", "0.30000000000000004"]
-P, U = "[Redacted]", object()
+P = "[Redacted]"
 JSON = """'{"b": 1.10, "a" :  "Ada", "a":"Twice", "n":123456789012345678901234567890.10, "e":1e2,"x":"\\u00e4\\/", "":[ ]}'"""
 
 
@@ -189,12 +187,11 @@ def everything(db):
 
 
 class Story:
-    """All cases, each an order of its own, brought through a whole life in sessions with the given settings."""
+    """All cases, each an order of its own, brought through a whole life in sessions with those settings."""
 
-    def __init__(self, db, settings):
-        options = {"options": settings} if settings else {}
+    def __init__(self, db):
         for user in ("pii_admin", "pii_operator"):
-            db._sessions[user] = db.connect(user, **options)
+            db._sessions[user] = db.connect(user, options=SETTINGS)
         db.psql(TYPES)
         for n, case in enumerate(CASES, 1):
             db.psql(f"SET ROLE shop_owner; CREATE TABLE {case.table} (id bigint PRIMARY KEY, order_id bigint NOT NULL, v {case.type}"
@@ -225,11 +222,10 @@ class Story:
         self.archived_again = documents(db)
 
 
-@pytest.fixture(scope="module", params=HERE)
-def story(request, cluster):
-    from conftest import new_database
+@pytest.fixture(scope="module")
+def story(cluster):
     db = new_database(cluster)
-    yield Story(db, SETTINGS[request.param])
+    yield Story(db)
     db.drop()
 
 

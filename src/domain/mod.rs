@@ -3,6 +3,7 @@
 pub mod array_text;
 pub mod clock;
 pub mod document;
+pub mod json_merge;
 pub mod json_text;
 pub mod number;
 pub mod policy;

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::audit::AuditEntry;
+use super::former::Former;
 use super::gather::{LiveCell, LiveRecord};
 use super::overwrite::{self, CellWrite, NewValue, RowWrite};
 use super::plan::{Plan, Table};
@@ -31,13 +32,14 @@ struct Order {
     key: String,
     status: String,
     archived: bool,
+    redacted_version: Option<i64>,
 }
 
 /// Finds the orders that bear a number, and locks them.
 fn resolve(target: &Target<'_>) -> Result<(Plan, Vec<Order>)> {
     let rows = as_extension(|| {
         sql::write(
-            "SELECT policy, order_key, status, archived_at IS NOT NULL FROM amazon_pii.order_state \
+            "SELECT policy, order_key, status, archived_at IS NOT NULL, redacted_version FROM amazon_pii.order_state \
              WHERE order_number = $1 AND ($2::text IS NULL OR policy = $2) AND ($3::text IS NULL OR order_key = $3) \
              ORDER BY policy, order_key FOR UPDATE",
             &[
@@ -53,6 +55,7 @@ fn resolve(target: &Target<'_>) -> Result<(Plan, Vec<Order>)> {
             key: row.string(1)?,
             status: row.string(2)?,
             archived: row.bool(3)?,
+            redacted_version: row.text(4)?.and_then(|v| v.parse().ok()),
         });
     }
     if by_policy.len() > 1 {
@@ -187,7 +190,7 @@ fn write_back(plan: &Plan, orders: &[Order], number: &str) -> Result<Vec<Restore
                 .map(|(p, n)| (p.1.as_str(), *n))
                 .collect();
             if !mine.is_empty() {
-                out.push(restore_table(plan, index, table, &order.key, &mine)?);
+                out.push(restore_table(plan, index, table, order, &mine)?);
             }
         }
         // A table that left the policy keeps its documents; they are not lost, but not written either.
@@ -211,9 +214,11 @@ fn restore_table(
     plan: &Plan,
     index: usize,
     table: &Table,
-    order: &str,
+    order: &Order,
     archived: &[(&str, &Newest)],
 ) -> Result<Restored> {
+    let version = order.redacted_version;
+    let former = &(Former::load(plan, std::iter::once(version))?, version);
     let live = live(
         plan,
         index,
@@ -221,7 +226,7 @@ fn restore_table(
         &archived.iter().map(|(k, _)| *k).collect::<Vec<_>>(),
     )?;
     let mut restored = Restored {
-        order_key: order.to_owned(),
+        order_key: order.key.clone(),
         table: table.archived_as.clone(),
         records: 0,
         cells: 0,
@@ -244,7 +249,7 @@ fn restore_table(
             }
             None => restored.kept += newest.cells.len() as i64,
             Some(record) => {
-                let (row, kept) = restored_row(table, record, newest)?;
+                let (row, kept) = restored_row(plan, former, table, record, newest)?;
                 restored.kept += kept;
                 let cells = row
                     .cells
@@ -268,7 +273,7 @@ fn restore_table(
              WHERE policy = $1 AND order_key = $2 AND table_name = $3 AND record_key = ANY ($4)",
             &[
                 Arg::Text(Some(&plan.policy)),
-                Arg::Text(Some(order)),
+                Arg::Text(Some(&order.key)),
                 Arg::Text(Some(&restored.table)),
                 Arg::texts(&keys),
             ],
@@ -313,7 +318,14 @@ fn live(plan: &Plan, index: usize, table: &Table, stored: &[&str]) -> Result<Vec
 }
 
 /// What to write into one row, and how many archived cells stay out because the live cell is not what redaction left.
-fn restored_row(table: &Table, record: &LiveRecord, newest: &Newest) -> Result<(RowWrite, i64)> {
+fn restored_row(
+    plan: &Plan,
+    former: &(Former, Option<i64>),
+    table: &Table,
+    record: &LiveRecord,
+    newest: &Newest,
+) -> Result<(RowWrite, i64)> {
+    let marks = marks(plan);
     let key: Vec<String> = record.key.iter().flatten().cloned().collect();
     let mut cells = vec![CellWrite::Leave; table.cells.len()];
     let mut written = 0;
@@ -322,7 +334,8 @@ fn restored_row(table: &Table, record: &LiveRecord, newest: &Newest) -> Result<(
             continue;
         };
         let Some(live) = record.cells[i].as_ref() else { continue };
-        if live.value == archived.text {
+        let whole = archived.whole(&marks);
+        if live.value == archived.text || live.value == whole {
             // Never overwritten, or already back.
             written += 1;
             continue;
@@ -345,9 +358,9 @@ fn restored_row(table: &Table, record: &LiveRecord, newest: &Newest) -> Result<(
                 }
             }
         };
-        if left {
+        if left || former.0.left(plan, former.1, record, i, archived) {
             written += 1;
-            let new = archived.text.clone().map_or(NewValue::Null, NewValue::Text);
+            let new = whole.map_or(NewValue::Null, NewValue::Text);
             cells[i] = CellWrite::Write {
                 expected: live.value.clone(),
                 new,
@@ -361,6 +374,12 @@ fn restored_row(table: &Table, record: &LiveRecord, newest: &Newest) -> Result<(
         },
         newest.cells.len() as i64 - written,
     ))
+}
+
+/// What stands in place of personal text.
+fn marks(plan: &Plan) -> Vec<&str> {
+    let others = plan.document.also_redacted.iter().map(String::as_str);
+    std::iter::once(plan.document.placeholder.as_str()).chain(others).collect()
 }
 
 /// Equal but for the blanks that char(n) adds.
@@ -413,10 +432,11 @@ pub fn peek(target: &Target<'_>, reason: Option<&str>) -> Result<serde_json::Val
             let mut places: Vec<_> = archive.records.iter().collect();
             places.sort_by(|a, b| a.0.cmp(b.0));
             for (place, newest) in places {
+                let marks = marks(&plan);
                 let cells: serde_json::Map<String, serde_json::Value> = newest
                     .cells
                     .iter()
-                    .map(|(c, a)| (c.clone(), serde_json::Value::from(a.text.clone())))
+                    .map(|(c, a)| (c.clone(), serde_json::Value::from(a.whole(&marks))))
                     .collect();
                 records.push(serde_json::json!({ "table": place.0, "record_key": place.1, "cells": cells }));
             }

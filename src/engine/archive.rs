@@ -4,6 +4,7 @@ use std::collections::HashMap;
 
 use super::audit::{self, AuditEntry};
 use super::due::Due;
+use super::former::Former;
 use super::gather::{self, Gathered};
 use super::plan::Plan;
 use super::state;
@@ -28,7 +29,7 @@ pub fn batch(plan: &Plan, keys: &MasterKeys, batch: &[Due]) -> Result<Archived> 
     let inputs: Vec<_> = batch.iter().map(|d| d.key.clone()).collect();
     let live = gather::gather(plan, &inputs)?;
     let known = vault::open(&plan.archive_schema, keys, &plan.policy, &order_keys)?;
-    let (documents, records) = missing(plan, batch, &live, &known)?;
+    let (documents, records) = missing(plan, &Former::load(plan, batch.iter().map(|d| d.redacted_version))?, batch, &live, &known)?;
     vault::store(&plan.archive_schema, keys, &plan.policy, &known, &documents)?;
     state::records_archived(plan, &records)?;
     let mut counts: HashMap<&str, usize> = HashMap::new();
@@ -102,6 +103,7 @@ pub struct RecordNote {
 /// The documents that the archive lacks, and the records they are of.
 fn missing(
     plan: &Plan,
+    former: &Former,
     batch: &[Due],
     live: &Gathered,
     known: &HashMap<String, OrderArchive>,
@@ -109,14 +111,18 @@ fn missing(
     let mut documents = Vec::new();
     let mut notes = Vec::new();
     for record in &live.records {
-        let pii = record.pii(plan)?;
-        if pii.is_empty() {
-            continue;
-        }
         let table = &plan.tables[record.table];
         let order = &batch[record.order].order_key;
         let place = (table.archived_as.clone(), record.key_text.clone());
         let newest = known.get(order).and_then(|a| a.records.get(&place));
+        let mut pii = record.pii(plan)?;
+        if pii.is_empty() {
+            continue;
+        }
+        pii.retain(|(i, _)| {
+            let archived = newest.and_then(|n| n.cells.get(table.cells[*i].name.bare()));
+            !archived.is_some_and(|a| former.left(plan, batch[record.order].redacted_version, record, *i, a))
+        });
         let value = |i: usize| record.cells[i].as_ref().and_then(|c| c.value.clone());
         let covered = newest.is_some_and(|n| {
             pii.iter().all(|(i, _)| {

@@ -22,6 +22,8 @@ pub struct Due {
     /// Its PII is to be overwritten now; otherwise archived only.
     pub redact: bool,
     pub attempts: u32,
+    /// The policy's version when it was redacted last.
+    pub redacted_version: Option<i64>,
 }
 
 impl Due {
@@ -68,7 +70,7 @@ pub fn take(plan: &Plan, clock: &Clock, limit: i64) -> Result<Vec<Due>> {
         sql::write(
             &format!(
                 "SELECT o.order_key, o.order_number, o.status, o.archived_at IS NOT NULL, COALESCE({REDACT_DUE}, false), \
-                        o.attempts \
+                        o.attempts, o.redacted_version \
                  FROM amazon_pii.order_state o \
                  WHERE o.policy = $1 AND o.next_due_at <= GREATEST($2::timestamptz, $4::timestamptz) \
                    AND (o.next_attempt_at IS NULL OR o.next_attempt_at <= $2::timestamptz) \
@@ -95,6 +97,7 @@ pub fn take(plan: &Plan, clock: &Clock, limit: i64) -> Result<Vec<Due>> {
                 archived: r.bool(3)?,
                 redact: r.bool(4)?,
                 attempts: u32::try_from(r.int(5)?).unwrap_or(u32::MAX),
+                redacted_version: r.text(6)?.and_then(|v| v.parse().ok()),
             })
         })
         .collect()

@@ -9,6 +9,7 @@ pub mod check;
 pub mod cycle;
 pub mod due;
 pub mod flag;
+pub mod former;
 pub mod gather;
 pub mod guard;
 pub mod inspect;

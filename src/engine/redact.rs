@@ -6,6 +6,7 @@ use super::alive;
 use super::archive::{entry, settle_gone};
 use super::audit;
 use super::due::{Clock, Due};
+use super::former::Former;
 use super::gather::{self, LiveRecord};
 use super::overwrite::{self, CellWrite, NewValue, RowWrite};
 use super::plan::Plan;
@@ -59,7 +60,8 @@ pub fn batch(plan: &Plan, others: &[Plan], keys: &MasterKeys, clock: &Clock, bat
     let gone: Vec<usize> = (0..batch.len()).filter(|i| live.is_gone(*i)).collect();
     settle_gone(plan, &gone.iter().map(|i| &batch[*i]).collect::<Vec<_>>())?;
     excluded.extend(gone);
-    let mut targets = targets(plan, batch, &live.records, &archive, &mut excluded, &mut out)?;
+    let former = Former::load(plan, batch.iter().map(|d| d.redacted_version))?;
+    let mut targets = targets(plan, &former, batch, &live.records, &archive, &mut excluded, &mut out)?;
 
     // Deferred triggers of the caller fire as the caller, not as a table's owner.
     xact::fire_deferred()?;
@@ -194,6 +196,7 @@ fn push_back(
 /// What has to be written, row by row; orders whose live values are not the archived ones are excluded.
 fn targets(
     plan: &Plan,
+    former: &Former,
     batch: &[Due],
     records: &[LiveRecord],
     archive: &HashMap<String, OrderArchive>,
@@ -212,7 +215,7 @@ fn targets(
         let due = &batch[record.order];
         let place = (plan.tables[record.table].archived_as.clone(), record.key_text.clone());
         let newest = archive.get(&due.order_key).and_then(|a| a.records.get(&place));
-        let Some(cells) = proven(plan, record, &pii, newest)? else {
+        let Some(cells) = proven(plan, former, due, record, &pii, newest)? else {
             excluded.insert(record.order);
             out.unproven.push(record.order);
             continue;
@@ -249,6 +252,8 @@ fn targets(
 /// The archive holds a document of this record that cannot be opened.
 fn proven(
     plan: &Plan,
+    former: &Former,
+    due: &Due,
     record: &LiveRecord,
     pii: &[(usize, Outcome)],
     newest: Option<&Newest>,
@@ -268,6 +273,8 @@ fn proven(
         let expected = match opened {
             // What the statement compares with is the opened value, never the one that was just read.
             Some(opened) if opened.text == live => opened.text.clone(),
+            // Our own output under an earlier version: what it stands for is archived.
+            Some(opened) if former.left(plan, due.redacted_version, record, *i, opened) => live,
             _ if newest.is_some_and(|n| n.damaged) => {
                 return Err(Error::damaged(format!(
                     "the archived copy of a record of {} cannot be opened",

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::rc::Rc;
 
 use crate::domain::document::Document;
+use crate::domain::json_merge::merge;
 use crate::domain::vault::{Binding, DataKey, KeyBinding, MasterKeys};
 use crate::pg::error::{Error, Result};
 use crate::pg::ident::Ident;
@@ -103,6 +104,18 @@ pub type Place = (String, String);
 pub struct Archived {
     pub type_name: String,
     pub text: Option<String>,
+    /// What earlier versions held, oldest first.
+    earlier: Vec<String>,
+}
+
+impl Archived {
+    /// The value to give back: where the newest version holds marks of ours inside a document, what they stand for.
+    pub fn whole(&self, marks: &[&str]) -> Option<String> {
+        let text = self.text.as_deref()?;
+        let mut versions = self.earlier.iter().map(String::as_str).chain(std::iter::once(text));
+        let first = versions.next()?.to_owned();
+        Some(versions.fold(first, |older, newer| merge(newer, &older, marks).unwrap_or_else(|| newer.to_owned())))
+    }
 }
 
 /// What the archive holds of one record.
@@ -176,12 +189,18 @@ pub fn open(
         match opened {
             Some(document) => {
                 newest.damaged = false;
-                for (column, cell) in &document.cells {
+                for (column, cell) in document.cells {
+                    let earlier = newest
+                        .cells
+                        .remove(&column)
+                        .map(|known| known.earlier.into_iter().chain(known.text).collect())
+                        .unwrap_or_default();
                     newest.cells.insert(
-                        column.clone(),
+                        column,
                         Archived {
-                            type_name: cell.type_name.clone(),
-                            text: cell.text.clone(),
+                            type_name: cell.type_name,
+                            text: cell.text,
+                            earlier,
                         },
                     );
                 }
