@@ -102,7 +102,10 @@ CREATE TABLE amazon_pii.touched (
     policy          text        NOT NULL,
     entry           text        NOT NULL,
     row_key         text,
-    touched_at      timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp()
+    touched_at      timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
+    attempts        int         NOT NULL DEFAULT 0,
+    next_attempt_at timestamptz NOT NULL DEFAULT '-infinity',
+    error           text
 );
 COMMENT ON TABLE amazon_pii.touched IS 'Keys that a trigger could only note: rows applied by logical replication, rows whose flagging failed';
 

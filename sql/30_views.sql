@@ -65,7 +65,9 @@ SELECT p.policy, p.version, p.enabled, p.suspended,
        COALESCE(d.overdue, 0) AS overdue, d.worst_overdue_by,
        (SELECT pg_catalog.count(*) FROM amazon_pii.record_state AS r
          WHERE r.policy = p.policy AND r.status = 'waiting') AS records_waiting,
-       p.cycled_at AS last_cycle_at, p.last_error,
+       p.cycled_at AS last_cycle_at,
+       COALESCE(p.last_error, (SELECT t.error FROM amazon_pii.touched AS t WHERE t.policy = p.policy AND t.error IS NOT NULL
+                                ORDER BY t.touched_id DESC LIMIT 1)) AS last_error,
        p.swept_at,
        CASE WHEN h.worker IS NOT NULL AND a.pid IS NOT NULL THEN 'running'
             WHEN h.worker IS NOT NULL AND h.beat_at > pg_catalog.now() - GREATEST(

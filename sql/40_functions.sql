@@ -33,6 +33,11 @@ CREATE PROCEDURE amazon_pii.run_cycle(
 COMMENT ON PROCEDURE amazon_pii.run_cycle(text, boolean, bigint, bigint, bigint, bigint, bigint) IS
     'One cycle now, of one policy or of all, committing batch by batch; sweep => true also looks at every order. Not inside a transaction block (25001). Needs amazon_pii_admin';
 
+CREATE FUNCTION amazon_pii.take_turn(policy text) RETURNS void
+    LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'take_turn_wrapper';
+COMMENT ON FUNCTION amazon_pii.take_turn(text) IS
+    'Keeps cycles of a policy waiting until the transaction ends, for maintenance of its tables. Granted to nobody';
+
 CREATE FUNCTION amazon_pii.preview(policy text, as_of timestamptz DEFAULT pg_catalog.now())
     RETURNS TABLE (action text, table_name text, orders bigint, records bigint)
     LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'preview_wrapper';

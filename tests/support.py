@@ -256,8 +256,8 @@ def stopped(db):
 # The archive, and values bit by bit.
 
 def hurry(db):
-    """Ends the growing wait of failed orders."""
-    db.sql("UPDATE amazon_pii.order_state SET next_attempt_at = NULL")
+    """Ends the growing wait of failed orders, and of rows whose flagging failed."""
+    db.sql("UPDATE amazon_pii.order_state SET next_attempt_at = NULL; UPDATE amazon_pii.touched SET next_attempt_at = now()")
 
 
 def retrieve(db, order_number, reason="customer asks about a return"):
@@ -279,8 +279,9 @@ def between_archiving_and_redacting(db, turn):
     table = db.connect(autocommit=False)
     table.cursor().execute("LOCK TABLE amazon_pii_archive.document IN SHARE MODE")
     call = Background(db, "CALL amazon_pii.run_cycle()").wait_for_lock(db)
-    take = "SELECT pg_advisory_xact_lock(hashtextextended('amazon_pii shop', 0))"
-    waiting = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted AND pid = %s"
+    take = "SELECT amazon_pii.take_turn('shop')"
+    waiting = """SELECT count(*) FROM pg_locks WHERE locktype = 'object' AND classid = 'amazon_pii.policy'::regclass
+        AND NOT granted AND pid = %s"""
     waiter = threading.Thread(target=lambda: turn.cursor().execute(take), daemon=True)
     waiter.start()
     wait_until(lambda: db.value(waiting, [turn.info.backend_pid]) == 1)

@@ -301,11 +301,17 @@ def test_what_a_retrieved_order_still_allows(shop):
 
 @pytest.mark.parametrize("statement", ["DELETE FROM shop.orders WHERE id = 1", "TRUNCATE shop.orders CASCADE"])
 def test_deleting_a_retrieved_order_keeps_its_archive(shop, statement):
-    """Breaks when a deletion is refused, or the order stays due for ever, or its archive goes with it."""
+    """Breaks when a deletion is refused, or what the order pointed at keeps its personal data, or its archive goes with
+    it."""
     call(shop, "retrieve", ONE, "return")
     documents = shop.value("SELECT count(*) FROM amazon_pii_archive.document WHERE order_key = '[\"1\"]'")
     shop.sql(statement, user="shop_owner")
     assert run_cycle(shop)["failed"] == 0
-    assert order_value(shop, 1) not in ("retrieved", "redacted")
+    assert order_value(shop, 1) == "retrieved", "its customer is still there, with personal data"
+    call(shop, "end_retrieval", ONE)
+    assert run_cycle(shop)["failed"] == 0
+    assert order_value(shop, 1) not in ("retrieved", "scheduled", "failed")
+    assert shop.value("SELECT count(*) FROM amazon_pii.records WHERE order_key = '[\"1\"]' AND status = 'retrieved'") == 0
+    shop.sql("UPDATE shop.customers SET phone = '555-77' WHERE id = 1", user="shop_owner")
     assert shop.value("SELECT count(*) FROM amazon_pii_archive.document WHERE order_key = '[\"1\"]'") == documents == 5
     assert "Gift1" in json.dumps(call(shop, "peek", ONE, "return"))

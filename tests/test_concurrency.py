@@ -102,7 +102,7 @@ def test_long_call_on_one_policy_does_not_keep_the_worker_from_the_next(shop):
         "orders": {"table": "shop.zebra", "number": "no", "anchor": "at", "redact": ["name"]},
     })
     turn = shop.connect(autocommit=False)
-    turn.cursor().execute("SELECT pg_advisory_xact_lock(hashtextextended('amazon_pii shop', 0))")
+    turn.cursor().execute("SELECT amazon_pii.take_turn('shop')")
     shop.cluster.configure("amazon_pii.enabled = on")
     shop.cluster.reload()
     try:
@@ -326,5 +326,5 @@ def test_session_is_as_it_was_before_the_call(shop):
         before = state()
         cursor.execute(CALL)
         assert state() == before
-        cursor.execute("SELECT count(*) FROM pg_locks WHERE pid = pg_backend_pid() AND locktype = 'advisory'")
+        cursor.execute("SELECT count(*) FROM pg_locks WHERE pid = pg_backend_pid() AND locktype = 'object'")
         assert cursor.fetchone() == (0,)

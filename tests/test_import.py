@@ -2,12 +2,11 @@
 found later. And: every way of importing is seen."""
 import io
 
-import psycopg2
 import pytest
 from cluster import Cluster, wait_until
 from conftest import CAPABILITIES, ROLES, Database, add_extension
 from support import (
-    PLACEHOLDER, add_order, number, open_shop, order_row, order_value, refused, run_cycle, shop_policy, sweep,
+    PLACEHOLDER, add_order, hurry, number, open_shop, order_row, order_value, refused, run_cycle, shop_policy, sweep,
 )
 
 ORDERS = shop_policy()["orders"]
@@ -128,11 +127,11 @@ def test_a_broken_policy_stops_no_import(shop, case):
     assert shop.value("SELECT count(*) FROM shop.orders") == 3
     assert set(flagged(shop).values()) <= {"failed"}
     assert status(shop)
-    with pytest.raises(psycopg2.Error):
-        sweep(shop, "shop")
+    sweep(shop)
     assert status(shop)
     assert shop.value("SELECT gift_message FROM shop.orders WHERE id = 3") == "Gift3"
     do(shop, repair)
+    hurry(shop)
     run_cycle(shop, "shop")
     assert flagged(shop) == {1: "redacted", 3: "redacted"}
     assert shop.sql("SELECT gift_message FROM shop.orders WHERE id <> 2") == [(PLACEHOLDER,), (PLACEHOLDER,)]
@@ -167,8 +166,7 @@ def test_an_archive_that_is_gone_stops_no_import(applied):
     assert flagged(applied) == {1: "failed"} and status(applied, "failed") == 1
     assert order_value(applied, 1, "last_error").startswith("08006")
     applied.apply_policy(shop_policy())
-    # As if the wait after a failure were over.
-    applied.sql("UPDATE amazon_pii.order_state SET next_attempt_at = now()")
+    hurry(applied)
     assert run_cycle(applied)["redacted"] == 1
     assert applied.value("SELECT count(*) FROM amazon_pii_archive.document") == 1
     assert status(applied, "failed") == 0
@@ -324,6 +322,8 @@ def test_an_import_with_an_old_snapshot(applied, level):
 
 def test_what_is_imported_as_a_replica_is_noted(applied):
     """Breaks when a restore or a sync with session_replication_role = replica brings orders that nobody hears of."""
+    # The sweep of the first cycle would find them, too.
+    assert run_cycle(applied)["flagged"] == 0
     applied.sql("SET session_replication_role = replica")
     try:
         applied.sql(INSERT, [1, number(1), "Gift1"])
@@ -354,6 +354,7 @@ def test_orders_applied_by_logical_replication_are_flagged(shop, subscriber):
     copy_db.sql("GRANT CREATE ON DATABASE t TO shop_owner")
     open_shop(copy_db)
     copy_db.apply_policy(shop_policy())
+    run_cycle(copy_db)
     shop.sql("CREATE PUBLICATION pub FOR ALL TABLES")
     slot = f"sub_{shop.name}"
     copy_db.sql(f"CREATE SUBSCRIPTION {slot} CONNECTION 'host={shop.cluster.base} port={shop.cluster.port} dbname={shop.name} user=postgres' "

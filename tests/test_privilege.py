@@ -5,7 +5,7 @@ import pytest
 from cluster import wait_until
 from conftest import SUPERUSER
 from support import (
-    FIXTURES, PLACEHOLDER, add_customer, add_order, number, open_shop, order_value, refused, run_cycle, shop_policy,
+    FIXTURES, PLACEHOLDER, add_customer, add_order, number, open_shop, order_value, run_cycle, shop_policy,
 )
 
 PLANTED = {"before", "after", "statement", "deferred", "check", "domain", "index", "generated"}
@@ -114,10 +114,11 @@ def test_traps_at_the_trial(traps, caller, call):
 @pytest.mark.parametrize("caller", [SUPERUSER, "pii_admin"])
 def test_traps_in_a_cycle(flagged, caller):
     """Breaks when a cycle reads or writes a table as the one who called it."""
-    assert run_cycle(flagged, user=caller)["redacted"] == 1
+    counts = run_cycle(flagged, user=caller)
+    assert_unharmed(flagged, PLANTED | EXPRESSIONS)
+    assert counts["redacted"] == 1
     assert flagged.value("SELECT gift_message FROM shop.orders WHERE id = 1") == PLACEHOLDER
     assert flagged.value("SELECT name FROM shop.addresses WHERE order_id = 1") == "[gone]"
-    assert_unharmed(flagged, PLANTED | EXPRESSIONS)
 
 
 def test_traps_in_the_worker(preloaded_db):
@@ -135,9 +136,10 @@ def test_traps_when_written_back(redacted, caller):
     function = "unflag" if caller == "pii_admin" else "retrieve"
     with redacted.connect(caller, autocommit=False) as session, session.cursor() as cursor:
         cursor.execute(f"SELECT sum(cells) FROM amazon_pii.{function}(%s, 'return')", [number(1)])
-        assert cursor.fetchone()[0] >= 7
-    assert redacted.value("SELECT gift_message FROM shop.orders WHERE id = 1") == "Gift1"
+        cells = cursor.fetchone()[0]
     assert_unharmed(redacted, PLANTED)
+    assert cells >= 7
+    assert redacted.value("SELECT gift_message FROM shop.orders WHERE id = 1") == "Gift1"
 
 
 @pytest.mark.parametrize("importer", [SUPERUSER, "nobody_special"])
@@ -150,8 +152,8 @@ def test_traps_in_expressions_at_import(traps, importer):
     traps.sql("INSERT INTO shop.orders (id, external_no, channel, shipped_at) VALUES (3, %s, 'amazon', now())", [number(3)], importer)
     traps.sql("INSERT INTO shop.addresses (order_id, name) VALUES (3, 'x')", user=importer)
     traps.sql("UPDATE shop.orders SET shipped_at = now() - '1 day'::interval WHERE id = 3", user=importer)
-    assert order_value(traps, 3) == "scheduled"
     assert_unharmed(traps, {"amazon", "number", "anchor", "where"})
+    assert order_value(traps, 3) == "scheduled"
 
 
 @pytest.mark.parametrize("query, user", [

@@ -26,9 +26,10 @@ fn fill(new: &mut Value, old: &Value, marks: &[&str]) -> bool {
             }
             changed
         }
-        (Value::Array(new), Value::Array(old)) if new.len() == old.len() => {
-            new.iter_mut().zip(old).fold(false, |changed, (n, o)| fill(n, o, marks) || changed)
-        }
+        (Value::Array(new), Value::Array(old)) if new.len() == old.len() => new
+            .iter_mut()
+            .zip(old)
+            .fold(false, |changed, (n, o)| fill(n, o, marks) || changed),
         // Redaction makes null of numbers and booleans.
         (new, old) => {
             let ours = match (&*new, old) {

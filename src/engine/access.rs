@@ -312,6 +312,7 @@ fn live(plan: &Plan, index: usize, table: &Table, stored: &[&str]) -> Result<Vec
             cells,
             not_before: None,
             stored: true,
+            untouched: false,
         });
     }
     Ok(out)
@@ -379,7 +380,9 @@ fn restored_row(
 /// What stands in place of personal text.
 fn marks(plan: &Plan) -> Vec<&str> {
     let others = plan.document.also_redacted.iter().map(String::as_str);
-    std::iter::once(plan.document.placeholder.as_str()).chain(others).collect()
+    std::iter::once(plan.document.placeholder.as_str())
+        .chain(others)
+        .collect()
 }
 
 /// Equal but for the blanks that char(n) adds.
@@ -632,7 +635,7 @@ pub fn find_orders(search: &str) -> Result<Vec<Hit>> {
             .into_iter()
             .map(|f| Ok((0, f.row.texts(FIRST..FIRST + links.len())?)))
             .collect::<Result<Vec<_>>>()?;
-            for key in super::sweep::orders_above(&plan, index, starts)? {
+            for key in super::touched::orders_above(&plan, index, starts)? {
                 matches
                     .entry(walk::key_text(&key)?)
                     .or_insert_with(|| entry.alias.clone());

@@ -5,11 +5,12 @@ use std::collections::HashMap;
 use super::audit::{self, AuditEntry};
 use super::due::Due;
 use super::former::Former;
-use super::gather::{self, Gathered};
+use super::gather::{self, Gathered, LiveRecord};
 use super::plan::Plan;
 use super::state;
-use super::vault::{self, NewDocument, OrderArchive};
+use super::vault::{self, NewDocument, Newest, OrderArchive};
 use crate::domain::document::{Cell, Document};
+use crate::domain::treatment::Outcome;
 use crate::domain::vault::MasterKeys;
 use crate::pg::error::Result;
 
@@ -29,7 +30,13 @@ pub fn batch(plan: &Plan, keys: &MasterKeys, batch: &[Due]) -> Result<Archived> 
     let inputs: Vec<_> = batch.iter().map(|d| d.key.clone()).collect();
     let live = gather::gather(plan, &inputs)?;
     let known = vault::open(&plan.archive_schema, keys, &plan.policy, &order_keys)?;
-    let (documents, records) = missing(plan, &Former::load(plan, batch.iter().map(|d| d.redacted_version))?, batch, &live, &known)?;
+    let (documents, records) = missing(
+        plan,
+        &Former::load(plan, batch.iter().map(|d| d.redacted_version))?,
+        batch,
+        &live,
+        &known,
+    )?;
     vault::store(&plan.archive_schema, keys, &plan.policy, &known, &documents)?;
     state::records_archived(plan, &records)?;
     let mut counts: HashMap<&str, usize> = HashMap::new();
@@ -100,6 +107,27 @@ pub struct RecordNote {
     pub version: i64,
 }
 
+/// Cells that hold no PII any more although a copy of them was archived: before the first redaction that is somebody's
+/// decision, and the archive follows it. A shared row may have been redacted with another order.
+pub fn taken_out<'a>(
+    plan: &'a Plan,
+    due: &Due,
+    record: &'a LiveRecord,
+    newest: Option<&'a Newest>,
+) -> impl Iterator<Item = usize> + 'a {
+    let table = &plan.tables[record.table];
+    let first = record.untouched && due.redacted_version.is_none() && !table.shared && !table.delete;
+    record.cells.iter().enumerate().filter_map(move |(i, cell)| {
+        let archived = newest?.cells.get(table.cells[i].name.bare())?;
+        let key: Vec<String> = record.key.iter().flatten().cloned().collect();
+        let live = cell.as_ref()?;
+        let outcome = table.cells[i].treatment.as_ref()?.apply(live.value.as_deref(), &key);
+        let clean =
+            matches!(outcome, Ok(Outcome::Keep)) || (outcome == Ok(Outcome::Sql) && live.computed == live.value);
+        (first && clean && archived.text != live.value).then_some(i)
+    })
+}
+
 /// The documents that the archive lacks, and the records they are of.
 fn missing(
     plan: &Plan,
@@ -116,6 +144,7 @@ fn missing(
         let place = (table.archived_as.clone(), record.key_text.clone());
         let newest = known.get(order).and_then(|a| a.records.get(&place));
         let mut pii = record.pii(plan)?;
+        pii.extend(taken_out(plan, &batch[record.order], record, newest).map(|i| (i, Outcome::Keep)));
         if pii.is_empty() {
             continue;
         }

@@ -16,6 +16,7 @@ use super::redact;
 use super::rekey;
 use super::state;
 use super::sweep;
+use super::touched;
 use super::triggers;
 use crate::domain::clock::horizons;
 use crate::domain::vault::MasterKeys;
@@ -104,8 +105,12 @@ fn note_error(policy: &str, error: &Error) -> Result<()> {
     Ok(())
 }
 
-/// Two cycles of one policy take turns, batch by batch; correctness rests on the row locks in `order_state`.
-fn take_turn(policy: &str) -> Result<()> {
+/// Two cycles of one policy take turns, batch by batch; correctness rests on the row locks in `order_state`. Who holds
+/// the turn keeps them waiting until the transaction ends.
+///
+/// # Errors
+/// 55P03 when the session's `lock_timeout` is over.
+pub fn take_turn(policy: &str) -> Result<()> {
     let class = as_extension(|| {
         let rows = sql::read("SELECT 'amazon_pii.policy'::pg_catalog.regclass::pg_catalog.oid", &[])?;
         rows.first().ok_or_else(|| Error::internal("no row"))?.oid(0)
@@ -123,6 +128,8 @@ struct Run<'a> {
     counts: Counts,
     /// Of its row in `run`, once it has one.
     id: Option<i64>,
+    /// What went wrong with flagging.
+    trouble: Option<Error>,
     /// When the caller was last told how far it is.
     told: Instant,
     /// Orders that were already archived again in this cycle: a second time they wait.
@@ -153,6 +160,7 @@ fn run_policy(policy: &str, sweep: bool, boundary: Boundary) -> Result<Counts> {
         boundary,
         counts: Counts::default(),
         id: None,
+        trouble: None,
         told: Instant::now(),
         set_back: HashSet::new(),
     };
@@ -178,41 +186,51 @@ fn clock(plan: &Plan) -> Result<Clock> {
 }
 
 impl Run<'_> {
-    /// New partitions, keys that triggers could only note, and the sweep when it is due.
+    /// New partitions, keys that triggers could only note, and the sweep when it is due. What fails here is told, and
+    /// keeps nothing that is due from being done.
     fn flag(&mut self, sweep: bool) -> Result<()> {
-        triggers::ensure(self.plan)?;
-        match sweep::touched(self.plan) {
-            Ok(flagged) => self.counts.flagged += flagged,
-            // Somebody's open transaction has one of the orders: the notes stay for the next cycle.
-            Err(e) if e.is_lock() => self.boundary.rollback(),
-            Err(e) => return Err(e),
-        }
-        self.boundary.commit()?;
-        for (order, error) in rekey::settle(self.plan, &self.keys)? {
-            state::troubled(self.plan, &order, &error)?;
-        }
-        self.boundary.commit()?;
-        if sweep {
-            sweep::request(self.plan)?;
-            self.boundary.commit()?;
-        }
-        loop {
-            match sweep::slice(self.plan, &self.clock) {
-                Ok(Some(flagged)) => {
-                    self.counts.flagged += flagged;
-                    self.start()?;
-                    self.boundary.commit()?;
-                }
-                Ok(None) => break,
-                // An open transaction has an order that is new, or changed; the pass goes on from there another time.
-                Err(e) if e.is_lock() => {
-                    self.boundary.rollback();
-                    break;
-                }
-                Err(e) => return Err(e),
+        self.step(|run| triggers::ensure(run.plan))?;
+        self.step(|run| {
+            let (flagged, trouble) = touched::settle(run.plan)?;
+            run.counts.flagged += flagged;
+            run.trouble = trouble.or(run.trouble.take());
+            Ok(())
+        })?;
+        self.step(|run| {
+            for (order, error) in rekey::settle(run.plan, &run.keys)? {
+                state::troubled(run.plan, &order, &error)?;
             }
+            Ok(())
+        })?;
+        if sweep {
+            self.step(|run| sweep::request(run.plan))?;
         }
-        sweep::stale(self.plan)?;
+        let mut more = true;
+        while more {
+            more = false;
+            self.step(|run| {
+                if let Some(slice) = sweep::slice(run.plan, &run.clock)? {
+                    run.counts.flagged += slice.flagged;
+                    run.trouble = slice.trouble.or(run.trouble.take());
+                    run.start()?;
+                    more = true;
+                }
+                Ok(())
+            })?;
+        }
+        self.step(|run| sweep::stale(run.plan))
+    }
+
+    /// Runs a step in a transaction of its own.
+    ///
+    /// # Errors
+    /// A cancel only: a lock that somebody's open transaction has is waited for another time, anything else is told.
+    fn step(&mut self, step: impl FnOnce(&mut Self) -> Result<()>) -> Result<()> {
+        match subtransaction(|| step(self)) {
+            Err(e) if e.is_cancel() => return Err(e),
+            Err(e) if !e.is_lock() => self.trouble = Some(e),
+            _ => {}
+        }
         self.boundary.commit()
     }
 
@@ -374,8 +392,11 @@ impl Run<'_> {
     fn finish(&self) -> Result<()> {
         as_extension(|| {
             sql::execute(
-                "UPDATE amazon_pii.policy SET cycled_at = pg_catalog.clock_timestamp(), last_error = NULL WHERE policy = $1",
-                &[Arg::Text(Some(&self.plan.policy))],
+                "UPDATE amazon_pii.policy SET cycled_at = pg_catalog.clock_timestamp(), last_error = $2 WHERE policy = $1",
+                &[
+                    Arg::Text(Some(&self.plan.policy)),
+                    Arg::Text(self.trouble.as_ref().map(Error::stored).as_deref()),
+                ],
             )
         })?;
         self.record(true)

@@ -103,6 +103,41 @@ pub struct Page {
 /// # Errors
 /// As [`in_transition`].
 pub fn page(plan: &Plan, after: Option<&Values>, limit: i64) -> Result<Page> {
+    let rows = slice(plan, &select(plan), Some(candidates(plan)), after, limit)?;
+    Ok(Page {
+        facts: facts(plan, rows.iter().map(|r| (r, 0)))?,
+        next: next(plan, &rows, limit)?,
+    })
+}
+
+/// The keys of the next rows of a pass, without a look at any expression, and where the slice after them begins.
+///
+/// # Errors
+/// Errors of the server.
+pub fn page_of_keys(plan: &Plan, after: Option<&Values>, limit: i64) -> Result<(Vec<Values>, Option<Values>)> {
+    let keys = plan.orders().key_list();
+    let rows = slice(plan, &keys, None, after, limit)?;
+    let all = rows.iter().map(|r| r.texts(0..keys.len())).collect::<Result<_>>()?;
+    Ok((all, next(plan, &rows, limit)?))
+}
+
+/// The key after which the next slice begins.
+fn next(plan: &Plan, rows: &[Row], limit: i64) -> Result<Option<Values>> {
+    let full = rows.len() as i64 == limit;
+    rows.last()
+        .filter(|_| full)
+        .map(|r| r.texts(0..plan.orders().key.len()))
+        .transpose()
+}
+
+/// The next rows of the orders table in the order of its key.
+fn slice(
+    plan: &Plan,
+    select: &[String],
+    condition: Option<String>,
+    after: Option<&Values>,
+    limit: i64,
+) -> Result<Vec<Row>> {
     let table = plan.orders();
     // Qualified: the number may be a column of the key, and is a result column of its name then.
     let qualified: Vec<String> = table
@@ -112,9 +147,9 @@ pub fn page(plan: &Plan, after: Option<&Values>, limit: i64) -> Result<Page> {
         .collect();
     let keys = qualified.join(", ");
     let mut args: Vec<Arg<'_>> = vec![Arg::Int(limit)];
-    let mut condition = candidates(plan);
+    let mut conditions: Vec<String> = condition.into_iter().collect();
     if let Some(after) = after {
-        condition = format!("{condition} AND {}", beyond(table, &qualified));
+        conditions.push(beyond(table, &qualified));
         args.extend(
             table
                 .key
@@ -123,9 +158,14 @@ pub fn page(plan: &Plan, after: Option<&Values>, limit: i64) -> Result<Page> {
                 .map(|((_, oid), v)| Arg::Typed(*oid, v.as_deref())),
         );
     }
+    let condition = if conditions.is_empty() {
+        String::new()
+    } else {
+        format!(" WHERE {}", conditions.join(" AND "))
+    };
     let query = format!(
-        "SELECT {} FROM {} AS {} WHERE {condition} ORDER BY {keys} LIMIT $1",
-        select(plan).join(", "),
+        "SELECT {} FROM {} AS {}{condition} ORDER BY {keys} LIMIT $1",
+        select.join(", "),
         table.relation,
         table.relation.name,
     );
@@ -135,18 +175,8 @@ pub fn page(plan: &Plan, after: Option<&Values>, limit: i64) -> Result<Page> {
         ("enable_sort", "off"),
         ("enable_bitmapscan", "off"),
     ];
-    let rows = act_as(Identity::Owner(table.owner), &plan.search_path, pins, || {
+    act_as(Identity::Owner(table.owner), &plan.search_path, pins, || {
         sql::read(&query, &args)
-    })?;
-    let full = rows.len() as i64 == limit;
-    let next = rows
-        .last()
-        .filter(|_| full)
-        .map(|r| r.texts(0..table.key.len()))
-        .transpose()?;
-    Ok(Page {
-        facts: facts(plan, rows.iter().map(|r| (r, 0)))?,
-        next,
     })
 }
 

@@ -42,7 +42,14 @@ impl Former {
     }
 
     /// Whether a live cell holds what the version under which its order was redacted made of the archived value.
-    pub fn left(&self, plan: &Plan, version: Option<i64>, record: &LiveRecord, cell: usize, archived: &Archived) -> bool {
+    pub fn left(
+        &self,
+        plan: &Plan,
+        version: Option<i64>,
+        record: &LiveRecord,
+        cell: usize,
+        archived: &Archived,
+    ) -> bool {
         let Some(document) = version.and_then(|v| self.0.get(&v)) else {
             return false;
         };
@@ -76,5 +83,13 @@ fn treatment(plan: &Plan, document: &Policy, record: &LiveRecord, cell: usize) -
         Redact::Treatments(pairs) => pairs.iter().find(|(n, _)| n == name).map(|(_, r)| r.clone()),
     }?;
     let nullable = !table.facts.column(name)?.not_null;
-    Treatment::compile(&rule, column.shape, nullable, &document.placeholder, &document.also_redacted, column.padded).ok()
+    Treatment::compile(
+        &rule,
+        column.shape,
+        nullable,
+        &document.placeholder,
+        &document.also_redacted,
+        column.padded,
+    )
+    .ok()
 }

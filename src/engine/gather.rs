@@ -35,6 +35,8 @@ pub struct LiveRecord {
     pub not_before: NotBefore,
     /// Known by its stored key alone: the links lead elsewhere by now.
     pub stored: bool,
+    /// It was archived, and never overwritten since it is tracked.
+    pub untouched: bool,
 }
 
 impl LiveRecord {
@@ -198,6 +200,7 @@ pub fn gather(plan: &Plan, orders: &[Values]) -> Result<Gathered> {
                     cells: vec![None; table.cells.len()],
                     not_before: None,
                     stored: false,
+                    untouched: false,
                 });
                 gathered.records.len() - 1
             });
@@ -235,7 +238,7 @@ fn add_stored(
     let texts = orders.iter().map(|k| key_text(k)).collect::<Result<Vec<_>>>()?;
     let rows = as_extension(|| {
         sql::read(
-            "SELECT u.i - 1, r.table_name, r.record_key, r.entry FROM pg_catalog.unnest($2) WITH ORDINALITY AS u (k, i) \
+            "SELECT u.i - 1, r.table_name, r.record_key, r.entry, r.status = 'archived' FROM pg_catalog.unnest($2) WITH ORDINALITY AS u (k, i) \
              JOIN amazon_pii.record_state r ON r.policy = $1 AND r.order_key = u.k \
              WHERE r.status IN ('archived', 'waiting', 'retrieved')",
             &[Arg::Text(Some(&plan.policy)), Arg::texts(&texts)],
@@ -249,7 +252,8 @@ fn add_stored(
         let Some(index) = plan.tables.iter().position(|t| t.archived_as == table) else {
             continue;
         };
-        if known.contains_key(&(order, index, key.clone())) {
+        if let Some(slot) = known.get(&(order, index, key.clone())) {
+            gathered.records[*slot].untouched = row.bool(4)?;
             continue;
         }
         let entry = plan
@@ -263,12 +267,16 @@ fn add_stored(
     }
     for (index, missing) in missing.into_iter().enumerate().filter(|(_, m)| !m.is_empty()) {
         let table = &plan.tables[index];
-        let keys = missing.iter().map(|(_, _, k)| key_parts(k)).collect::<Result<Vec<_>>>()?;
+        let keys = missing
+            .iter()
+            .map(|(_, _, k)| key_parts(k))
+            .collect::<Result<Vec<_>>>()?;
         let mut select: Vec<String> = table.cells.iter().map(|c| c.read(&c.name)).collect();
         select.extend(table.cells.iter().map(|c| {
-            c.expression
-                .as_ref()
-                .map_or_else(|| "NULL".to_owned(), |e| c.read(format!("CAST({e} AS {})", c.type_shown)))
+            c.expression.as_ref().map_or_else(
+                || "NULL".to_owned(),
+                |e| c.read(format!("CAST({e} AS {})", c.type_shown)),
+            )
         }));
         for found in by_key(plan, table, &keys, &select)? {
             let (order, entry, key) = &missing[found.input];
@@ -288,6 +296,7 @@ fn add_stored(
                 cells,
                 not_before: None,
                 stored: true,
+                untouched: false,
             });
         }
     }

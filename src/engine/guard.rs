@@ -3,7 +3,7 @@
 use pgrx::pg_sys;
 
 use super::plan::{Plan, Table};
-use super::triggers::{cached, speaks_for, transition_keys};
+use super::triggers::{cached, call_key, speaks_for, transition_keys};
 use super::walk::key_text;
 use crate::pg::catalog::{self, Compare};
 use crate::pg::error::{Error, Result};
@@ -86,11 +86,7 @@ pub fn ignore(call: &TriggerCall) -> Result<pg_sys::Datum> {
         if !speaks_for(table, call)? {
             return Ok(None);
         }
-        let key = table
-            .key
-            .iter()
-            .map(|(name, _)| call.column(name.bare()))
-            .collect::<Result<Vec<_>>>()?;
+        let key = call_key(&plan, table, call)?;
         if !is_retrieved(&table.archived_as, Some(&[key_text(&key)?]))? {
             return Ok(None);
         }

@@ -19,6 +19,7 @@ pub mod redact;
 pub mod rekey;
 pub mod state;
 pub mod sweep;
+pub mod touched;
 pub mod triggers;
 pub mod vault;
 pub mod walk;

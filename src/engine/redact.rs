@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 
 use super::alive;
-use super::archive::{entry, settle_gone};
+use super::archive::{entry, settle_gone, taken_out};
 use super::audit;
 use super::due::{Clock, Due};
 use super::former::Former;
@@ -87,6 +87,19 @@ pub fn batch(plan: &Plan, others: &[Plan], keys: &MasterKeys, clock: &Clock, bat
         changes.extend(notes(plan, batch, target, &excluded, "waiting", Some(witness.clone())));
     }
     state::records_changed(plan, &changes)?;
+    let finished: Vec<String> = done.iter().map(|i| order_keys[*i].clone()).collect();
+    let found: Vec<(&str, &str, &str)> = live
+        .records
+        .iter()
+        .map(|r| {
+            (
+                order_keys[r.order].as_str(),
+                plan.tables[r.table].archived_as.as_str(),
+                r.key_text.as_str(),
+            )
+        })
+        .collect();
+    state::records_left(plan, &finished, &found)?;
     let dues: Vec<&Due> = done.iter().map(|i| &batch[*i]).collect();
     // (redacted, waiting) records of each order.
     let mut counts: HashMap<&str, (usize, usize)> = HashMap::new();
@@ -208,13 +221,18 @@ fn targets(
         if excluded.contains(&record.order) {
             continue;
         }
+        let due = &batch[record.order];
+        let place = (plan.tables[record.table].archived_as.clone(), record.key_text.clone());
+        let newest = archive.get(&due.order_key).and_then(|a| a.records.get(&place));
+        if taken_out(plan, due, record, newest).next().is_some() {
+            excluded.insert(record.order);
+            out.unproven.push(record.order);
+            continue;
+        }
         let pii = record.pii(plan)?;
         if pii.is_empty() {
             continue;
         }
-        let due = &batch[record.order];
-        let place = (plan.tables[record.table].archived_as.clone(), record.key_text.clone());
-        let newest = archive.get(&due.order_key).and_then(|a| a.records.get(&place));
         let Some(cells) = proven(plan, former, due, record, &pii, newest)? else {
             excluded.insert(record.order);
             out.unproven.push(record.order);

@@ -176,6 +176,33 @@ pub fn records_changed(plan: &Plan, changes: &[RecordChange]) -> Result<()> {
     Ok(())
 }
 
+/// Records of finished orders that had nothing to overwrite: clean, or their row is gone.
+///
+/// # Errors
+/// Errors of the server.
+pub fn records_left(plan: &Plan, finished: &[String], found: &[(&str, &str, &str)]) -> Result<()> {
+    if finished.is_empty() {
+        return Ok(());
+    }
+    as_extension(|| {
+        sql::execute(
+            "UPDATE amazon_pii.record_state r SET changed_at = pg_catalog.now(), status = CASE WHEN f.o IS NULL THEN 'gone' ELSE 'redacted' END \
+             FROM amazon_pii.record_state s LEFT JOIN ROWS FROM (pg_catalog.unnest($3), pg_catalog.unnest($4), pg_catalog.unnest($5)) \
+                  AS f (o, t, k) ON f.o = s.order_key AND f.t = s.table_name AND f.k = s.record_key \
+             WHERE s.policy = $1 AND s.order_key = ANY ($2) AND (s.status IN ('archived', 'retrieved') OR s.status = 'waiting' AND f.o IS NULL) \
+               AND r.policy = s.policy AND r.order_key = s.order_key AND r.table_name = s.table_name AND r.record_key = s.record_key",
+            &[
+                Arg::Text(Some(&plan.policy)),
+                Arg::texts(finished),
+                Arg::Texts(found.iter().map(|f| Some(f.0)).collect()),
+                Arg::Texts(found.iter().map(|f| Some(f.1)).collect()),
+                Arg::Texts(found.iter().map(|f| Some(f.2)).collect()),
+            ],
+        )
+    })?;
+    Ok(())
+}
+
 /// An order that failed: its error and a growing wait, one day at most.
 ///
 /// # Errors
@@ -209,7 +236,11 @@ pub fn troubled(plan: &Plan, order: &str, error: &Error) -> Result<()> {
     as_extension(|| {
         sql::execute(
             "UPDATE amazon_pii.order_state SET last_error = $3 WHERE policy = $1 AND order_key = $2 AND last_error IS DISTINCT FROM $3",
-            &[Arg::Text(Some(&plan.policy)), Arg::Text(Some(order)), Arg::Text(Some(&error.stored()))],
+            &[
+                Arg::Text(Some(&plan.policy)),
+                Arg::Text(Some(order)),
+                Arg::Text(Some(&error.stored())),
+            ],
         )
     })?;
     Ok(())

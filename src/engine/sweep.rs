@@ -5,94 +5,15 @@ use super::due::Clock;
 use super::flag;
 use super::plan::Plan;
 use super::state;
-use super::walk::{self, FIRST, Values, key_parts, key_text};
+use super::walk::{Values, key_parts, key_text};
 use crate::domain::policy::Stale;
 use crate::pg::error::{Error, Result};
 use crate::pg::identity::as_extension;
 use crate::pg::sql::{self, Arg};
+use crate::pg::subxact::subtransaction;
 
 /// Orders in one slice.
 const SLICE: i64 = 2000;
-
-/// Flags what triggers have noted by key alone. Returns how many orders are new.
-///
-/// # Errors
-/// Errors of the server or of the owner's expressions; the notes stay then.
-pub fn touched(plan: &Plan) -> Result<i64> {
-    let mut flagged = 0;
-    loop {
-        let notes = as_extension(|| {
-            sql::write(
-                "DELETE FROM amazon_pii.touched WHERE touched_id IN (SELECT touched_id FROM amazon_pii.touched \
-                 WHERE policy = $1 ORDER BY touched_id LIMIT $2 FOR UPDATE SKIP LOCKED) RETURNING entry, row_key",
-                &[Arg::Text(Some(&plan.policy)), Arg::Int(SLICE)],
-            )
-        })?;
-        if notes.is_empty() {
-            return Ok(flagged);
-        }
-        for (index, entry) in plan.entries.iter().enumerate() {
-            let mut keys: Vec<Values> = Vec::new();
-            for note in &notes {
-                if note.str(0)? == entry.alias
-                    && let Some(key) = note.text(1)?
-                {
-                    keys.push(key_parts(key)?);
-                }
-            }
-            if keys.is_empty() {
-                continue;
-            }
-            if entry.parent.is_none() {
-                let facts = flag::by_keys(plan, &keys)?;
-                settle_failed(plan, &keys, &facts)?;
-                flagged += flag::upsert(plan, &facts, "import", true)?;
-            } else {
-                let links = walk::select_all(&entry.on_child);
-                let starts = walk::by_key(plan, &plan.tables[entry.table], &keys, &links)?
-                    .into_iter()
-                    .map(|f| Ok((f.input, f.row.texts(FIRST..FIRST + links.len())?)))
-                    .collect::<Result<Vec<_>>>()?;
-                flag::linked_changed(plan, &orders_above(plan, index, starts)?)?;
-            }
-        }
-    }
-}
-
-/// Rows that could not be evaluated at import were flagged as failed by their key: now it is known which are orders of
-/// Amazon's, and the others are dropped.
-fn settle_failed(plan: &Plan, keys: &[Values], facts: &[flag::OrderFact]) -> Result<()> {
-    let all = keys.iter().map(|k| key_text(k)).collect::<Result<Vec<_>>>()?;
-    let known: Vec<&str> = facts.iter().map(|f| f.key_text.as_str()).collect();
-    as_extension(|| {
-        sql::execute(
-            "DELETE FROM amazon_pii.order_state WHERE policy = $1 AND order_key = ANY ($2) AND status = 'failed' \
-             AND flagged_by = 'failed' AND order_key <> ALL ($3)",
-            &[Arg::Text(Some(&plan.policy)), Arg::texts(&all), Arg::texts(&known)],
-        )?;
-        sql::execute(
-            "UPDATE amazon_pii.order_state SET status = 'flagged', flagged_by = 'import', last_error = NULL, next_attempt_at = NULL \
-             WHERE policy = $1 AND order_key = ANY ($2) AND status = 'failed' AND flagged_by = 'failed'",
-            &[Arg::Text(Some(&plan.policy)), Arg::texts(&known)],
-        )
-    })?;
-    Ok(())
-}
-
-/// The keys of the orders that rows of a linked entry belong to.
-///
-/// # Errors
-/// As [`walk::up`].
-pub fn orders_above(plan: &Plan, entry: usize, links: Vec<(usize, Values)>) -> Result<Vec<Values>> {
-    let select = plan.orders().key_list();
-    let mut orders = walk::up(plan, entry, links, &select, None)?
-        .into_iter()
-        .map(|f| f.row.texts(FIRST..FIRST + select.len()))
-        .collect::<Result<Vec<_>>>()?;
-    orders.sort();
-    orders.dedup();
-    Ok(orders)
-}
 
 /// Asks for a full pass now, whatever the last one's date.
 ///
@@ -109,11 +30,53 @@ pub fn request(plan: &Plan) -> Result<()> {
     Ok(())
 }
 
+/// What a slice did.
+pub struct Slice {
+    /// Orders that are new.
+    pub flagged: i64,
+    /// The error of a row that could not be evaluated.
+    pub trouble: Option<Error>,
+}
+
+/// Rows of a slice that may fail; when more do, it is the policy that is wrong, not a row.
+const BAD_ROWS: usize = 20;
+
+/// The orders of the next slice. When they cannot be evaluated together they are one by one, and those that fail are
+/// noted: a bad row keeps no other from being flagged.
+fn page(plan: &Plan, after: Option<&Values>) -> Result<(flag::Page, Option<Error>)> {
+    let error = match subtransaction(|| flag::page(plan, after, SLICE)) {
+        Ok(page) => return Ok((page, None)),
+        Err(e) if e.is_cancel() || e.is_lock() => return Err(e),
+        Err(e) => e,
+    };
+    let (keys, next) = flag::page_of_keys(plan, after, SLICE)?;
+    let (mut facts, mut bad) = (Vec::new(), Vec::new());
+    for key in keys {
+        match subtransaction(|| flag::by_keys(plan, std::slice::from_ref(&key))) {
+            Ok(found) => facts.extend(found),
+            Err(e) if e.is_cancel() || e.is_lock() || bad.len() >= BAD_ROWS => return Err(e),
+            Err(_) => bad.push(key_text(&key)?),
+        }
+    }
+    as_extension(|| {
+        sql::execute(
+            "INSERT INTO amazon_pii.touched (policy, entry, row_key, error) SELECT $1, '', k, $3 FROM pg_catalog.unnest($2) AS k \
+             WHERE NOT EXISTS (SELECT FROM amazon_pii.touched t WHERE t.policy = $1 AND t.entry = '' AND t.row_key = k)",
+            &[
+                Arg::Text(Some(&plan.policy)),
+                Arg::texts(&bad),
+                Arg::Text(Some(&error.stored())),
+            ],
+        )
+    })?;
+    Ok((flag::Page { facts, next }, Some(error)))
+}
+
 /// Does the next slice of a pass that is due or under way; `None` when there is none. Returns how many orders are new.
 ///
 /// # Errors
 /// Errors of the server or of the owner's expressions; the pass goes on there with the next cycle.
-pub fn slice(plan: &Plan, clock: &Clock) -> Result<Option<i64>> {
+pub fn slice(plan: &Plan, clock: &Clock) -> Result<Option<Slice>> {
     let rows = as_extension(|| {
         sql::write(
             "SELECT COALESCE(sweep_started_at > swept_at, sweep_started_at IS NOT NULL), \
@@ -133,7 +96,7 @@ pub fn slice(plan: &Plan, clock: &Clock) -> Result<Option<i64>> {
         Some(text) if under_way => Some(key_parts(text)?),
         _ => None,
     };
-    let page = flag::page(plan, after.as_ref(), SLICE)?;
+    let (page, trouble) = page(plan, after.as_ref())?;
     let flagged = flag::upsert(plan, &page.facts, "sweep", false)?;
     let last = page.next.as_ref().map(|k| key_text(k)).transpose()?;
     let finished = last.is_none();
@@ -155,7 +118,7 @@ pub fn slice(plan: &Plan, clock: &Clock) -> Result<Option<i64>> {
         recheck(plan, row.bool(3)?, clock)?;
         trim()?;
     }
-    Ok(Some(flagged))
+    Ok(Some(Slice { flagged, trouble }))
 }
 
 /// Cycles of more than thirteen months ago are nobody's business any more.

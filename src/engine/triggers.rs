@@ -7,13 +7,13 @@ use super::flag;
 use super::guard;
 use super::plan::{Plan, Table};
 use super::rekey;
-use super::sweep;
+use super::touched;
 use super::walk::{self, key_text};
 use crate::domain::policy::WhenRetrieved;
 use crate::pg::catalog;
 use crate::pg::error::{Error, Result};
 use crate::pg::ident::{Ident, Relation};
-use crate::pg::identity::{Identity, act_as, as_extension};
+use crate::pg::identity::{self, Identity, act_as, as_extension};
 use crate::pg::invalidation;
 use crate::pg::sql::{self, Arg};
 use crate::pg::subxact::subtransaction;
@@ -210,9 +210,11 @@ pub fn cached(policy: &str) -> Result<Rc<Plan>> {
     if let Some(plan) = known {
         return Ok(plan);
     }
+    // Read before loading: what changes meanwhile makes the plan old at once.
+    invalidation::watch(std::iter::empty())?;
+    let generation = invalidation::generation();
     let plan = Rc::new(Plan::load(policy)?);
     invalidation::watch(plan.tables.iter().map(|t| t.relation.oid))?;
-    let generation = invalidation::generation();
     PLANS.with_borrow_mut(|plans| {
         plans.retain(|(g, p)| *g == generation && p.policy != policy);
         plans.push((generation, Rc::clone(&plan)));
@@ -234,6 +236,8 @@ pub fn changed(call: &TriggerCall) -> Result<()> {
             "a trigger of amazon_pii has other arguments than it was made with",
         ));
     };
+    // The user's statement waits for a row of ours for a moment only.
+    let _impatient = identity::impatient();
     let outcome = subtransaction(|| {
         let plan = cached(policy)?;
         let entry = plan
@@ -329,7 +333,7 @@ fn note(plan: &Plan, table: usize, call: &TriggerCall) -> Result<()> {
                 .iter()
                 .map(|r| Ok((0, r.texts(0..links.len())?)))
                 .collect::<Result<Vec<_>>>()?;
-            flag::linked_changed(plan, &sweep::orders_above(plan, index, starts)?)?;
+            flag::linked_changed(plan, &touched::orders_above(plan, index, starts)?)?;
         }
     }
     Ok(())
@@ -395,19 +399,25 @@ fn truncated(plan: &Plan) -> Result<()> {
     Ok(())
 }
 
-/// When flagging fails the statement goes through; what can be noted is, and the policy says what is wrong.
+/// When flagging fails the statement goes through: its rows are noted by their keys, and the next cycle has them. Only
+/// rows of our own are inserted, so that nobody waits for the user's transaction.
 fn remember(policy: &str, alias: &str, call: &TriggerCall, error: &Error) {
+    if subtransaction(|| note_keys(policy, alias, call, error)).is_ok() {
+        return;
+    }
+    // Not even the keys can be had: the next cycle looks at every order.
     let noted = subtransaction(|| {
         as_extension(|| {
             sql::execute(
-                "UPDATE amazon_pii.policy SET last_error = $2, swept_at = NULL WHERE policy = $1 \
-                 AND (last_error IS DISTINCT FROM $2 OR swept_at IS NOT NULL)",
-                &[Arg::Text(Some(policy)), Arg::Text(Some(&error.stored()))],
+                "INSERT INTO amazon_pii.touched (policy, entry, row_key, error) VALUES ($1, $2, NULL, $3)",
+                &[
+                    Arg::Text(Some(policy)),
+                    Arg::Text(Some(alias)),
+                    Arg::Text(Some(&error.stored())),
+                ],
             )
-        })?;
-        Ok(())
+        })
     });
-    let _ = subtransaction(|| flag_failed(policy, alias, call, error));
     if noted.is_err() {
         pgrx::warning!(
             "amazon_pii could not note that flagging failed for policy \"{policy}\"; the daily sweep finds the orders"
@@ -415,31 +425,51 @@ fn remember(policy: &str, alias: &str, call: &TriggerCall, error: &Error) {
     }
 }
 
-/// Flags the statement's orders as failed, by their keys alone.
-fn flag_failed(policy: &str, alias: &str, call: &TriggerCall, error: &Error) -> Result<()> {
-    if !alias.is_empty() || !matches!(call.event, Event::Insert | Event::Update) {
-        return Ok(());
-    }
+/// Notes the statement's rows; orders are flagged as failed where it was not just a lock that they have to wait for.
+fn note_keys(policy: &str, alias: &str, call: &TriggerCall, error: &Error) -> Result<()> {
+    let from = match call.event {
+        Event::Insert | Event::Update => "amazon_pii_new AS new_or_old",
+        Event::Delete => "amazon_pii_old AS new_or_old",
+        Event::Truncate => return Err(error.clone()),
+    };
     let plan = cached(policy)?;
-    let table = plan.orders();
-    let keys = transition_keys(&plan, table, call, "amazon_pii_new AS new_or_old", "true")?;
+    let entry = plan.entries.iter().find(|e| e.alias == *alias);
+    let table = &plan.tables[entry.ok_or_else(|| error.clone())?.table];
+    let keys = transition_keys(&plan, table, call, from, "true")?;
     as_extension(|| {
-        // The next cycle evaluates them again; those that are no Amazon orders are dropped by then.
+        if alias.is_empty() && !error.is_lock() && call.event != Event::Delete {
+            // The next cycle evaluates them again; those that are no Amazon orders are dropped by then.
+            sql::execute(
+                "INSERT INTO amazon_pii.order_state (policy, order_key, status, flagged_by, last_error) \
+                 SELECT $1, k, 'failed', 'failed', $3 FROM pg_catalog.unnest($2) AS k ON CONFLICT DO NOTHING",
+                &[
+                    Arg::Text(Some(policy)),
+                    Arg::texts(&keys),
+                    Arg::Text(Some(&error.stored())),
+                ],
+            )?;
+        }
         sql::execute(
-            "INSERT INTO amazon_pii.order_state (policy, order_key, status, flagged_by, last_error) \
-             SELECT $1, k, 'failed', 'failed', $3 FROM pg_catalog.unnest($2) AS k ON CONFLICT DO NOTHING",
+            "INSERT INTO amazon_pii.touched (policy, entry, row_key, error) SELECT $1, $2, k, $4 FROM pg_catalog.unnest($3) AS k",
             &[
                 Arg::Text(Some(policy)),
+                Arg::Text(Some(alias)),
                 Arg::texts(&keys),
-                Arg::Text(Some(&error.stored())),
+                Arg::Text((!error.is_lock()).then(|| error.stored()).as_deref()),
             ],
-        )?;
-        sql::execute(
-            "INSERT INTO amazon_pii.touched (policy, entry, row_key) SELECT $1, '', k FROM pg_catalog.unnest($2) AS k",
-            &[Arg::Text(Some(policy)), Arg::texts(&keys)],
         )
     })?;
     Ok(())
+}
+
+/// The key of the row that fired a row trigger, under the pinned settings, whatever the session's are.
+///
+/// # Errors
+/// A key column does not exist any more.
+pub fn call_key(plan: &Plan, table: &Table, call: &TriggerCall) -> Result<Vec<Option<String>>> {
+    act_as(Identity::Owner(table.owner), &plan.search_path, &[], || {
+        table.key.iter().map(|(name, _)| call.column(name.bare())).collect()
+    })
 }
 
 /// Logical replication applied a row: its key is noted, the next cycle does the rest.
@@ -457,11 +487,7 @@ pub fn applied(call: &TriggerCall) -> Result<()> {
         if !speaks_for(table, call)? {
             return Ok(());
         }
-        let key = table
-            .key
-            .iter()
-            .map(|(name, _)| call.column(name.bare()))
-            .collect::<Result<Vec<_>>>()?;
+        let key = call_key(&plan, table, call)?;
         as_extension(|| {
             sql::execute(
                 "INSERT INTO amazon_pii.touched (policy, entry, row_key) VALUES ($1, $2, $3)",

@@ -114,7 +114,9 @@ impl Archived {
         let text = self.text.as_deref()?;
         let mut versions = self.earlier.iter().map(String::as_str).chain(std::iter::once(text));
         let first = versions.next()?.to_owned();
-        Some(versions.fold(first, |older, newer| merge(newer, &older, marks).unwrap_or_else(|| newer.to_owned())))
+        Some(versions.fold(first, |older, newer| {
+            merge(newer, &older, marks).unwrap_or_else(|| newer.to_owned())
+        }))
     }
 }
 

@@ -81,6 +81,9 @@ pub fn act_as<T>(who: Identity, search_path: &str, extra: &[(&str, &str)], f: im
         for (name, value) in PINNED.iter().chain(extra) {
             set_local(name, value)?;
         }
+        if IMPATIENT.get() {
+            set_local("lock_timeout", "200ms")?;
+        }
         let value = f()?;
         // SAFETY: as above; `nest_level` is the level opened above.
         unsafe {
@@ -142,7 +145,23 @@ fn set_local(name: &str, value: &str) -> Result<()> {
     Ok(())
 }
 
+/// While it lives, switches wait for locks for a moment only: in a trigger the user's statement waits with them.
+#[must_use]
+pub struct Impatient(bool);
+
+/// Begins to be impatient; ends when dropped, on every way out of the block.
+pub fn impatient() -> Impatient {
+    Impatient(IMPATIENT.replace(true))
+}
+
+impl Drop for Impatient {
+    fn drop(&mut self) {
+        IMPATIENT.set(self.0);
+    }
+}
+
 thread_local! {
+    static IMPATIENT: Cell<bool> = const { Cell::new(false) };
     /// (extension, its owner): looked up once a backend, again after DROP and CREATE EXTENSION.
     static OWNER: Cell<(pg_sys::Oid, pg_sys::Oid)> = const { Cell::new((pg_sys::InvalidOid, pg_sys::InvalidOid)) };
 }
@@ -186,6 +205,12 @@ pub fn current_role() -> pg_sys::Oid {
 pub fn has_privileges(member: pg_sys::Oid, role: pg_sys::Oid) -> bool {
     // SAFETY: catalog lookup inside a transaction.
     unsafe { pg_sys::has_privs_of_role(member, role) }
+}
+
+/// Whether the current user is a superuser.
+pub fn is_superuser() -> bool {
+    // SAFETY: catalog lookup inside a transaction.
+    unsafe { pg_sys::superuser() }
 }
 
 /// Refuses unless the current user is a member of one of the named capability roles.

@@ -1,0 +1,194 @@
+//! Keys that triggers could only note: rows that logical replication applied, rows whose flagging failed or had to wait.
+//! One that still fails waits by itself.
+
+use super::flag;
+use super::plan::Plan;
+use super::sweep;
+use super::walk::{self, FIRST, Values, key_parts, key_text};
+use crate::domain::clock::backoff;
+use crate::pg::error::{Error, Result};
+use crate::pg::identity::as_extension;
+use crate::pg::sql::{self, Arg};
+use crate::pg::subxact::subtransaction;
+
+/// Notes in one step.
+const STEP: i64 = 2000;
+
+struct Note {
+    id: i64,
+    entry: String,
+    /// None: which rows it was could not even be noted.
+    key: Option<String>,
+    attempts: u32,
+}
+
+/// Flags what was noted. Returns how many orders are new, and the error of a note that still fails.
+///
+/// # Errors
+/// A cancel, or a lock that somebody's open transaction has: the notes stay then.
+pub fn settle(plan: &Plan) -> Result<(i64, Option<Error>)> {
+    let mut flagged = 0;
+    let mut trouble = None;
+    loop {
+        let notes = take(plan)?;
+        if notes.is_empty() {
+            return Ok((flagged, trouble));
+        }
+        if notes.iter().any(|n| n.key.is_none()) {
+            sweep::request(plan)?;
+        }
+        match subtransaction(|| evaluate(plan, &notes.iter().collect::<Vec<_>>())) {
+            Ok(new) => {
+                flagged += new;
+                forget(&notes.iter().collect::<Vec<_>>())?;
+            }
+            Err(e) if e.is_cancel() || e.is_lock() => return Err(e),
+            Err(_) => {
+                // One by one: a bad row keeps no other waiting.
+                for note in &notes {
+                    match subtransaction(|| evaluate(plan, &[note])) {
+                        Ok(new) => {
+                            flagged += new;
+                            forget(&[note])?;
+                        }
+                        Err(e) if e.is_cancel() || e.is_lock() => return Err(e),
+                        Err(e) => {
+                            postpone(plan, note, &e)?;
+                            trouble = Some(e);
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn take(plan: &Plan) -> Result<Vec<Note>> {
+    let rows = as_extension(|| {
+        sql::write(
+            "SELECT touched_id, entry, row_key, attempts FROM amazon_pii.touched WHERE policy = $1 \
+             AND next_attempt_at <= pg_catalog.now() ORDER BY touched_id LIMIT $2 FOR UPDATE SKIP LOCKED",
+            &[Arg::Text(Some(&plan.policy)), Arg::Int(STEP)],
+        )
+    })?;
+    rows.iter()
+        .map(|r| {
+            Ok(Note {
+                id: r.int(0)?,
+                entry: r.string(1)?,
+                key: r.owned(2)?,
+                attempts: u32::try_from(r.int(3)?).unwrap_or(u32::MAX),
+            })
+        })
+        .collect()
+}
+
+fn forget(notes: &[&Note]) -> Result<()> {
+    as_extension(|| {
+        sql::execute(
+            "DELETE FROM amazon_pii.touched WHERE touched_id = ANY ($1)",
+            &[Arg::Ints(notes.iter().map(|n| n.id).collect())],
+        )
+    })?;
+    Ok(())
+}
+
+fn postpone(plan: &Plan, note: &Note, error: &Error) -> Result<()> {
+    let wait = backoff(note.attempts + 1).num_seconds();
+    as_extension(|| {
+        sql::execute(
+            "UPDATE amazon_pii.touched SET attempts = attempts + 1, error = $2, \
+                next_attempt_at = pg_catalog.now() + pg_catalog.make_interval(secs => $3::float8) WHERE touched_id = $1",
+            &[Arg::Int(note.id), Arg::Text(Some(&error.stored())), Arg::Int(wait)],
+        )?;
+        if !note.entry.is_empty() {
+            return Ok(());
+        }
+        sql::execute(
+            "INSERT INTO amazon_pii.order_state AS o (policy, order_key, status, flagged_by, last_error, attempts, next_attempt_at) \
+             SELECT $1, $2, 'failed', 'failed', $3, $5, pg_catalog.now() + pg_catalog.make_interval(secs => $4::float8) \
+             WHERE $2::text IS NOT NULL ON CONFLICT (policy, order_key) DO UPDATE SET last_error = EXCLUDED.last_error, \
+                attempts = EXCLUDED.attempts, next_attempt_at = EXCLUDED.next_attempt_at WHERE o.flagged_by = 'failed'",
+            &[
+                Arg::Text(Some(&plan.policy)),
+                Arg::Text(note.key.as_deref()),
+                Arg::Text(Some(&error.stored())),
+                Arg::Int(wait),
+                Arg::Int(i64::from(note.attempts) + 1),
+            ],
+        )?;
+        Ok(())
+    })
+}
+
+/// Evaluates the rows of some notes, by every entry that reaches their table.
+fn evaluate(plan: &Plan, notes: &[&Note]) -> Result<i64> {
+    let mut flagged = 0;
+    for (index, table) in plan.tables.iter().enumerate() {
+        let mut keys: Vec<Values> = Vec::new();
+        for note in notes {
+            let noted = plan.entries.iter().find(|e| e.alias == note.entry).map(|e| e.table);
+            if let (Some(key), true) = (&note.key, noted == Some(index)) {
+                keys.push(key_parts(key)?);
+            }
+        }
+        if keys.is_empty() {
+            continue;
+        }
+        if index == 0 {
+            let facts = flag::by_keys(plan, &keys)?;
+            settle_failed(plan, &keys, &facts)?;
+            flagged += flag::upsert(plan, &facts, "import", true)?;
+            flag::look_again(plan, &keys.iter().map(|k| key_text(k)).collect::<Result<Vec<_>>>()?)?;
+        }
+        for (at, entry) in plan
+            .entries
+            .iter()
+            .enumerate()
+            .filter(|(_, e)| e.table == index && e.parent.is_some())
+        {
+            let links = walk::select_all(&entry.on_child);
+            let starts = walk::by_key(plan, table, &keys, &links)?
+                .into_iter()
+                .map(|f| Ok((f.input, f.row.texts(FIRST..FIRST + links.len())?)))
+                .collect::<Result<Vec<_>>>()?;
+            flag::linked_changed(plan, &orders_above(plan, at, starts)?)?;
+        }
+    }
+    Ok(flagged)
+}
+
+/// Rows that could not be evaluated at import were flagged as failed by their key: now it is known which are orders of
+/// Amazon's, and the others are dropped.
+fn settle_failed(plan: &Plan, keys: &[Values], facts: &[flag::OrderFact]) -> Result<()> {
+    let all = keys.iter().map(|k| key_text(k)).collect::<Result<Vec<_>>>()?;
+    let known: Vec<&str> = facts.iter().map(|f| f.key_text.as_str()).collect();
+    as_extension(|| {
+        sql::execute(
+            "DELETE FROM amazon_pii.order_state WHERE policy = $1 AND order_key = ANY ($2) AND status = 'failed' \
+             AND flagged_by = 'failed' AND order_key <> ALL ($3)",
+            &[Arg::Text(Some(&plan.policy)), Arg::texts(&all), Arg::texts(&known)],
+        )?;
+        sql::execute(
+            "UPDATE amazon_pii.order_state SET status = 'flagged', flagged_by = 'import', last_error = NULL, attempts = 0, \
+                next_attempt_at = NULL WHERE policy = $1 AND order_key = ANY ($2) AND status = 'failed' AND flagged_by = 'failed'",
+            &[Arg::Text(Some(&plan.policy)), Arg::texts(&known)],
+        )
+    })?;
+    Ok(())
+}
+
+/// The keys of the orders that rows of a linked entry belong to.
+///
+/// # Errors
+/// As [`walk::up`].
+pub fn orders_above(plan: &Plan, entry: usize, links: Vec<(usize, Values)>) -> Result<Vec<Values>> {
+    let select = plan.orders().key_list();
+    let mut orders = walk::up(plan, entry, links, &select, None)?
+        .into_iter()
+        .map(|f| f.row.texts(FIRST..FIRST + select.len()))
+        .collect::<Result<Vec<_>>>()?;
+    orders.sort();
+    orders.dedup();
+    Ok(orders)
+}
