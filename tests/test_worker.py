@@ -270,7 +270,8 @@ def test_launcher_that_was_terminated_comes_back(preloaded):
 
 
 def test_worker_goes_on_after_a_crash_of_the_server():
-    server = prepared(conf=["amazon_pii.naptime = '1s'"])
+    # Without synchronous commits the crash may take the dispatch along that the worker is to find.
+    server = prepared(conf=["amazon_pii.naptime = '1s'", "synchronous_commit = on"])
     try:
         db = new_database(server, "template0")
         add_extension(server, db.name)

@@ -10,6 +10,9 @@ export!(take_turn_wrapper, pg_finfo_take_turn_wrapper, take_turn);
 export!(run_cycle_wrapper, pg_finfo_run_cycle_wrapper, run_cycle);
 
 fn take_turn(call: Call) -> Result<pg_sys::Datum> {
+    if !is_superuser() {
+        return Err(Error::privilege("must be superuser to take the turn of a policy"));
+    }
     let policy = call
         .text(0)
         .ok_or_else(|| Error::invalid("the policy must not be null"))?;
