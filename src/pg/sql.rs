@@ -161,7 +161,7 @@ pub fn write(query: &str, args: &[Arg<'_>]) -> Result<Vec<Row>> {
     run(query, args, Want::Text, None).map(|r| r.1)
 }
 
-/// Like [`write`], returning the number of rows that were processed.
+/// Like [`write()`], returning the number of rows that were processed.
 ///
 /// # Errors
 /// As [`read`].
@@ -169,7 +169,7 @@ pub fn execute(query: &str, args: &[Arg<'_>]) -> Result<u64> {
     run(query, args, Want::Text, None).map(|r| r.0)
 }
 
-/// Like [`write`], with columns of type bytea as bytes.
+/// Like [`write()`], with columns of type bytea as bytes.
 ///
 /// # Errors
 /// As [`read`].
