@@ -1,6 +1,7 @@
 use pgrx::prelude::*;
 
 use crate::engine::access::{self, Restored, Target};
+use crate::engine::find;
 use crate::pg::error::{Error, Result, or_raise};
 use crate::pg::xact;
 
@@ -105,7 +106,7 @@ fn find_orders(
         name!(matched_by, String),
     ),
 > {
-    let hits = or_raise(access::find_orders(search));
+    let hits = or_raise(find::find_orders(search));
     TableIterator::new(
         hits.into_iter()
             .map(|h| (h.policy, h.order_key, h.order_number, h.status, h.matched_by)),

@@ -1,6 +1,6 @@
 use pgrx::pg_sys;
 
-use crate::engine::{guard, triggers};
+use crate::engine::{guard, trigger_ddl, triggers};
 use crate::pg::call::{Call, export};
 use crate::pg::error::Result;
 use crate::pg::trigger::TriggerCall;
@@ -28,6 +28,6 @@ fn on_ignore(call: Call) -> Result<pg_sys::Datum> {
 }
 
 fn on_ddl(_call: Call) -> Result<pg_sys::Datum> {
-    triggers::structure_changed()?;
+    trigger_ddl::structure_changed()?;
     Ok(NOTHING)
 }

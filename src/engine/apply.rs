@@ -5,7 +5,7 @@ use pgrx::pg_sys;
 use super::audit::{self, AuditEntry};
 use super::check::{self, Problem, Severity};
 use super::plan::{Plan, require_ownership};
-use super::{state, sweep, triggers, vault};
+use super::{state, sweep, trigger_ddl, vault};
 use crate::domain::policy::{Policy, QualifiedName};
 use crate::pg::error::{Error, Result};
 use crate::pg::identity::{as_extension, require_role, session_user};
@@ -128,8 +128,8 @@ pub fn apply(document: &str) -> Result<String> {
     }
     vault::create(&plan.archive_schema)?;
     let (version, changed) = store(&plan, document)?;
-    triggers::drop_all(&plan.policy)?;
-    triggers::ensure(&plan)?;
+    trigger_ddl::drop_all(&plan.policy)?;
+    trigger_ddl::ensure(&plan)?;
     audit::insert(&[AuditEntry {
         policy: Some(plan.policy.clone()),
         policy_version: Some(version),
@@ -302,7 +302,7 @@ pub fn drop(policy: &str) -> Result<()> {
         known.first().map(|r| r.int(0)).transpose()
     })?;
     let version = known.ok_or_else(|| missing(policy))?;
-    triggers::drop_all(policy)?;
+    trigger_ddl::drop_all(policy)?;
     audit::insert(&[AuditEntry {
         policy: Some(policy.to_owned()),
         policy_version: Some(version),

@@ -17,7 +17,7 @@ use super::rekey;
 use super::state;
 use super::sweep;
 use super::touched;
-use super::triggers;
+use super::trigger_ddl;
 use crate::domain::clock::horizons;
 use crate::domain::vault::MasterKeys;
 use crate::pg::error::{Error, Result};
@@ -189,7 +189,7 @@ impl Run<'_> {
     /// New partitions, keys that triggers could only note, and the sweep when it is due. What fails here is told, and
     /// keeps nothing that is due from being done.
     fn flag(&mut self, sweep: bool) -> Result<()> {
-        self.step(|run| triggers::ensure(run.plan))?;
+        self.step(|run| trigger_ddl::ensure(run.plan))?;
         self.step(|run| {
             let (flagged, trouble) = touched::settle(run.plan)?;
             run.counts.flagged += flagged;

@@ -1,5 +1,12 @@
 //! The archive: sealed documents and wrapped data keys, in a schema that is no member of the extension.
 
+mod reseal;
+mod schema;
+
+pub use reseal::{Renames, reseal};
+pub use schema::create;
+use schema::refuse_foreign_hands;
+
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::rc::Rc;
 
@@ -10,91 +17,6 @@ use crate::pg::error::{Error, Result};
 use crate::pg::ident::Ident;
 use crate::pg::identity::as_extension;
 use crate::pg::sql::{self, Arg, Row};
-
-/// Creates schema and tables if they are not there; found again after DROP and CREATE EXTENSION.
-///
-/// # Errors
-/// A schema of that name that belongs to somebody else, or that holds other tables under our names.
-pub fn create(schema: &Ident) -> Result<()> {
-    as_extension(|| {
-        refuse_foreign_hands(schema)?;
-        let known = sql::read(
-            "SELECT true FROM pg_catalog.pg_namespace n WHERE n.nspname = $1",
-            &[Arg::Text(Some(schema.bare()))],
-        )?;
-        match known.first() {
-            Some(_) => {}
-            None => {
-                sql::execute(&format!("CREATE SCHEMA {schema}"), &[])?;
-                sql::execute(&format!("REVOKE ALL ON SCHEMA {schema} FROM PUBLIC"), &[])?;
-            }
-        }
-        sql::execute(
-            &format!(
-                "CREATE TABLE IF NOT EXISTS {schema}.document (policy text NOT NULL, order_key text NOT NULL, \
-                 table_name text NOT NULL, record_key text NOT NULL, version bigint NOT NULL, sealed bytea NOT NULL, \
-                 key_id text NOT NULL, archived_at timestamptz NOT NULL DEFAULT pg_catalog.now(), \
-                 PRIMARY KEY (policy, order_key, table_name, record_key, version))"
-            ),
-            &[],
-        )?;
-        sql::execute(
-            &format!(
-                "CREATE TABLE IF NOT EXISTS {schema}.data_key (policy text NOT NULL, order_key text NOT NULL, \
-                 key_id text NOT NULL, wrapped bytea NOT NULL, master_key_id text NOT NULL, \
-                 created_at timestamptz NOT NULL DEFAULT pg_catalog.now(), PRIMARY KEY (policy, order_key, key_id))"
-            ),
-            &[],
-        )?;
-        // Ciphertext does not compress; trying costs time.
-        sql::execute(
-            &format!("ALTER TABLE {schema}.document ALTER COLUMN sealed SET STORAGE EXTERNAL"),
-            &[],
-        )?;
-        sql::execute(
-            &format!("REVOKE ALL ON {schema}.document, {schema}.data_key FROM PUBLIC"),
-            &[],
-        )?;
-        sql::execute(
-            &format!(
-                "COMMENT ON TABLE {schema}.document IS 'Sealed personal data of Amazon orders, one row a version of a record'"
-            ),
-            &[],
-        )?;
-        sql::execute(
-            &format!(
-                "COMMENT ON TABLE {schema}.data_key IS 'The data keys of the documents, wrapped by the master key'"
-            ),
-            &[],
-        )?;
-        Ok(())
-    })
-}
-
-/// Refuses a schema, or tables under our names in it, that anybody but the extension's owner or a superuser owns: what
-/// they would find there they could read, and their triggers would run as the extension's owner.
-fn refuse_foreign_hands(schema: &Ident) -> Result<()> {
-    let name = schema.bare();
-    if name.starts_with("pg_") || ["amazon_pii", "information_schema", "public"].contains(&name) {
-        return Err(Error::invalid(format!("the archive cannot lie in schema {schema}"))
-            .hint("Name a schema of its own in \"archive\"; it is created for you."));
-    }
-    let foreign = sql::read(
-        "SELECT o.owner FROM (SELECT n.nspowner FROM pg_catalog.pg_namespace n WHERE n.nspname = $1 \
-            UNION ALL SELECT c.relowner FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
-            WHERE n.nspname = $1 AND c.relname IN ('document', 'data_key')) AS o (owner), pg_catalog.pg_extension e \
-         WHERE e.extname = 'amazon_pii' AND o.owner <> e.extowner \
-           AND NOT (SELECT r.rolsuper FROM pg_catalog.pg_roles r WHERE r.oid = o.owner) LIMIT 1",
-        &[Arg::Text(Some(name))],
-    )?;
-    if foreign.is_empty() {
-        return Ok(());
-    }
-    Err(
-        Error::privilege(format!("schema {schema} for the archive belongs to another role"))
-            .hint("Name another schema in \"archive\"; it is created for you."),
-    )
-}
 
 /// A record's place in the archive.
 pub type Place = (String, String);
@@ -399,102 +321,4 @@ fn next_generation(schema: &Ident, policy: &str, order: &str, known: &HashMap<St
         )
     })?;
     rows.first().ok_or_else(|| Error::internal("no row"))?.string(0)
-}
-
-/// Keys that changed: of the order itself, and of a record (table, old, new).
-pub struct Renames<'a> {
-    pub order: Option<(&'a str, &'a str)>,
-    pub record: Option<(&'a str, &'a str, &'a str)>,
-}
-
-/// Seals the documents of one order anew under the keys that its rows have now, and removes them under the old ones.
-/// Versions are kept as they are.
-///
-/// # Errors
-/// A document cannot be opened, so it cannot be moved: nothing is removed then.
-pub fn reseal(schema: &Ident, keys: &MasterKeys, policy: &str, order: &str, renames: &Renames<'_>) -> Result<()> {
-    let archive = open_versions(schema, keys, policy, order)?;
-    let moved: Vec<NewDocument> = archive
-        .into_iter()
-        .filter(|d| {
-            renames.order.is_some()
-                || renames
-                    .record
-                    .is_some_and(|(t, old, _)| d.table == t && d.record_key == old)
-        })
-        .map(|d| NewDocument {
-            order_key: renames.order.map_or(d.order_key, |(_, new)| new.to_owned()),
-            record_key: match renames.record {
-                Some((t, old, new)) if d.table == t && d.record_key == old => new.to_owned(),
-                _ => d.record_key,
-            },
-            ..d
-        })
-        .collect();
-    if moved.is_empty() {
-        return Ok(());
-    }
-    as_extension(|| {
-        match renames.record.filter(|_| renames.order.is_none()) {
-            None => {
-                for table in [Ident::new("document"), Ident::new("data_key")] {
-                    sql::execute(
-                        &format!("DELETE FROM {schema}.{table} WHERE policy = $1 AND order_key = $2"),
-                        &[Arg::Text(Some(policy)), Arg::Text(Some(order))],
-                    )?;
-                }
-            }
-            Some((table, old, _)) => {
-                sql::execute(
-                    &format!(
-                        "DELETE FROM {schema}.document WHERE policy = $1 AND order_key = $2 AND table_name = $3 AND record_key = $4"
-                    ),
-                    &[
-                        Arg::Text(Some(policy)),
-                        Arg::Text(Some(order)),
-                        Arg::Text(Some(table)),
-                        Arg::Text(Some(old)),
-                    ],
-                )?;
-            }
-        }
-        Ok(())
-    })?;
-    let target = moved.first().map(|d| d.order_key.clone()).unwrap_or_default();
-    let known = open(schema, keys, policy, &[target])?;
-    store(schema, keys, policy, &known, &moved)
-}
-
-/// Every version of every document of one order, opened.
-fn open_versions(schema: &Ident, keys: &MasterKeys, policy: &str, order: &str) -> Result<Vec<NewDocument>> {
-    let (wrapped, documents) = read(schema, policy, &[order.to_owned()])?;
-    let (data_keys, _) = unwrap(keys, policy, &wrapped)?;
-    documents
-        .iter()
-        .map(|row| {
-            let (table, record_key, version, key_id) = (row.string(1)?, row.string(2)?, row.int(3)?, row.string(5)?);
-            let binding = Binding {
-                policy,
-                order_key: order,
-                table: &table,
-                record_key: &record_key,
-                version,
-                key_id: &key_id,
-            };
-            let document = data_keys
-                .get(&(order.to_owned(), key_id.clone()))
-                .and_then(|key| key.open(&binding, row.bytes(4).ok()?).ok())
-                .and_then(|plain| Document::decode(&plain).ok())
-                .ok_or_else(|| {
-                    Error::damaged(format!("an archived document of a record of {table} cannot be opened"))
-                })?;
-            Ok(NewDocument {
-                order_key: order.to_owned(),
-                table,
-                record_key,
-                version,
-                document,
-            })
-        })
-        .collect()
 }

@@ -1,0 +1,261 @@
+//! Writing archived values back.
+
+use super::{Order, follow_keys};
+use crate::domain::treatment::Outcome;
+use crate::engine::former::Former;
+use crate::engine::gather::{LiveCell, LiveRecord};
+use crate::engine::overwrite::{self, CellWrite, NewValue, RowWrite};
+use crate::engine::plan::{Plan, Table};
+use crate::engine::vault::{self, Newest};
+use crate::engine::walk::{FIRST, by_key, key_parts};
+use crate::pg::error::{Error, Result};
+use crate::pg::ident::Ident;
+use crate::pg::identity::as_extension;
+use crate::pg::sql::{self, Arg};
+use crate::pg::{keys, xact};
+
+/// What came of one table of one order.
+pub struct Restored {
+    pub order_key: String,
+    pub table: String,
+    pub records: i64,
+    pub cells: i64,
+    /// Cells that did not come back, because they no longer hold what redaction put there, or their row is gone.
+    pub kept: i64,
+}
+
+/// Writes archived values back wherever a cell still holds what redaction put there.
+pub(super) fn write_back(plan: &Plan, orders: &[Order], number: &str) -> Result<Vec<Restored>> {
+    // The caller's pending deferred triggers fire now, as the caller.
+    xact::fire_deferred()?;
+    let master = keys::master_keys()?;
+    follow_keys(plan, &master, orders)?;
+    let order_keys: Vec<String> = orders.iter().map(|o| o.key.clone()).collect();
+    let archive = vault::open(&plan.archive_schema, &master, &plan.policy, &order_keys)?;
+    let mut out = Vec::new();
+    for order in orders {
+        let Some(archive) = archive.get(&order.key) else {
+            continue;
+        };
+        if archive.is_empty() && archive.keyless {
+            return Err(Error::purged(number));
+        }
+        if archive.records.values().any(|n| n.damaged) {
+            return Err(
+                Error::damaged(format!("an archived document of order \"{number}\" cannot be opened"))
+                    .hint("Nothing was written. Restore the archive's row from a backup."),
+            );
+        }
+        let mut places: Vec<(&vault::Place, &Newest)> = archive.records.iter().collect();
+        places.sort_by_key(|(place, _)| (*place).clone());
+        for (index, table) in plan.tables.iter().enumerate() {
+            let shown = table.archived_as.clone();
+            let mine: Vec<(&str, &Newest)> = places
+                .iter()
+                .filter(|(p, _)| p.0 == shown)
+                .map(|(p, n)| (p.1.as_str(), *n))
+                .collect();
+            if !mine.is_empty() {
+                out.push(restore_table(plan, index, table, order, &mine)?);
+            }
+        }
+        // A table that left the policy keeps its documents; they are not lost, but not written either.
+        for (place, newest) in places
+            .iter()
+            .filter(|(p, _)| plan.tables.iter().all(|t| t.archived_as != p.0))
+        {
+            out.push(Restored {
+                order_key: order.key.clone(),
+                table: place.0.clone(),
+                records: 0,
+                cells: 0,
+                kept: newest.cells.len() as i64,
+            });
+        }
+    }
+    Ok(out)
+}
+
+fn restore_table(
+    plan: &Plan,
+    index: usize,
+    table: &Table,
+    order: &Order,
+    archived: &[(&str, &Newest)],
+) -> Result<Restored> {
+    let version = order.redacted_version;
+    let former = &(Former::load(plan, std::iter::once(version))?, version);
+    let live = live(
+        plan,
+        index,
+        table,
+        &archived.iter().map(|(k, _)| *k).collect::<Vec<_>>(),
+    )?;
+    let mut restored = Restored {
+        order_key: order.key.clone(),
+        table: table.archived_as.clone(),
+        records: 0,
+        cells: 0,
+        kept: 0,
+    };
+    let mut rows = Vec::new();
+    let mut missing = Vec::new();
+    let mut keys = Vec::new();
+    for ((key, newest), live) in archived.iter().zip(&live) {
+        match live {
+            None if table.delete => {
+                let values: Vec<(Ident, Option<String>)> = newest
+                    .cells
+                    .iter()
+                    .map(|(c, a)| (Ident::new(c.clone()), a.text.clone()))
+                    .collect();
+                restored.cells += values.len() as i64;
+                missing.push(values);
+                keys.push(*key);
+            }
+            None => restored.kept += newest.cells.len() as i64,
+            Some(record) => {
+                let (row, kept) = restored_row(plan, former, table, record, newest)?;
+                restored.kept += kept;
+                let cells = row
+                    .cells
+                    .iter()
+                    .filter(|c| matches!(c, CellWrite::Write { .. }))
+                    .count();
+                if cells > 0 {
+                    restored.cells += cells as i64;
+                    rows.push(row);
+                    keys.push(*key);
+                }
+            }
+        }
+    }
+    restored.records = keys.len() as i64;
+    overwrite::insert(plan, table, &missing)?;
+    overwrite::update(plan, table, &rows)?;
+    as_extension(|| {
+        sql::execute(
+            "UPDATE amazon_pii.record_state SET status = 'retrieved', changed_at = pg_catalog.now() \
+             WHERE policy = $1 AND order_key = $2 AND table_name = $3 AND record_key = ANY ($4)",
+            &[
+                Arg::Text(Some(&plan.policy)),
+                Arg::Text(Some(&order.key)),
+                Arg::Text(Some(&restored.table)),
+                Arg::texts(&keys),
+            ],
+        )
+    })?;
+    Ok(restored)
+}
+
+/// The rows of a table as they are now, by their stored keys.
+fn live(plan: &Plan, index: usize, table: &Table, stored: &[&str]) -> Result<Vec<Option<LiveRecord>>> {
+    let inputs = stored.iter().map(|k| key_parts(k)).collect::<Result<Vec<_>>>()?;
+    let mut select: Vec<String> = table.cells.iter().map(|c| c.read(&c.name)).collect();
+    let plain = select.len();
+    for cell in &table.cells {
+        select.push(cell.expression.as_ref().map_or_else(
+            || "NULL".to_owned(),
+            |e| cell.read(format!("CAST({e} AS {})", cell.type_shown)),
+        ));
+    }
+    let mut out: Vec<Option<LiveRecord>> = stored.iter().map(|_| None).collect();
+    for found in by_key(plan, table, &inputs, &select)? {
+        let cells = (0..plain)
+            .map(|i| {
+                Ok(Some(LiveCell {
+                    value: found.row.owned(FIRST + i)?,
+                    computed: found.row.owned(FIRST + plain + i)?,
+                }))
+            })
+            .collect::<Result<Vec<_>>>()?;
+        out[found.input] = Some(LiveRecord {
+            order: 0,
+            table: index,
+            entry: 0,
+            key: inputs[found.input].clone(),
+            key_text: stored[found.input].to_owned(),
+            cells,
+            not_before: None,
+            stored: true,
+            untouched: false,
+        });
+    }
+    Ok(out)
+}
+
+/// What to write into one row, and how many archived cells stay out because the live cell is not what redaction left.
+fn restored_row(
+    plan: &Plan,
+    former: &(Former, Option<i64>),
+    table: &Table,
+    record: &LiveRecord,
+    newest: &Newest,
+) -> Result<(RowWrite, i64)> {
+    let marks = marks(plan);
+    let key: Vec<String> = record.key.iter().flatten().cloned().collect();
+    let mut cells = vec![CellWrite::Leave; table.cells.len()];
+    let mut written = 0;
+    for (i, column) in table.cells.iter().enumerate() {
+        let Some(archived) = newest.cells.get(column.name.bare()) else {
+            continue;
+        };
+        let Some(live) = record.cells[i].as_ref() else { continue };
+        let whole = archived.whole(&marks);
+        if live.value == archived.text || live.value == whole {
+            // Never overwritten, or already back.
+            written += 1;
+            continue;
+        }
+        let left = match &column.treatment {
+            None => false,
+            Some(treatment) => {
+                let outcome = treatment.apply(archived.text.as_deref(), &key).map_err(|e| {
+                    Error::unsupported(format!(
+                        "column \"{}\" of {}: {e}",
+                        column.name.bare(),
+                        table.relation.shown()
+                    ))
+                })?;
+                match outcome {
+                    Outcome::Text(text) => live.value.as_deref().is_some_and(|v| same(v, &text, column.padded)),
+                    Outcome::Null => live.value.is_none(),
+                    Outcome::Sql => live.value == live.computed,
+                    Outcome::Keep => false,
+                }
+            }
+        };
+        if left || former.0.left(plan, former.1, record, i, archived) {
+            written += 1;
+            let new = whole.map_or(NewValue::Null, NewValue::Text);
+            cells[i] = CellWrite::Write {
+                expected: live.value.clone(),
+                new,
+            };
+        }
+    }
+    Ok((
+        RowWrite {
+            key: record.key.clone(),
+            cells,
+        },
+        newest.cells.len() as i64 - written,
+    ))
+}
+
+/// What stands in place of personal text.
+pub(super) fn marks(plan: &Plan) -> Vec<&str> {
+    let others = plan.document.also_redacted.iter().map(String::as_str);
+    std::iter::once(plan.document.placeholder.as_str())
+        .chain(others)
+        .collect()
+}
+
+/// Equal but for the blanks that char(n) adds.
+fn same(live: &str, wanted: &str, padded: bool) -> bool {
+    if padded {
+        live.trim_end_matches(' ') == wanted.trim_end_matches(' ')
+    } else {
+        live == wanted
+    }
+}

@@ -1,0 +1,91 @@
+//! Where the archive lies.
+
+use crate::pg::error::{Error, Result};
+use crate::pg::ident::Ident;
+use crate::pg::identity::as_extension;
+use crate::pg::sql::{self, Arg};
+
+/// Creates schema and tables if they are not there; found again after DROP and CREATE EXTENSION.
+///
+/// # Errors
+/// A schema of that name that belongs to somebody else, or that holds other tables under our names.
+pub fn create(schema: &Ident) -> Result<()> {
+    as_extension(|| {
+        refuse_foreign_hands(schema)?;
+        let known = sql::read(
+            "SELECT true FROM pg_catalog.pg_namespace n WHERE n.nspname = $1",
+            &[Arg::Text(Some(schema.bare()))],
+        )?;
+        match known.first() {
+            Some(_) => {}
+            None => {
+                sql::execute(&format!("CREATE SCHEMA {schema}"), &[])?;
+                sql::execute(&format!("REVOKE ALL ON SCHEMA {schema} FROM PUBLIC"), &[])?;
+            }
+        }
+        sql::execute(
+            &format!(
+                "CREATE TABLE IF NOT EXISTS {schema}.document (policy text NOT NULL, order_key text NOT NULL, \
+                 table_name text NOT NULL, record_key text NOT NULL, version bigint NOT NULL, sealed bytea NOT NULL, \
+                 key_id text NOT NULL, archived_at timestamptz NOT NULL DEFAULT pg_catalog.now(), \
+                 PRIMARY KEY (policy, order_key, table_name, record_key, version))"
+            ),
+            &[],
+        )?;
+        sql::execute(
+            &format!(
+                "CREATE TABLE IF NOT EXISTS {schema}.data_key (policy text NOT NULL, order_key text NOT NULL, \
+                 key_id text NOT NULL, wrapped bytea NOT NULL, master_key_id text NOT NULL, \
+                 created_at timestamptz NOT NULL DEFAULT pg_catalog.now(), PRIMARY KEY (policy, order_key, key_id))"
+            ),
+            &[],
+        )?;
+        // Ciphertext does not compress; trying costs time.
+        sql::execute(
+            &format!("ALTER TABLE {schema}.document ALTER COLUMN sealed SET STORAGE EXTERNAL"),
+            &[],
+        )?;
+        sql::execute(
+            &format!("REVOKE ALL ON {schema}.document, {schema}.data_key FROM PUBLIC"),
+            &[],
+        )?;
+        sql::execute(
+            &format!(
+                "COMMENT ON TABLE {schema}.document IS 'Sealed personal data of Amazon orders, one row a version of a record'"
+            ),
+            &[],
+        )?;
+        sql::execute(
+            &format!(
+                "COMMENT ON TABLE {schema}.data_key IS 'The data keys of the documents, wrapped by the master key'"
+            ),
+            &[],
+        )?;
+        Ok(())
+    })
+}
+
+/// Refuses a schema, or tables under our names in it, that anybody but the extension's owner or a superuser owns: what
+/// they would find there they could read, and their triggers would run as the extension's owner.
+pub(super) fn refuse_foreign_hands(schema: &Ident) -> Result<()> {
+    let name = schema.bare();
+    if name.starts_with("pg_") || ["amazon_pii", "information_schema", "public"].contains(&name) {
+        return Err(Error::invalid(format!("the archive cannot lie in schema {schema}"))
+            .hint("Name a schema of its own in \"archive\"; it is created for you."));
+    }
+    let foreign = sql::read(
+        "SELECT o.owner FROM (SELECT n.nspowner FROM pg_catalog.pg_namespace n WHERE n.nspname = $1 \
+            UNION ALL SELECT c.relowner FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
+            WHERE n.nspname = $1 AND c.relname IN ('document', 'data_key')) AS o (owner), pg_catalog.pg_extension e \
+         WHERE e.extname = 'amazon_pii' AND o.owner <> e.extowner \
+           AND NOT (SELECT r.rolsuper FROM pg_catalog.pg_roles r WHERE r.oid = o.owner) LIMIT 1",
+        &[Arg::Text(Some(name))],
+    )?;
+    if foreign.is_empty() {
+        return Ok(());
+    }
+    Err(
+        Error::privilege(format!("schema {schema} for the archive belongs to another role"))
+            .hint("Name another schema in \"archive\"; it is created for you."),
+    )
+}
