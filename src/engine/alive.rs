@@ -5,7 +5,7 @@ use super::due::{Clock, REDACT_DUE};
 use super::plan::Plan;
 use super::walk::{self, FIRST, Values, by_key, key_text, up};
 use crate::pg::error::{Error, Result};
-use crate::pg::identity::as_extension;
+use crate::pg::identity::{as_extension, on_keys};
 use crate::pg::sql::{self, Arg};
 
 /// Users of a row that are looked at before all of them are.
@@ -109,7 +109,7 @@ fn alive(
         return Ok(Vec::new());
     }
     let keys: Vec<&str> = users.iter().map(|u| u.1.as_str()).collect();
-    let rows = as_extension(|| {
+    let rows = on_keys(|| {
         sql::read(
             &format!(
                 "SELECT u.i FROM pg_catalog.unnest($5) WITH ORDINALITY AS u (k, i) \

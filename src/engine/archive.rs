@@ -19,6 +19,8 @@ use crate::pg::error::Result;
 pub struct Archived {
     /// Orders whose copy is complete now.
     pub orders: i64,
+    /// How much text the batch holds.
+    pub bytes: usize,
 }
 
 /// Archives every cell of the batch that holds PII and that the archive does not hold as it is.
@@ -67,6 +69,7 @@ pub fn batch(plan: &Plan, keys: &MasterKeys, batch: &[Due]) -> Result<Archived> 
     settle_gone(plan, &gone)?;
     Ok(Archived {
         orders: new.len() as i64,
+        bytes: live.bytes(),
     })
 }
 

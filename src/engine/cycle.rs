@@ -27,6 +27,12 @@ use crate::pg::subxact::subtransaction;
 use crate::pg::xact::{self, Boundary};
 use crate::pg::{guc, keys};
 
+/// A batch of which nothing is known yet may hold scanned invoices.
+const FIRST_BATCH: i64 = 16;
+
+/// Text in one batch above which the next one is smaller; a batch needs several times as much memory.
+const MUCH_TEXT: usize = 16 * 1024 * 1024;
+
 /// How often a long run says how far it is.
 const TELL_EVERY: Duration = Duration::from_secs(10);
 
@@ -128,6 +134,8 @@ struct Run<'a> {
     counts: Counts,
     /// Of its row in `run`, once it has one.
     id: Option<i64>,
+    /// Orders in the next batch: few at first, and fewer where they hold much.
+    limit: i64,
     /// What went wrong with flagging.
     trouble: Option<Error>,
     /// When the caller was last told how far it is.
@@ -160,6 +168,7 @@ fn run_policy(policy: &str, sweep: bool, boundary: Boundary) -> Result<Counts> {
         boundary,
         counts: Counts::default(),
         id: None,
+        limit: FIRST_BATCH,
         trouble: None,
         told: Instant::now(),
         set_back: HashSet::new(),
@@ -237,7 +246,7 @@ impl Run<'_> {
     /// One batch; false when nothing is due any more.
     fn batch(&mut self) -> Result<bool> {
         take_turn(&self.plan.policy)?;
-        let batch = due::take(self.plan, &self.clock, guc::batch_size())?;
+        let batch = due::take(self.plan, &self.clock, self.limit.min(guc::batch_size()))?;
         if batch.is_empty() {
             self.boundary.commit()?;
             return Ok(false);
@@ -245,8 +254,10 @@ impl Run<'_> {
         self.start()?;
         let (copy, ready): (Vec<Due>, Vec<Due>) = batch.into_iter().partition(Due::needs_copy);
         let mut to_redact = ready;
+        let mut bytes = 0;
         for (orders, archived) in self.contained(copy, |run, orders| archive::batch(run.plan, &run.keys, orders))? {
             self.counts.archived += archived.orders;
+            bytes += archived.bytes;
             to_redact.extend(orders.into_iter().filter(|d| d.redact));
         }
         self.boundary.commit()?;
@@ -260,9 +271,15 @@ impl Run<'_> {
                 redact::batch(run.plan, &others, &run.keys, &run.clock, orders)
             })?;
             for (orders, outcome) in results {
+                bytes = bytes.max(outcome.bytes);
                 self.settle(&orders, &outcome)?;
             }
         }
+        self.limit = if bytes > MUCH_TEXT {
+            (self.limit / 4).max(1)
+        } else {
+            (self.limit * 4).min(guc::batch_size())
+        };
         self.boundary.commit()?;
         Ok(true)
     }

@@ -6,7 +6,7 @@ use super::plan::Plan;
 use super::walk::{Values, key_parts};
 use crate::domain::clock::Horizons;
 use crate::pg::error::Result;
-use crate::pg::identity::as_extension;
+use crate::pg::identity::{as_extension, on_keys};
 use crate::pg::sql::{self, Arg};
 use crate::pg::xact::timestamp_text;
 
@@ -109,11 +109,11 @@ pub fn take(plan: &Plan, clock: &Clock, limit: i64) -> Result<Vec<Due>> {
 /// Errors of the server.
 pub fn relock(plan: &Plan, clock: &Clock, batch: Vec<Due>) -> Result<Vec<Due>> {
     let keys: Vec<&str> = batch.iter().map(|d| d.order_key.as_str()).collect();
-    let rows = as_extension(|| {
+    let rows = on_keys(|| {
         sql::write(
             // Meanwhile it may have been retrieved or held: whether it is due is asked again.
             &format!(
-                "SELECT o.order_key, o.status FROM amazon_pii.order_state o WHERE o.policy = $1 AND o.order_key = ANY ($3) \
+                "SELECT o.order_key, o.status FROM pg_catalog.unnest($3) AS k (k) JOIN amazon_pii.order_state o ON o.policy = $1 AND o.order_key = k.k WHERE true \
                  AND o.status IN ('archived', 'redacted', 'retrieved', 'failed') AND ({REDACT_DUE}) \
                  AND (o.held_until IS NULL OR o.held_until <= pg_catalog.now()) AND {IN_FORCE} FOR UPDATE OF o SKIP LOCKED"
             ),

@@ -6,7 +6,7 @@ use super::plan::Plan;
 use super::walk::{self, FIRST, Hop, Values, by_key, hop, key_parts, key_text};
 use crate::domain::treatment::Outcome;
 use crate::pg::error::{Error, Result};
-use crate::pg::identity::as_extension;
+use crate::pg::identity::on_keys;
 use crate::pg::sql::{self, Arg, Row};
 
 /// One treated column of a row.
@@ -73,6 +73,12 @@ impl LiveRecord {
 }
 
 impl Gathered {
+    /// How much text it holds.
+    pub fn bytes(&self) -> usize {
+        let cells = self.records.iter().flat_map(|r| r.cells.iter().flatten());
+        cells.filter_map(|c| c.value.as_ref()).map(String::len).sum()
+    }
+
     /// Whether an order of the batch is neither there nor has left anything behind.
     pub fn is_gone(&self, order: usize) -> bool {
         !self.exists[order] && self.records.iter().all(|r| r.order != order)
@@ -236,7 +242,7 @@ fn add_stored(
     gathered: &mut Gathered,
 ) -> Result<()> {
     let texts = orders.iter().map(|k| key_text(k)).collect::<Result<Vec<_>>>()?;
-    let rows = as_extension(|| {
+    let rows = on_keys(|| {
         sql::read(
             "SELECT u.i - 1, r.table_name, r.record_key, r.entry, r.status = 'archived' FROM pg_catalog.unnest($2) WITH ORDINALITY AS u (k, i) \
              JOIN amazon_pii.record_state r ON r.policy = $1 AND r.order_key = u.k \

@@ -23,6 +23,8 @@ use crate::pg::xact;
 pub struct Redacted {
     /// How many orders are redacted now that were not, or not wholly.
     pub done: i64,
+    /// How much text the batch holds.
+    pub bytes: usize,
     /// Edited since they were archived: to be archived again first.
     pub unproven: Vec<usize>,
     /// Somebody else has a row locked.
@@ -137,6 +139,7 @@ pub fn batch(plan: &Plan, others: &[Plan], keys: &MasterKeys, clock: &Clock, bat
     audit::insert(&entries)?;
     state::announce(plan, "redacted", &overwritten)?;
     out.done = overwritten.len() as i64;
+    out.bytes = live.bytes();
     Ok(out)
 }
 

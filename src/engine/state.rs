@@ -5,7 +5,7 @@ use super::due::Due;
 use super::plan::Plan;
 use crate::domain::clock::backoff;
 use crate::pg::error::{Error, Result};
-use crate::pg::identity::as_extension;
+use crate::pg::identity::on_keys;
 use crate::pg::sql::{self, Arg};
 
 fn keys(batch: &[&Due]) -> Vec<String> {
@@ -20,16 +20,16 @@ pub fn archived(plan: &Plan, batch: &[&Due]) -> Result<()> {
     if batch.is_empty() {
         return Ok(());
     }
-    as_extension(|| {
+    on_keys(|| {
         sql::execute(
-            "UPDATE amazon_pii.order_state SET \
+            "UPDATE amazon_pii.order_state o SET \
                 status = CASE WHEN status IN ('redacted', 'retrieved') THEN status ELSE 'archived' END, \
                 archived_at = COALESCE(archived_at, pg_catalog.now()), \
                 next_due_at = CASE WHEN status = 'redacted' THEN next_due_at \
                                    WHEN retrieved_until IS NOT NULL THEN GREATEST(retrieved_until, held_until) \
                                    ELSE GREATEST(redact_due_at, held_until) END, \
                 next_attempt_at = NULL, last_error = NULL \
-             WHERE policy = $1 AND order_key = ANY ($2)",
+             FROM pg_catalog.unnest($2) AS k (k) WHERE o.policy = $1 AND o.order_key = k.k",
             &[Arg::Text(Some(&plan.policy)), Arg::texts(&keys(batch))],
         )
     })?;
@@ -44,7 +44,7 @@ pub fn records_archived(plan: &Plan, records: &[RecordNote]) -> Result<()> {
     if records.is_empty() {
         return Ok(());
     }
-    as_extension(|| {
+    on_keys(|| {
         sql::execute(
             "INSERT INTO amazon_pii.record_state AS r (policy, order_key, table_name, record_key, entry, status, version) \
              SELECT $1, o, t, k, e, 'archived', v FROM ROWS FROM (pg_catalog.unnest($2), pg_catalog.unnest($3), \
@@ -74,10 +74,10 @@ pub fn gone(plan: &Plan, batch: &[&Due]) -> Result<()> {
     if batch.is_empty() {
         return Ok(());
     }
-    as_extension(|| {
+    on_keys(|| {
         sql::execute(
-            "UPDATE amazon_pii.order_state SET status = 'gone', next_due_at = NULL, next_attempt_at = NULL, last_error = NULL \
-             WHERE policy = $1 AND order_key = ANY ($2)",
+            "UPDATE amazon_pii.order_state o SET status = 'gone', next_due_at = NULL, next_attempt_at = NULL, last_error = NULL \
+             FROM pg_catalog.unnest($2) AS k (k) WHERE o.policy = $1 AND o.order_key = k.k",
             &[Arg::Text(Some(&plan.policy)), Arg::texts(&keys(batch))],
         )
     })?;
@@ -92,12 +92,12 @@ pub fn redacted(plan: &Plan, batch: &[&Due]) -> Result<()> {
     if batch.is_empty() {
         return Ok(());
     }
-    as_extension(|| {
+    on_keys(|| {
         sql::execute(
-            "UPDATE amazon_pii.order_state SET status = 'redacted', redacted_at = pg_catalog.now(), redacted_version = $3, \
+            "UPDATE amazon_pii.order_state o SET status = 'redacted', redacted_at = pg_catalog.now(), redacted_version = $3, \
                 retrieved_until = NULL, held_until = NULL, attempts = 0, \
                 next_attempt_at = NULL, last_error = NULL, next_due_at = NULL \
-             WHERE policy = $1 AND order_key = ANY ($2)",
+             FROM pg_catalog.unnest($2) AS k (k) WHERE o.policy = $1 AND o.order_key = k.k",
             &[
                 Arg::Text(Some(&plan.policy)),
                 Arg::texts(&keys(batch)),
@@ -116,10 +116,10 @@ pub fn rechecked(plan: &Plan, batch: &[&Due]) -> Result<()> {
     if batch.is_empty() {
         return Ok(());
     }
-    as_extension(|| {
+    on_keys(|| {
         sql::execute(
-            "UPDATE amazon_pii.order_state SET attempts = 0, next_attempt_at = NULL, last_error = NULL, next_due_at = NULL \
-             WHERE policy = $1 AND order_key = ANY ($2)",
+            "UPDATE amazon_pii.order_state o SET attempts = 0, next_attempt_at = NULL, last_error = NULL, next_due_at = NULL \
+             FROM pg_catalog.unnest($2) AS k (k) WHERE o.policy = $1 AND o.order_key = k.k",
             &[Arg::Text(Some(&plan.policy)), Arg::texts(&keys(batch))],
         )
     })?;
@@ -144,7 +144,7 @@ pub fn records_changed(plan: &Plan, changes: &[RecordChange]) -> Result<()> {
     if changes.is_empty() {
         return Ok(());
     }
-    as_extension(|| {
+    on_keys(|| {
         sql::execute(
             "INSERT INTO amazon_pii.record_state AS r (policy, order_key, table_name, record_key, entry, status, witness) \
              SELECT $1, o, t, k, e, s, w FROM ROWS FROM (pg_catalog.unnest($2), pg_catalog.unnest($3), pg_catalog.unnest($4), \
@@ -184,12 +184,12 @@ pub fn records_left(plan: &Plan, finished: &[String], found: &[(&str, &str, &str
     if finished.is_empty() {
         return Ok(());
     }
-    as_extension(|| {
+    on_keys(|| {
         sql::execute(
             "UPDATE amazon_pii.record_state r SET changed_at = pg_catalog.now(), status = CASE WHEN f.o IS NULL THEN 'gone' ELSE 'redacted' END \
-             FROM amazon_pii.record_state s LEFT JOIN ROWS FROM (pg_catalog.unnest($3), pg_catalog.unnest($4), pg_catalog.unnest($5)) \
+             FROM pg_catalog.unnest($2) AS k (k) JOIN amazon_pii.record_state s ON s.policy = $1 AND s.order_key = k.k LEFT JOIN ROWS FROM (pg_catalog.unnest($3), pg_catalog.unnest($4), pg_catalog.unnest($5)) \
                   AS f (o, t, k) ON f.o = s.order_key AND f.t = s.table_name AND f.k = s.record_key \
-             WHERE s.policy = $1 AND s.order_key = ANY ($2) AND (s.status IN ('archived', 'retrieved') OR s.status = 'waiting' AND f.o IS NULL) \
+             WHERE (s.status IN ('archived', 'retrieved') OR s.status = 'waiting' AND f.o IS NULL) \
                AND r.policy = s.policy AND r.order_key = s.order_key AND r.table_name = s.table_name AND r.record_key = s.record_key",
             &[
                 Arg::Text(Some(&plan.policy)),
@@ -209,9 +209,9 @@ pub fn records_left(plan: &Plan, finished: &[String], found: &[(&str, &str, &str
 /// Errors of the server.
 pub fn failed(plan: &Plan, due: &Due, error: &Error) -> Result<()> {
     let wait = backoff(due.attempts + 1).num_seconds();
-    as_extension(|| {
+    on_keys(|| {
         sql::execute(
-            "UPDATE amazon_pii.order_state SET \
+            "UPDATE amazon_pii.order_state o SET \
                 status = CASE WHEN status IN ('redacted', 'retrieved') THEN status ELSE 'failed' END, \
                 attempts = attempts + 1, last_error = $3, \
                 next_attempt_at = pg_catalog.now() + pg_catalog.make_interval(secs => $4::float8), \
@@ -233,9 +233,9 @@ pub fn failed(plan: &Plan, due: &Due, error: &Error) -> Result<()> {
 /// # Errors
 /// Errors of the server.
 pub fn troubled(plan: &Plan, order: &str, error: &Error) -> Result<()> {
-    as_extension(|| {
+    on_keys(|| {
         sql::execute(
-            "UPDATE amazon_pii.order_state SET last_error = $3 WHERE policy = $1 AND order_key = $2 AND last_error IS DISTINCT FROM $3",
+            "UPDATE amazon_pii.order_state o SET last_error = $3 WHERE policy = $1 AND order_key = $2 AND last_error IS DISTINCT FROM $3",
             &[
                 Arg::Text(Some(&plan.policy)),
                 Arg::Text(Some(order)),
@@ -254,13 +254,13 @@ pub fn set_back(plan: &Plan, batch: &[&Due], wait_seconds: i64, archive_again: b
     if batch.is_empty() {
         return Ok(());
     }
-    as_extension(|| {
+    on_keys(|| {
         sql::execute(
-            "UPDATE amazon_pii.order_state SET \
+            "UPDATE amazon_pii.order_state o SET \
                 status = CASE WHEN status IN ('redacted', 'retrieved') THEN status WHEN $4 THEN 'scheduled' ELSE status END, \
                 next_attempt_at = CASE WHEN $3 > 0 THEN pg_catalog.now() + pg_catalog.make_interval(secs => $3::float8) END, \
                 next_due_at = LEAST(next_due_at, pg_catalog.now()) \
-             WHERE policy = $1 AND order_key = ANY ($2)",
+             FROM pg_catalog.unnest($2) AS k (k) WHERE o.policy = $1 AND o.order_key = k.k",
             &[
                 Arg::Text(Some(&plan.policy)),
                 Arg::texts(&keys(batch)),
@@ -277,9 +277,9 @@ pub fn set_back(plan: &Plan, batch: &[&Due], wait_seconds: i64, archive_again: b
 /// # Errors
 /// Errors of the server.
 pub fn pushed(plan: &Plan, due: &Due, until: &str, by: &str) -> Result<()> {
-    as_extension(|| {
+    on_keys(|| {
         sql::execute(
-            "UPDATE amazon_pii.order_state SET redact_due_at = $3::timestamptz + $5::interval, pushed_by = $4, \
+            "UPDATE amazon_pii.order_state o SET redact_due_at = $3::timestamptz + $5::interval, pushed_by = $4, \
                 next_due_at = GREATEST($3::timestamptz + $5::interval, held_until) \
              WHERE policy = $1 AND order_key = $2",
             &[
@@ -302,7 +302,7 @@ pub fn still_young(plan: &Plan, moments: &[String], horizon: &str) -> Result<Vec
     if moments.is_empty() {
         return Ok(Vec::new());
     }
-    let rows = as_extension(|| {
+    let rows = on_keys(|| {
         sql::read(
             "SELECT m::timestamptz + $2::interval > $3::timestamptz FROM pg_catalog.unnest($1) WITH ORDINALITY AS n (m, i) ORDER BY i",
             &[
@@ -345,7 +345,7 @@ pub fn announce_keys(policy: &str, status: &str, orders: &[String]) -> Result<()
     let payload = serde_json::json!({
         "policy": policy, "status": status, "count": orders.len(), "orders": orders[..taken], "complete": taken == orders.len(),
     });
-    as_extension(|| {
+    on_keys(|| {
         sql::write(
             "SELECT pg_catalog.pg_notify('amazon_pii', $1)",
             &[Arg::Text(Some(&payload.to_string()))],

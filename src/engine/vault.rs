@@ -15,7 +15,7 @@ use crate::domain::json_merge::merge;
 use crate::domain::vault::{Binding, DataKey, KeyBinding, MasterKeys};
 use crate::pg::error::{Error, Result};
 use crate::pg::ident::Ident;
-use crate::pg::identity::as_extension;
+use crate::pg::identity::{as_extension, on_keys};
 use crate::pg::sql::{self, Arg, Row};
 
 /// A record's place in the archive.
@@ -137,20 +137,21 @@ pub fn open(
 
 /// The wrapped data keys and the sealed documents of these orders, as they are stored.
 fn read(schema: &Ident, policy: &str, orders: &[String]) -> Result<(Vec<Row>, Vec<Row>)> {
-    as_extension(|| {
+    on_keys(|| {
         // Dropped since the policy was applied, it may have been made anew by anybody.
         refuse_foreign_hands(schema)?;
         let keys = sql::write_bytes(
             &format!(
-                "SELECT order_key, key_id, wrapped, master_key_id FROM {schema}.data_key \
-                 WHERE policy = $1 AND order_key = ANY ($2) ORDER BY order_key, key_id::bigint"
+                "SELECT d.order_key, d.key_id, d.wrapped, d.master_key_id FROM pg_catalog.unnest($2) AS k (k) \
+                 JOIN {schema}.data_key d ON d.policy = $1 AND d.order_key = k.k ORDER BY d.order_key, d.key_id::bigint"
             ),
             &[Arg::Text(Some(policy)), Arg::texts(orders)],
         )?;
         let documents = sql::write_bytes(
             &format!(
-                "SELECT order_key, table_name, record_key, version, sealed, key_id FROM {schema}.document \
-                 WHERE policy = $1 AND order_key = ANY ($2) ORDER BY order_key, table_name, record_key, version"
+                "SELECT d.order_key, d.table_name, d.record_key, d.version, d.sealed, d.key_id FROM pg_catalog.unnest($2) AS k (k) \
+                 JOIN {schema}.document d ON d.policy = $1 AND d.order_key = k.k \
+                 ORDER BY d.order_key, d.table_name, d.record_key, d.version"
             ),
             &[Arg::Text(Some(policy)), Arg::texts(orders)],
         )?;
