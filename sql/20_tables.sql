@@ -68,7 +68,8 @@ CREATE TABLE amazon_pii.order_state (
     next_attempt_at timestamptz,
     last_error      text,
     next_due_at     timestamptz,
-    PRIMARY KEY (policy, order_key)
+    -- The order's key first: it alone finds a row, whatever the server believes of the number of policies.
+    PRIMARY KEY (order_key, policy)
 );
 COMMENT ON TABLE amazon_pii.order_state IS 'One row a flagged order';
 COMMENT ON COLUMN amazon_pii.order_state.order_key IS 'JSON array of the key''s text forms';
@@ -89,12 +90,13 @@ CREATE TABLE amazon_pii.record_state (
     version         int         NOT NULL DEFAULT 0,
     changed_at      timestamptz NOT NULL DEFAULT pg_catalog.now(),
     witness         text,
-    PRIMARY KEY (policy, order_key, table_name, record_key)
+    PRIMARY KEY (order_key, policy, table_name, record_key)
 );
 COMMENT ON TABLE amazon_pii.record_state IS 'One row for each row of the user''s that holds, or held, personal data of a flagged order';
 COMMENT ON COLUMN amazon_pii.record_state.version IS 'Newest archived version; 0: nothing archived';
 COMMENT ON COLUMN amazon_pii.record_state.witness IS 'The order that was last seen keeping a shared record alive';
 CREATE INDEX record_state_retrieved ON amazon_pii.record_state (table_name, record_key) WHERE status = 'retrieved';
+CREATE INDEX record_state_waiting ON amazon_pii.record_state (record_key) WHERE status = 'waiting';
 CREATE INDEX record_state_record ON amazon_pii.record_state (table_name, record_key);
 
 CREATE TABLE amazon_pii.touched (

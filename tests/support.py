@@ -1,5 +1,6 @@
 """What several test files need: the shop of fixtures/shop.sql with many orders, and statements in the background."""
 import copy
+import re
 import threading
 from contextlib import contextmanager
 from pathlib import Path
@@ -254,6 +255,21 @@ def stopped(db):
 
 
 # The archive, and values bit by bit.
+
+
+def absent(db, what):
+    """Whether a type or script needs something that this server came without: a contrib module, or ICU."""
+    for extension in ("citext", "hstore", "ltree", "cube"):
+        if re.search(rf"\b{extension}\b", what) and not db.has_contrib(extension):
+            return True
+    return "blind" in what and not db.value("SELECT EXISTS (SELECT FROM pg_collation WHERE collprovider = 'i')")
+
+
+def psql_here(db, script):
+    """Runs a script without the lines that this server cannot run; citext becomes text where there is none."""
+    lines = [line for line in script.splitlines() if not (line.startswith(("CREATE EXTENSION", "CREATE COLLATION")) and absent(db, line))]
+    kept = "\n".join(lines)
+    db.psql(kept if db.has_contrib("citext") else re.sub(r"\bcitext\b", "text", kept))
 
 def hurry(db):
     """Ends the growing wait of failed orders, and of rows whose flagging failed."""

@@ -4,7 +4,7 @@ import json
 
 import psycopg2
 import pytest
-from support import documents, number, order_value, refused, retrieve, run_cycle
+from support import documents, number, order_value, psql_here, refused, retrieve, run_cycle
 from test_policy import POLICY, TABLES, assert_refused, lab, policy, shop, traces  # noqa: F401, fixtures among them
 
 
@@ -215,8 +215,7 @@ INSERT INTO "My.Shop's ""x"""."select.Lines; --" SELECT E'k''"\\n1', "n", "Group
 
 def test_names_and_keys_of_every_kind(db):
     """Breaks when a name or a key is not quoted somewhere, or meets a name of our own."""
-    db.psql("CREATE EXTENSION citext")
-    db.psql(WILD)
+    psql_here(db, "CREATE EXTENSION IF NOT EXISTS citext;" + WILD)
     orders, lines = '"My.Shop\'s ""x"""."select"', '"My.Shop\'s ""x"""."select.Lines; --"'
     look = f"SELECT o::text, l::text FROM {orders} o, {lines} l"
     before = db.sql(look)

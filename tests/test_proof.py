@@ -1,7 +1,7 @@
 """P1: nothing is overwritten unless its committed copy was read back, opened and compared by the overwriting statement."""
 import pytest
 from conftest import new_database
-from support import Background, documents, end_retrieval, hurry, number, retrieve, run_cycle, stopped
+from support import Background, absent, documents, end_retrieval, hurry, number, psql_here, retrieve, run_cycle, stopped
 
 TABLES = """
 CREATE EXTENSION IF NOT EXISTS citext;
@@ -91,7 +91,7 @@ class Damaged:
 
     def __init__(self, db):
         self.db = db
-        db.psql(TABLES)
+        psql_here(db, TABLES)
         self.pairs = {kind: (10 * n, 10 * n + 1) for n, kind in enumerate(DAMAGE, 1)}
         add(db, 1, *(order for pair in self.pairs.values() for order in pair))
         self.before = live(db)
@@ -174,7 +174,7 @@ def two_versions(db, document):
 ], ids=["swapped", "old over new", "new as old", "numbers swapped", "new deleted", "old deleted", "old damaged"])
 def test_versions_do_not_stand_in_for_each_other(db, damage, at_once):
     """Breaks when the version is not bound to its document: an older value would be taken for the proof of a newer one."""
-    db.psql(TABLES)
+    psql_here(db, TABLES)
     add(db, 1)
     two_versions(db, policy())
     db.psql(damage)
@@ -225,18 +225,20 @@ EDITS = {
 
 def test_an_edited_value_is_archived_again_before_it_goes(db):
     """Breaks when values are compared by their types' =, or not by the value that was opened."""
-    db.psql(TABLES)
+    psql_here(db, TABLES)
+    names = [name for name, edit in EDITS.items() if not absent(db, edit[0])]
+    edits = [EDITS[name] for name in names]
     linked = []
-    for n, (type, before, _, treatment) in enumerate(EDITS.values(), 1):
+    for n, (type, before, _, treatment) in enumerate(edits, 1):
         db.psql(f"SET ROLE shop_owner; CREATE TABLE shop.t{n} (id int PRIMARY KEY, v {type})")
         linked.append({"table": f"shop.t{n}", "on": {"id": "id"}, "redact": {"v": treatment}})
         db.psql(f"SET ROLE shop_owner; INSERT INTO shop.t{n} VALUES ({n}, {before})")
         add(db, n)
     document = policy(linked)
     archive(db, document)
-    for n, (_, _, after, _) in enumerate(EDITS.values(), 1):
+    for n, (_, _, after, _) in enumerate(edits, 1):
         db.psql(f"SET ROLE shop_owner; UPDATE shop.t{n} SET v = {after}")
-    look = {n: f"SELECT encode(record_send(t), 'hex') FROM shop.t{n} t" for n in range(1, len(EDITS) + 1)}
+    look = {n: f"SELECT encode(record_send(t), 'hex') FROM shop.t{n} t" for n in range(1, len(edits) + 1)}
     edited = {n: db.value(query) for n, query in look.items()}
     make_due(db, document)
     assert run_cycle(db)["failed"] == 0
@@ -244,7 +246,7 @@ def test_an_edited_value_is_archived_again_before_it_goes(db):
     versions = {}
     for order, table, _, version in documents(db):
         versions.setdefault(table, []).append(version)
-    for n, (kind, edit) in enumerate(EDITS.items(), 1):
+    for n, (kind, edit) in enumerate(zip(names, edits), 1):
         assert db.value(look[n]) != edited[n], kind
         expected = [1] if kind.startswith("from ") else [1, 2]
         assert sorted(versions[f"shop.t{n}"]) == expected, kind
@@ -279,8 +281,8 @@ INSERT INTO shop.last VALUES (1, 'x');
 ], ids=["overwritten", "was null", "deleted"])
 def test_an_edit_between_reading_and_writing_is_not_lost(db, start, edit, look):
     """Breaks when the overwriting statement does not compare every cell itself with the opened value."""
-    db.psql(TABLES)
-    db.psql(GATE)
+    psql_here(db, TABLES)
+    psql_here(db, GATE)
     add(db, 1)
     if start:
         db.sql(start)
@@ -306,7 +308,7 @@ def test_an_edit_between_reading_and_writing_is_not_lost(db, start, edit, look):
 @pytest.mark.parametrize("treatment, emptied", [("placeholder", "NULL"), ("placeholder", "''"), ("null", "''")])
 def test_a_value_that_was_taken_out_before_redaction_does_not_come_back(db, treatment, emptied):
     """Breaks when retrieval takes an older archived value for the one that redaction overwrote."""
-    db.psql(TABLES)
+    psql_here(db, TABLES)
     add(db, 1)
     document = policy()
     document["orders"]["redact"] = {"note": treatment, "name": "placeholder"}

@@ -1,10 +1,12 @@
 //! Rows that several orders share: who still needs them. Decided on the source tables, by every policy that names the
 //! table; what is not tracked keeps a row alive.
 
+use std::collections::HashSet;
+
 use super::due::{Clock, REDACT_DUE};
 use super::plan::Plan;
 use super::walk::{self, FIRST, Values, by_key, key_text, up};
-use crate::pg::error::{Error, Result};
+use crate::pg::error::Result;
 use crate::pg::identity::{as_extension, on_keys};
 use crate::pg::sql::{self, Arg};
 
@@ -112,11 +114,11 @@ fn alive(
     let rows = on_keys(|| {
         sql::read(
             &format!(
-                "SELECT u.i FROM pg_catalog.unnest($5) WITH ORDINALITY AS u (k, i) \
-                 LEFT JOIN amazon_pii.order_state o ON o.policy = $1 AND o.order_key = u.k AND $3::text IS NOT DISTINCT FROM $3::text \
-                 WHERE o.order_key IS NULL OR u.k = ANY ($6) OR NOT COALESCE(o.status = 'purged' \
-                    OR (o.status = 'redacted' AND (NOT $7 OR o.next_due_at IS NULL OR o.next_due_at > pg_catalog.clock_timestamp())) \
-                    OR (o.status = 'archived' AND NOT $7 AND {REDACT_DUE}), false)"
+                "SELECT o.order_key FROM amazon_pii.order_state o \
+                 WHERE o.policy IS NOT DISTINCT FROM $1 AND o.order_key = ANY ($5) AND $3::text IS NOT DISTINCT FROM $3::text \
+                   AND (o.status = 'purged' \
+                    OR (o.status = 'redacted' AND (NOT $6 OR o.next_due_at IS NULL OR o.next_due_at > pg_catalog.clock_timestamp())) \
+                    OR (o.status = 'archived' AND NOT $6 AND {REDACT_DUE}))"
             ),
             &[
                 Arg::Text(Some(&plan.policy)),
@@ -124,18 +126,14 @@ fn alive(
                 Arg::Text(clock.archive.as_deref()),
                 Arg::Text(Some(&clock.redact)),
                 Arg::texts(&keys),
-                Arg::texts(&ours.staying),
                 Arg::Bool(own),
             ],
         )
     })?;
-    rows.iter()
-        .map(|r| {
-            let i = usize::try_from(r.int(0)? - 1).ok().and_then(|i| users.get(i));
-            i.map(|u| (u.0, u.1.clone()))
-                .ok_or_else(|| Error::internal("an ordinality is out of range"))
-        })
-        .collect()
+    let done = rows.iter().map(|r| r.string(0)).collect::<Result<HashSet<_>>>()?;
+    // What is not tracked needs its rows.
+    let needs = |key: &String| ours.staying.contains(key) || !done.contains(key);
+    Ok(users.into_iter().filter(|u| needs(&u.1)).map(|u| (u.0, u.1)).collect())
 }
 
 /// The other policies that name a table of this one, ready.

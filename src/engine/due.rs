@@ -113,7 +113,7 @@ pub fn relock(plan: &Plan, clock: &Clock, batch: Vec<Due>) -> Result<Vec<Due>> {
         sql::write(
             // Meanwhile it may have been retrieved or held: whether it is due is asked again.
             &format!(
-                "SELECT o.order_key, o.status FROM pg_catalog.unnest($3) AS k (k) JOIN amazon_pii.order_state o ON o.policy = $1 AND o.order_key = k.k WHERE true \
+                "SELECT o.order_key, o.status FROM amazon_pii.order_state o WHERE o.policy IS NOT DISTINCT FROM $1 AND o.order_key = ANY ($3) \
                  AND o.status IN ('archived', 'redacted', 'retrieved', 'failed') AND ({REDACT_DUE}) \
                  AND (o.held_until IS NULL OR o.held_until <= pg_catalog.now()) AND {IN_FORCE} FOR UPDATE OF o SKIP LOCKED"
             ),

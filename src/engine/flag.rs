@@ -8,7 +8,7 @@ use super::plan::{AnchorPlan, Plan, Table};
 use super::walk::{self, Values, down, key_text};
 use crate::pg::catalog::{self, Compare};
 use crate::pg::error::Result;
-use crate::pg::identity::{Identity, act_as, as_extension};
+use crate::pg::identity::{Identity, act_as, as_extension, on_keys};
 use crate::pg::sql::{self, Arg, Row};
 use crate::pg::trigger::TriggerCall;
 
@@ -309,7 +309,7 @@ pub fn upsert(plan: &Plan, facts: &[OrderFact], by: &str, touched: bool) -> Resu
     }
     // A conflict locks its row even where nothing changes, and waits for whoever has it: a sweep leaves out what is up to
     // date. Not so a trigger, which must see what a cycle is doing to the order.
-    let rows = as_extension(|| {
+    let rows = on_keys(|| {
         sql::write(
             "INSERT INTO amazon_pii.order_state AS o (policy, order_key, order_number, status, flagged_by, anchor_at, \
                     archive_due_at, redact_due_at, next_due_at, stale_at) \
@@ -363,13 +363,13 @@ pub fn upsert(plan: &Plan, facts: &[OrderFact], by: &str, touched: bool) -> Resu
 /// # Errors
 /// Errors of the server.
 pub fn look_again(plan: &Plan, orders: &[String]) -> Result<()> {
-    as_extension(|| {
+    on_keys(|| {
         sql::execute(
             // One that is due soon is kept from being redacted until this transaction is over, so that its new rows are
             // seen; if a cycle is at it already, it is noted for the next.
-            "WITH again AS (UPDATE amazon_pii.order_state SET next_due_at = pg_catalog.now() WHERE policy = $1 AND order_key = ANY ($2) \
+            "WITH again AS (UPDATE amazon_pii.order_state SET next_due_at = pg_catalog.now() WHERE policy IS NOT DISTINCT FROM $1 AND order_key = ANY ($2) \
                 AND status = 'redacted' AND (next_due_at IS NULL OR next_due_at > pg_catalog.now())), \
-             soon AS (SELECT order_key FROM amazon_pii.order_state WHERE policy = $1 AND order_key = ANY ($2) \
+             soon AS (SELECT order_key FROM amazon_pii.order_state WHERE policy IS NOT DISTINCT FROM $1 AND order_key = ANY ($2) \
                 AND status IN ('scheduled', 'archived', 'failed', 'retrieved') \
                 AND COALESCE(retrieved_until, redact_due_at) < pg_catalog.now() + '8 days'::interval), \
              kept AS (SELECT order_key FROM amazon_pii.order_state WHERE policy = $1 AND order_key IN (SELECT order_key FROM soon) \

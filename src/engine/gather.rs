@@ -244,16 +244,18 @@ fn add_stored(
     let texts = orders.iter().map(|k| key_text(k)).collect::<Result<Vec<_>>>()?;
     let rows = on_keys(|| {
         sql::read(
-            "SELECT u.i - 1, r.table_name, r.record_key, r.entry, r.status = 'archived' FROM pg_catalog.unnest($2) WITH ORDINALITY AS u (k, i) \
-             JOIN amazon_pii.record_state r ON r.policy = $1 AND r.order_key = u.k \
-             WHERE r.status IN ('archived', 'waiting', 'retrieved')",
+            "SELECT r.order_key, r.table_name, r.record_key, r.entry, r.status = 'archived' FROM amazon_pii.record_state r \
+             WHERE r.policy IS NOT DISTINCT FROM $1 AND r.order_key = ANY ($2) AND r.status IN ('archived', 'waiting', 'retrieved')",
             &[Arg::Text(Some(&plan.policy)), Arg::texts(&texts)],
         )
     })?;
+    let positions: HashMap<&str, usize> = texts.iter().enumerate().map(|(i, t)| (t.as_str(), i)).collect();
     // For each table: order, entry, key.
     let mut missing: Vec<Vec<(usize, usize, String)>> = plan.tables.iter().map(|_| Vec::new()).collect();
     for row in &rows {
-        let order = usize::try_from(row.int(0)?).map_err(|_| Error::internal("an ordinality is negative"))?;
+        let Some(order) = positions.get(row.str(0)?).copied() else {
+            continue;
+        };
         let (table, key, alias) = (row.str(1)?, row.string(2)?, row.str(3)?);
         let Some(index) = plan.tables.iter().position(|t| t.archived_as == table) else {
             continue;

@@ -29,7 +29,7 @@ pub fn archived(plan: &Plan, batch: &[&Due]) -> Result<()> {
                                    WHEN retrieved_until IS NOT NULL THEN GREATEST(retrieved_until, held_until) \
                                    ELSE GREATEST(redact_due_at, held_until) END, \
                 next_attempt_at = NULL, last_error = NULL \
-             FROM pg_catalog.unnest($2) AS k (k) WHERE o.policy = $1 AND o.order_key = k.k",
+             WHERE o.policy IS NOT DISTINCT FROM $1 AND o.order_key = ANY ($2)",
             &[Arg::Text(Some(&plan.policy)), Arg::texts(&keys(batch))],
         )
     })?;
@@ -77,7 +77,7 @@ pub fn gone(plan: &Plan, batch: &[&Due]) -> Result<()> {
     on_keys(|| {
         sql::execute(
             "UPDATE amazon_pii.order_state o SET status = 'gone', next_due_at = NULL, next_attempt_at = NULL, last_error = NULL \
-             FROM pg_catalog.unnest($2) AS k (k) WHERE o.policy = $1 AND o.order_key = k.k",
+             WHERE o.policy IS NOT DISTINCT FROM $1 AND o.order_key = ANY ($2)",
             &[Arg::Text(Some(&plan.policy)), Arg::texts(&keys(batch))],
         )
     })?;
@@ -97,7 +97,7 @@ pub fn redacted(plan: &Plan, batch: &[&Due]) -> Result<()> {
             "UPDATE amazon_pii.order_state o SET status = 'redacted', redacted_at = pg_catalog.now(), redacted_version = $3, \
                 retrieved_until = NULL, held_until = NULL, attempts = 0, \
                 next_attempt_at = NULL, last_error = NULL, next_due_at = NULL \
-             FROM pg_catalog.unnest($2) AS k (k) WHERE o.policy = $1 AND o.order_key = k.k",
+             WHERE o.policy IS NOT DISTINCT FROM $1 AND o.order_key = ANY ($2)",
             &[
                 Arg::Text(Some(&plan.policy)),
                 Arg::texts(&keys(batch)),
@@ -119,7 +119,7 @@ pub fn rechecked(plan: &Plan, batch: &[&Due]) -> Result<()> {
     on_keys(|| {
         sql::execute(
             "UPDATE amazon_pii.order_state o SET attempts = 0, next_attempt_at = NULL, last_error = NULL, next_due_at = NULL \
-             FROM pg_catalog.unnest($2) AS k (k) WHERE o.policy = $1 AND o.order_key = k.k",
+             WHERE o.policy IS NOT DISTINCT FROM $1 AND o.order_key = ANY ($2)",
             &[Arg::Text(Some(&plan.policy)), Arg::texts(&keys(batch))],
         )
     })?;
@@ -144,6 +144,7 @@ pub fn records_changed(plan: &Plan, changes: &[RecordChange]) -> Result<()> {
     if changes.is_empty() {
         return Ok(());
     }
+    let went = || changes.iter().filter(|c| c.status == "redacted");
     on_keys(|| {
         sql::execute(
             "INSERT INTO amazon_pii.record_state AS r (policy, order_key, table_name, record_key, entry, status, witness) \
@@ -164,12 +165,14 @@ pub fn records_changed(plan: &Plan, changes: &[RecordChange]) -> Result<()> {
         // A row that went is gone for every order that used it.
         sql::execute(
             "UPDATE amazon_pii.record_state r SET status = 'redacted', witness = NULL, changed_at = pg_catalog.now() \
-             FROM ROWS FROM (pg_catalog.unnest($1), pg_catalog.unnest($2), pg_catalog.unnest($3)) AS n (t, k, s) \
-             WHERE n.s = 'redacted' AND r.table_name = n.t AND r.record_key = n.k AND r.status = 'waiting'",
+             WHERE r.status = 'waiting' AND r.record_key = ANY ($1) AND pg_catalog.concat_ws('|', r.table_name, r.record_key) = ANY ($2)",
             &[
-                Arg::Texts(changes.iter().map(|c| Some(c.table.as_str())).collect()),
-                Arg::Texts(changes.iter().map(|c| Some(c.record_key.as_str())).collect()),
-                Arg::Texts(changes.iter().map(|c| Some(c.status)).collect()),
+                Arg::Texts(went().map(|c| Some(c.record_key.as_str())).collect()),
+                Arg::texts(
+                    &went()
+                        .map(|c| format!("{}|{}", c.table, c.record_key))
+                        .collect::<Vec<_>>(),
+                ),
             ],
         )
     })?;
@@ -184,20 +187,14 @@ pub fn records_left(plan: &Plan, finished: &[String], found: &[(&str, &str, &str
     if finished.is_empty() {
         return Ok(());
     }
+    let found: Vec<String> = found.iter().map(|(o, t, k)| format!("{o}|{t}|{k}")).collect();
     on_keys(|| {
         sql::execute(
-            "UPDATE amazon_pii.record_state r SET changed_at = pg_catalog.now(), status = CASE WHEN f.o IS NULL THEN 'gone' ELSE 'redacted' END \
-             FROM pg_catalog.unnest($2) AS k (k) JOIN amazon_pii.record_state s ON s.policy = $1 AND s.order_key = k.k LEFT JOIN ROWS FROM (pg_catalog.unnest($3), pg_catalog.unnest($4), pg_catalog.unnest($5)) \
-                  AS f (o, t, k) ON f.o = s.order_key AND f.t = s.table_name AND f.k = s.record_key \
-             WHERE (s.status IN ('archived', 'retrieved') OR s.status = 'waiting' AND f.o IS NULL) \
-               AND r.policy = s.policy AND r.order_key = s.order_key AND r.table_name = s.table_name AND r.record_key = s.record_key",
-            &[
-                Arg::Text(Some(&plan.policy)),
-                Arg::texts(finished),
-                Arg::Texts(found.iter().map(|f| Some(f.0)).collect()),
-                Arg::Texts(found.iter().map(|f| Some(f.1)).collect()),
-                Arg::Texts(found.iter().map(|f| Some(f.2)).collect()),
-            ],
+            "UPDATE amazon_pii.record_state r SET changed_at = pg_catalog.now(), \
+                status = CASE WHEN pg_catalog.concat_ws('|', r.order_key, r.table_name, r.record_key) = ANY ($3) THEN 'redacted' ELSE 'gone' END \
+             WHERE r.policy IS NOT DISTINCT FROM $1 AND r.order_key = ANY ($2) AND (r.status IN ('archived', 'retrieved') \
+                OR r.status = 'waiting' AND pg_catalog.concat_ws('|', r.order_key, r.table_name, r.record_key) <> ALL ($3))",
+            &[Arg::Text(Some(&plan.policy)), Arg::texts(finished), Arg::texts(&found)],
         )
     })?;
     Ok(())
@@ -260,7 +257,7 @@ pub fn set_back(plan: &Plan, batch: &[&Due], wait_seconds: i64, archive_again: b
                 status = CASE WHEN status IN ('redacted', 'retrieved') THEN status WHEN $4 THEN 'scheduled' ELSE status END, \
                 next_attempt_at = CASE WHEN $3 > 0 THEN pg_catalog.now() + pg_catalog.make_interval(secs => $3::float8) END, \
                 next_due_at = LEAST(next_due_at, pg_catalog.now()) \
-             FROM pg_catalog.unnest($2) AS k (k) WHERE o.policy = $1 AND o.order_key = k.k",
+             WHERE o.policy IS NOT DISTINCT FROM $1 AND o.order_key = ANY ($2)",
             &[
                 Arg::Text(Some(&plan.policy)),
                 Arg::texts(&keys(batch)),

@@ -142,15 +142,15 @@ fn read(schema: &Ident, policy: &str, orders: &[String]) -> Result<(Vec<Row>, Ve
         refuse_foreign_hands(schema)?;
         let keys = sql::write_bytes(
             &format!(
-                "SELECT d.order_key, d.key_id, d.wrapped, d.master_key_id FROM pg_catalog.unnest($2) AS k (k) \
-                 JOIN {schema}.data_key d ON d.policy = $1 AND d.order_key = k.k ORDER BY d.order_key, d.key_id::bigint"
+                "SELECT d.order_key, d.key_id, d.wrapped, d.master_key_id FROM {schema}.data_key d \
+                 WHERE d.policy IS NOT DISTINCT FROM $1 AND d.order_key = ANY ($2) ORDER BY d.order_key, d.key_id::bigint"
             ),
             &[Arg::Text(Some(policy)), Arg::texts(orders)],
         )?;
         let documents = sql::write_bytes(
             &format!(
-                "SELECT d.order_key, d.table_name, d.record_key, d.version, d.sealed, d.key_id FROM pg_catalog.unnest($2) AS k (k) \
-                 JOIN {schema}.document d ON d.policy = $1 AND d.order_key = k.k \
+                "SELECT d.order_key, d.table_name, d.record_key, d.version, d.sealed, d.key_id FROM {schema}.document d \
+                 WHERE d.policy IS NOT DISTINCT FROM $1 AND d.order_key = ANY ($2) \
                  ORDER BY d.order_key, d.table_name, d.record_key, d.version"
             ),
             &[Arg::Text(Some(policy)), Arg::texts(orders)],

@@ -28,7 +28,7 @@ pub fn create(schema: &Ident) -> Result<()> {
                 "CREATE TABLE IF NOT EXISTS {schema}.document (policy text NOT NULL, order_key text NOT NULL, \
                  table_name text NOT NULL, record_key text NOT NULL, version bigint NOT NULL, sealed bytea NOT NULL, \
                  key_id text NOT NULL, archived_at timestamptz NOT NULL DEFAULT pg_catalog.now(), \
-                 PRIMARY KEY (policy, order_key, table_name, record_key, version))"
+                 PRIMARY KEY (order_key, policy, table_name, record_key, version))"
             ),
             &[],
         )?;
@@ -36,7 +36,7 @@ pub fn create(schema: &Ident) -> Result<()> {
             &format!(
                 "CREATE TABLE IF NOT EXISTS {schema}.data_key (policy text NOT NULL, order_key text NOT NULL, \
                  key_id text NOT NULL, wrapped bytea NOT NULL, master_key_id text NOT NULL, \
-                 created_at timestamptz NOT NULL DEFAULT pg_catalog.now(), PRIMARY KEY (policy, order_key, key_id))"
+                 created_at timestamptz NOT NULL DEFAULT pg_catalog.now(), PRIMARY KEY (order_key, policy, key_id))"
             ),
             &[],
         )?;
