@@ -258,11 +258,16 @@ def stopped(db):
 
 
 def absent(db, what):
-    """Whether a type or script needs something that this server came without: a contrib module, or ICU."""
+    """Whether a type or script needs something that this server came without: a contrib module, ICU, or libxml."""
     for extension in ("citext", "hstore", "ltree", "cube"):
         if re.search(rf"\b{extension}\b", what) and not db.has_contrib(extension):
             return True
-    return "blind" in what and not db.value("SELECT EXISTS (SELECT FROM pg_collation WHERE collprovider = 'i')")
+    if re.search(r"\bxml\b", what):
+        try:
+            return not db.value("SELECT xml_is_well_formed('<a/>')")
+        except psycopg2.errors.FeatureNotSupported:
+            return True
+    return "blind" in what and not db.value("SELECT EXISTS (SELECT FROM pg_collation WHERE collname LIKE '%-x-icu')")
 
 
 def psql_here(db, script):
@@ -270,6 +275,7 @@ def psql_here(db, script):
     lines = [line for line in script.splitlines() if not (line.startswith(("CREATE EXTENSION", "CREATE COLLATION")) and absent(db, line))]
     kept = "\n".join(lines)
     db.psql(kept if db.has_contrib("citext") else re.sub(r"\bcitext\b", "text", kept))
+
 
 def hurry(db):
     """Ends the growing wait of failed orders, and of rows whose flagging failed."""

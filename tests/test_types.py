@@ -286,9 +286,10 @@ def test_casts_of_the_owner_are_not_used(db):
 def test_rows_that_were_removed_come_back_whole(db):
     """Breaks when a column that was NULL takes its default, an identity value changes, or a type loses its shape."""
     psql_here(db, TYPES)
-    db.psql("""SET ROLE shop_owner; CREATE TABLE shop.files (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, order_id bigint,
+    xml = "text" if absent(db, "xml") else "xml"
+    db.psql(f"""SET ROLE shop_owner; CREATE TABLE shop.files (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, order_id bigint,
         name text DEFAULT 'unnamed', kind text NOT NULL DEFAULT 'pdf', size int DEFAULT 7, bytes bytea, tags text[], who shop.person,
-        people shop.person[], grid int[], mood shop.mood, size_twice int GENERATED ALWAYS AS (size * 2) STORED, xml xml, "n" char(5));
+        people shop.person[], grid int[], mood shop.mood, size_twice int GENERATED ALWAYS AS (size * 2) STORED, xml {xml}, "n" char(5));
         CREATE INDEX ON shop.files (order_id);""")
     db.sql("INSERT INTO shop.orders VALUES (1, %s, now() - '40 days'::interval)", [number(1)])
     db.sql(r"""INSERT INTO shop.files (order_id, name, size, bytes, tags, who, people, grid, mood, xml, n) VALUES
