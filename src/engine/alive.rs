@@ -115,17 +115,16 @@ fn alive(
         sql::read(
             &format!(
                 "SELECT o.order_key FROM amazon_pii.order_state o \
-                 WHERE o.policy IS NOT DISTINCT FROM $1 AND o.order_key = ANY ($5) AND $3::text IS NOT DISTINCT FROM $3::text \
+                 WHERE o.policy IS NOT DISTINCT FROM $1 AND o.order_key = ANY ($3) \
                    AND (o.status = 'purged' \
-                    OR (o.status = 'redacted' AND (NOT $6 OR o.next_due_at IS NULL OR o.next_due_at > pg_catalog.clock_timestamp())) \
-                    OR (o.status = 'archived' AND NOT $6 AND {REDACT_DUE}))"
+                    OR (o.status = 'redacted' AND (NOT $5 OR o.next_due_at IS NULL OR o.next_due_at > pg_catalog.clock_timestamp())) \
+                    OR (o.status = 'archived' AND NOT $5 AND {REDACT_DUE}))"
             ),
             &[
                 Arg::Text(Some(&plan.policy)),
                 Arg::Text(Some(&clock.now)),
-                Arg::Text(clock.archive.as_deref()),
-                Arg::Text(Some(&clock.redact)),
                 Arg::texts(&keys),
+                Arg::Text(Some(&clock.redact)),
                 Arg::Bool(own),
             ],
         )

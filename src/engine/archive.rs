@@ -64,9 +64,9 @@ pub fn batch(plan: &Plan, keys: &MasterKeys, batch: &[Due]) -> Result<Archived> 
         }
     }
     state::archived(plan, &present)?;
-    audit::insert(&entries)?;
+    audit::insert_under(Some(keys), &entries)?;
     state::announce(plan, "archived", &new)?;
-    settle_gone(plan, &gone)?;
+    settle_gone(plan, keys, &gone)?;
     Ok(Archived {
         orders: new.len() as i64,
         bytes: live.bytes(),
@@ -77,13 +77,13 @@ pub fn batch(plan: &Plan, keys: &MasterKeys, batch: &[Due]) -> Result<Archived> 
 ///
 /// # Errors
 /// Errors of the server.
-pub fn settle_gone(plan: &Plan, gone: &[&Due]) -> Result<()> {
+pub fn settle_gone(plan: &Plan, keys: &MasterKeys, gone: &[&Due]) -> Result<()> {
     state::gone(plan, gone)?;
     let entries = gone
         .iter()
         .map(|due| entry("order_gone", plan, due))
         .collect::<Result<Vec<_>>>()?;
-    audit::insert(&entries)?;
+    audit::insert_under(Some(keys), &entries)?;
     state::announce(plan, "gone", gone)
 }
 

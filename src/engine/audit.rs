@@ -3,6 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::domain::vault::MasterKeys;
 use crate::pg::error::Result;
 use crate::pg::identity::as_extension;
 use crate::pg::sql::{self, Arg};
@@ -76,7 +77,17 @@ pub fn insert(entries: &[AuditEntry]) -> Result<()> {
     if entries.is_empty() {
         return Ok(());
     }
-    let keys = keys::master_keys().ok();
+    insert_under(keys::master_keys().ok().as_ref(), entries)
+}
+
+/// [`insert`] under keys that are at hand: fetching them may run a command.
+///
+/// # Errors
+/// As [`insert`].
+pub fn insert_under(keys: Option<&MasterKeys>, entries: &[AuditEntry]) -> Result<()> {
+    if entries.is_empty() {
+        return Ok(());
+    }
     as_extension(|| {
         // Number and time first, since the code covers them.
         let rows = sql::write(
@@ -89,13 +100,13 @@ pub fn insert(entries: &[AuditEntry]) -> Result<()> {
         let mut codes = Vec::new();
         for (row, entry) in rows.iter().zip(entries) {
             let (id, at) = (row.int(0)?, row.string(1)?);
-            if let Some(keys) = &keys {
+            if let Some(keys) = keys {
                 codes.push(keys.current().mac(b"amazon_pii audit entry", &entry.message(id, &at)));
             }
             ids.push(id);
             times.push(at);
         }
-        let key_id = keys.as_ref().map(|k| k.current().id().to_owned());
+        let key_id = keys.map(|k| k.current().id().to_owned());
         let column = |f: fn(&AuditEntry) -> Option<&str>| Arg::Texts(entries.iter().map(f).collect());
         let versions: Vec<Option<String>> = entries
             .iter()

@@ -7,7 +7,7 @@ use super::overwrite::{self, CellWrite, NewValue, RowWrite};
 use super::plan::{AnchorPlan, EXPRESSION_HINT, Plan, Table};
 use super::walk::Values;
 use crate::domain::policy::Treatment as Rule;
-use crate::domain::treatment::{Outcome, Shape};
+use crate::domain::treatment::Shape;
 use crate::pg::catalog;
 use crate::pg::error::{Error, Result};
 use crate::pg::ident::Expr;
@@ -326,21 +326,10 @@ fn rows(plan: &Plan, records: &[&LiveRecord]) -> Result<Vec<RowWrite>> {
         if pii.is_empty() {
             continue;
         }
-        let mut cells: Vec<CellWrite> = record
-            .cells
-            .iter()
-            .map(|c| {
-                c.as_ref()
-                    .map_or(CellWrite::Leave, |c| CellWrite::Compare(c.value.clone()))
-            })
-            .collect();
+        let mut cells = record.as_it_is();
         for (i, outcome) in pii {
             let expected = record.cells[i].as_ref().and_then(|c| c.value.clone());
-            let new = match outcome {
-                Outcome::Text(text) => NewValue::Text(text),
-                Outcome::Sql => NewValue::Computed,
-                Outcome::Null | Outcome::Keep => NewValue::Null,
-            };
+            let new = NewValue::from(&outcome);
             cells[i] = CellWrite::Write { expected, new };
         }
         out.push(RowWrite {

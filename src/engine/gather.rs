@@ -2,10 +2,11 @@
 
 use std::collections::HashMap;
 
+use super::overwrite::CellWrite;
 use super::plan::Plan;
 use super::walk::{self, FIRST, Hop, Values, by_key, hop, key_parts, key_text};
 use crate::domain::treatment::Outcome;
-use crate::pg::error::{Error, Result};
+use crate::pg::error::Result;
 use crate::pg::identity::on_keys;
 use crate::pg::sql::{self, Arg, Row};
 
@@ -48,27 +49,26 @@ impl LiveRecord {
         let table = &plan.tables[self.table];
         let key: Vec<String> = self.key.iter().flatten().cloned().collect();
         let mut out = Vec::new();
-        for (i, (cell, column)) in self.cells.iter().zip(&table.cells).enumerate() {
+        for (i, cell) in self.cells.iter().enumerate() {
             let Some(cell) = cell else { continue };
-            let Some(treatment) = &column.treatment else {
+            match table.treat(i, cell.value.as_deref(), &key)? {
                 // A row that goes as a whole: all of it is archived, NULLs too, or they came back as their defaults.
-                out.push((i, Outcome::Null));
-                continue;
-            };
-            let outcome = treatment.apply(cell.value.as_deref(), &key).map_err(|e| {
-                Error::unsupported(format!(
-                    "column \"{}\" of {}: {e}",
-                    column.name.bare(),
-                    table.relation.shown()
-                ))
-            })?;
-            match outcome {
-                Outcome::Keep => {}
-                Outcome::Sql if cell.computed == cell.value => {}
-                outcome => out.push((i, outcome)),
+                None => out.push((i, Outcome::Null)),
+                Some(Outcome::Keep) => {}
+                Some(Outcome::Sql) if cell.computed == cell.value => {}
+                Some(outcome) => out.push((i, outcome)),
             }
         }
         Ok(out)
+    }
+
+    /// A write that changes nothing yet: every cell that is treated must hold what it holds now.
+    pub fn as_it_is(&self) -> Vec<CellWrite> {
+        let compare = |c: &LiveCell| CellWrite::Compare(c.value.clone());
+        self.cells
+            .iter()
+            .map(|c| c.as_ref().map_or(CellWrite::Leave, compare))
+            .collect()
     }
 }
 

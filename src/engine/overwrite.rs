@@ -3,6 +3,7 @@
 
 use super::plan::{CellColumn, Plan, Table};
 use super::walk::{BATCH, ORDINAL, Values, batch_column, batch_rows};
+use crate::domain::treatment::Outcome;
 use crate::pg::catalog::{self, Compare};
 use crate::pg::error::{Error, Result};
 use crate::pg::ident::Ident;
@@ -18,6 +19,16 @@ pub enum NewValue {
     Text(String),
     /// What the column's expression gives.
     Computed,
+}
+
+impl From<&Outcome> for NewValue {
+    fn from(outcome: &Outcome) -> Self {
+        match outcome {
+            Outcome::Text(text) => Self::Text(text.clone()),
+            Outcome::Sql => Self::Computed,
+            Outcome::Null | Outcome::Keep => Self::Null,
+        }
+    }
 }
 
 /// What happens to one cell of a row.

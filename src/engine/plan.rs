@@ -9,7 +9,7 @@ use std::fmt::Display;
 use pgrx::pg_sys;
 
 use crate::domain::policy::{Policy, Shared, Treatment as Rule};
-use crate::domain::treatment::{Shape, Treatment};
+use crate::domain::treatment::{Outcome, Shape, Treatment};
 use crate::pg::catalog::TableFacts;
 use crate::pg::error::{Error, Result};
 use crate::pg::ident::{self, Expr, Ident, Relation};
@@ -95,6 +95,24 @@ impl Table {
                 .indexed_expressions
                 .iter()
                 .any(|shown| expressions.iter().any(|e| e.same_text(shown)))
+    }
+
+    /// What must become of a text in one of its cells; `None` in a row that goes as a whole.
+    ///
+    /// # Errors
+    /// The treatment cannot be applied; names the column, not the value.
+    pub fn treat(&self, cell: usize, text: Option<&str>, key: &[String]) -> Result<Option<Outcome>> {
+        let column = &self.cells[cell];
+        let Some(treatment) = &column.treatment else {
+            return Ok(None);
+        };
+        treatment.apply(text, key).map(Some).map_err(|e| {
+            Error::unsupported(format!(
+                "column \"{}\" of {}: {e}",
+                column.name.bare(),
+                self.relation.shown()
+            ))
+        })
     }
 
     /// The key columns as a select list.

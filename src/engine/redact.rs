@@ -29,8 +29,6 @@ pub struct Redacted {
     pub unproven: Vec<usize>,
     /// Somebody else has a row locked.
     pub locked: Vec<usize>,
-    /// A younger linked record pushes them back.
-    pub pushed: Vec<usize>,
 }
 
 /// A row to be overwritten, for all orders of the batch that reach it.
@@ -58,9 +56,9 @@ pub fn batch(plan: &Plan, others: &[Plan], keys: &MasterKeys, clock: &Clock, bat
     let mut live = gather::gather(plan, &inputs)?;
     let mut out = Redacted::default();
     let late = late_rows(plan, clock, batch, &mut live.records)?;
-    let mut excluded: HashSet<usize> = push_back(plan, clock, batch, &live.records, &mut out)?;
+    let mut excluded: HashSet<usize> = push_back(plan, clock, batch, &live.records)?;
     let gone: Vec<usize> = (0..batch.len()).filter(|i| live.is_gone(*i)).collect();
-    settle_gone(plan, &gone.iter().map(|i| &batch[*i]).collect::<Vec<_>>())?;
+    settle_gone(plan, keys, &gone.iter().map(|i| &batch[*i]).collect::<Vec<_>>())?;
     excluded.extend(gone);
     let former = Former::load(plan, batch.iter().map(|d| d.redacted_version))?;
     let mut targets = targets(plan, &former, batch, &live.records, &archive, &mut excluded, &mut out)?;
@@ -136,7 +134,7 @@ pub fn batch(plan: &Plan, others: &[Plan], keys: &MasterKeys, clock: &Clock, bat
             ..entry("redact", plan, due)?
         });
     }
-    audit::insert(&entries)?;
+    audit::insert_under(Some(keys), &entries)?;
     state::announce(plan, "redacted", &overwritten)?;
     out.done = overwritten.len() as i64;
     out.bytes = live.bytes();
@@ -179,13 +177,7 @@ fn late_rows(
 }
 
 /// Orders that a younger linked record keeps from being redacted now.
-fn push_back(
-    plan: &Plan,
-    clock: &Clock,
-    batch: &[Due],
-    records: &[LiveRecord],
-    out: &mut Redacted,
-) -> Result<HashSet<usize>> {
+fn push_back(plan: &Plan, clock: &Clock, batch: &[Due], records: &[LiveRecord]) -> Result<HashSet<usize>> {
     let mut latest: BTreeMap<usize, (String, usize)> = BTreeMap::new();
     for record in records {
         let Some((moment, by)) = &record.not_before else {
@@ -203,7 +195,6 @@ fn push_back(
         if young {
             state::pushed(plan, &batch[order], &moment, &plan.entries[by].alias)?;
             excluded.insert(order);
-            out.pushed.push(order);
         }
     }
     Ok(excluded)
@@ -280,14 +271,7 @@ fn proven(
     newest: Option<&Newest>,
 ) -> Result<Option<Vec<CellWrite>>> {
     let table = &plan.tables[record.table];
-    let mut cells: Vec<CellWrite> = record
-        .cells
-        .iter()
-        .map(|c| {
-            c.as_ref()
-                .map_or(CellWrite::Leave, |c| CellWrite::Compare(c.value.clone()))
-        })
-        .collect();
+    let mut cells = record.as_it_is();
     for (i, outcome) in pii {
         let live = record.cells[*i].as_ref().and_then(|c| c.value.clone());
         let opened = newest.and_then(|n| n.cells.get(table.cells[*i].name.bare()));
@@ -304,11 +288,7 @@ fn proven(
             }
             _ => return Ok(None),
         };
-        let new = match outcome {
-            Outcome::Text(text) => NewValue::Text(text.clone()),
-            Outcome::Sql => NewValue::Computed,
-            Outcome::Null | Outcome::Keep => NewValue::Null,
-        };
+        let new = NewValue::from(outcome);
         cells[*i] = CellWrite::Write { expected, new };
     }
     Ok(Some(cells))

@@ -207,23 +207,11 @@ fn restored_row(
             written += 1;
             continue;
         }
-        let left = match &column.treatment {
-            None => false,
-            Some(treatment) => {
-                let outcome = treatment.apply(archived.text.as_deref(), &key).map_err(|e| {
-                    Error::unsupported(format!(
-                        "column \"{}\" of {}: {e}",
-                        column.name.bare(),
-                        table.relation.shown()
-                    ))
-                })?;
-                match outcome {
-                    Outcome::Text(text) => live.value.as_deref().is_some_and(|v| same(v, &text, column.padded)),
-                    Outcome::Null => live.value.is_none(),
-                    Outcome::Sql => live.value == live.computed,
-                    Outcome::Keep => false,
-                }
-            }
+        let left = match table.treat(i, archived.text.as_deref(), &key)? {
+            Some(Outcome::Text(text)) => live.value.as_deref().is_some_and(|v| same(v, &text, column.padded)),
+            Some(Outcome::Null) => live.value.is_none(),
+            Some(Outcome::Sql) => live.value == live.computed,
+            None | Some(Outcome::Keep) => false,
         };
         if left || former.0.left(plan, former.1, record, i, archived) {
             written += 1;
