@@ -68,6 +68,7 @@ CREATE TABLE amazon_pii.order_state (
     next_attempt_at timestamptz,
     last_error      text,
     next_due_at     timestamptz,
+    records         text,
     -- The order's key first: it alone finds a row, whatever the server believes of the number of policies.
     PRIMARY KEY (order_key, policy)
 );
@@ -75,6 +76,7 @@ COMMENT ON TABLE amazon_pii.order_state IS 'One row a flagged order';
 COMMENT ON COLUMN amazon_pii.order_state.order_key IS 'JSON array of the key''s text forms';
 COMMENT ON COLUMN amazon_pii.order_state.stale_at IS 'When an order without an anchor is stale; NULL where the policy does not say';
 COMMENT ON COLUMN amazon_pii.order_state.next_due_at IS 'When a cycle has to look at the order again; NULL: nothing to do';
+COMMENT ON COLUMN amazon_pii.order_state.records IS 'The rows of the user''s that hold, or held, its personal data: JSON array of [table, key, entry, newest archived version]';
 -- Partial: an import of orders that are not dispatched yet does not touch it.
 CREATE INDEX order_state_due ON amazon_pii.order_state (policy, next_due_at) WHERE next_due_at IS NOT NULL;
 CREATE INDEX order_state_stale ON amazon_pii.order_state (policy, stale_at) WHERE status = 'flagged' AND stale_at IS NOT NULL;
@@ -86,14 +88,12 @@ CREATE TABLE amazon_pii.record_state (
     table_name      text        NOT NULL,
     record_key      text        NOT NULL,
     entry           text        NOT NULL,
-    status          text        NOT NULL CHECK (status IN ('archived', 'redacted', 'waiting', 'retrieved', 'gone')),
-    version         int         NOT NULL DEFAULT 0,
+    status          text        NOT NULL CHECK (status IN ('archived', 'waiting', 'retrieved', 'gone')),
     changed_at      timestamptz NOT NULL DEFAULT pg_catalog.now(),
     witness         text,
     PRIMARY KEY (order_key, policy, table_name, record_key)
 );
-COMMENT ON TABLE amazon_pii.record_state IS 'One row for each row of the user''s that holds, or held, personal data of a flagged order';
-COMMENT ON COLUMN amazon_pii.record_state.version IS 'Newest archived version; 0: nothing archived';
+COMMENT ON TABLE amazon_pii.record_state IS 'Records that do not fare as their order does: waiting, retrieved, gone, or come back after redaction';
 COMMENT ON COLUMN amazon_pii.record_state.witness IS 'The order that was last seen keeping a shared record alive';
 CREATE INDEX record_state_retrieved ON amazon_pii.record_state (table_name, record_key) WHERE status = 'retrieved';
 CREATE INDEX record_state_waiting ON amazon_pii.record_state (record_key) WHERE status = 'waiting';
@@ -117,8 +117,9 @@ CREATE TABLE amazon_pii.renamed (
     table_name      text        NOT NULL,
     old_key         text        NOT NULL,
     new_key         text        NOT NULL,
-    is_order        boolean     NOT NULL
+    order_key       text
 );
+COMMENT ON COLUMN amazon_pii.renamed.order_key IS 'The order whose record it is; NULL where the order''s own key changed';
 COMMENT ON TABLE amazon_pii.renamed IS 'Changes of keys that the archive has yet to follow';
 
 CREATE TABLE amazon_pii.run (
@@ -158,9 +159,11 @@ CREATE TABLE amazon_pii.audit_entry (
     reason          text,
     detail          text,
     key_id          text,
-    mac             bytea
+    mac             bytea,
+    lines           text
 );
 COMMENT ON TABLE amazon_pii.audit_entry IS 'Who did what to which order, under which policy version, why and when; append-only';
+COMMENT ON COLUMN amazon_pii.audit_entry.lines IS 'Where one entry speaks of a batch: JSON array of [order key, order number, detail]';
 CREATE INDEX audit_entry_order ON amazon_pii.audit_entry (policy, order_key);
 
 -- Survive a dump: everything but the triggers' notes of the moment. Call by call, since each updates one row.

@@ -13,8 +13,13 @@ SELECT o.policy, o.order_key, o.order_number, o.status, o.flagged_at, o.anchor_a
 COMMENT ON VIEW amazon_pii.orders IS 'One row a flagged order: where it stands and what is due when';
 
 CREATE VIEW amazon_pii.records WITH (security_barrier) AS
-SELECT r.policy, r.order_key, r.table_name, r.record_key, r.entry, r.status, r.version, r.changed_at
-  FROM amazon_pii.record_state AS r;
+SELECT o.policy, o.order_key, l.item->>0 AS table_name, l.item->>1 AS record_key, l.item->>2 AS entry,
+       COALESCE(r.status, CASE WHEN o.redacted_at IS NULL THEN 'archived' ELSE 'redacted' END) AS status,
+       (l.item->>3)::int AS version, COALESCE(r.changed_at, o.redacted_at, o.archived_at) AS changed_at
+  FROM amazon_pii.order_state AS o
+ CROSS JOIN LATERAL pg_catalog.jsonb_array_elements(o.records::pg_catalog.jsonb) AS l (item)
+  LEFT JOIN amazon_pii.record_state AS r ON r.policy = o.policy AND r.order_key = o.order_key
+        AND r.table_name = l.item->>0 AND r.record_key = l.item->>1;
 COMMENT ON VIEW amazon_pii.records IS 'The rows that hold, or held, personal data of flagged orders; waiting: another order keeps it alive';
 
 -- An order is overdue when its personal data should be gone and is not.
@@ -52,9 +57,11 @@ SELECT r.run_id, r.policy, r.started_at, r.finished_at, r.started_by, r.flagged,
 COMMENT ON VIEW amazon_pii.runs IS 'Cycles and their counts';
 
 CREATE VIEW amazon_pii.audit_log WITH (security_barrier) AS
-SELECT a.audit_id, a.at, a."user", a.actor, a.action, a.policy, a.policy_version, a.order_key, a.order_number, a.reason,
-       a.detail, a.key_id, a.mac
-  FROM amazon_pii.audit_entry AS a;
+SELECT a.audit_id, a.at, a."user", a.actor, a.action, a.policy, a.policy_version,
+       COALESCE(a.order_key, l.item->>0) AS order_key, COALESCE(a.order_number, l.item->>1) AS order_number, a.reason,
+       COALESCE(a.detail, l.item->>2) AS detail, a.key_id, a.mac
+  FROM amazon_pii.audit_entry AS a
+  LEFT JOIN LATERAL pg_catalog.jsonb_array_elements(a.lines::pg_catalog.jsonb) AS l (item) ON true;
 COMMENT ON VIEW amazon_pii.audit_log IS 'Who did what to which order, under which policy version, why and when; holds no personal data';
 
 CREATE VIEW amazon_pii.status WITH (security_barrier) AS

@@ -173,9 +173,7 @@ def test_server_killed_between_archiving_and_redacting(shop):
         call.result()
     shop.cluster.start()
     assert check_consistent(shop) == set()
-    assert shop.sql("SELECT status, count(*) FROM amazon_pii.orders GROUP BY 1 ORDER BY 1") == [
-        ("archived", 10), ("scheduled", 50),
-    ]
+    assert shop.value("SELECT count(DISTINCT order_key) FROM amazon_pii_archive.document") == 10
     assert run_cycle(shop)["archived"] == 50
     check_finished(shop, 60)
 

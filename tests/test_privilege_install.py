@@ -64,7 +64,7 @@ CALLS = {
     "SELECT * FROM amazon_pii_archive.data_key": set(),
     "INSERT INTO amazon_pii.touched (policy, entry) VALUES ('shop', '')": set(),
     "UPDATE amazon_pii.orders SET status = 'redacted'": set(),
-    "DELETE FROM amazon_pii.audit_log": set(),
+    "DELETE FROM amazon_pii.audit_entry": set(),
 }
 USERS = ("pii_admin", "pii_operator", "pii_auditor", "shop_owner", "other_owner", "nobody_special")
 

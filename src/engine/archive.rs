@@ -7,6 +7,7 @@ use super::due::Due;
 use super::former::Former;
 use super::gather::{self, Gathered, LiveRecord};
 use super::plan::Plan;
+use super::records::{self, Fate, Listed, RecordList, Stored};
 use super::state;
 use super::vault::{self, NewDocument, Newest, OrderArchive};
 use crate::domain::document::{Cell, Document};
@@ -21,7 +22,12 @@ pub struct Archived {
     pub orders: i64,
     /// How much text the batch holds.
     pub bytes: usize,
+    /// What each order of the batch lists now.
+    pub records: Vec<RecordList>,
 }
+
+/// A record, by the position of its order in the batch.
+type OfOrder = (usize, Listed);
 
 /// Archives every cell of the batch that holds PII and that the archive does not hold as it is.
 ///
@@ -30,9 +36,10 @@ pub struct Archived {
 pub fn batch(plan: &Plan, keys: &MasterKeys, batch: &[Due]) -> Result<Archived> {
     let order_keys: Vec<String> = batch.iter().map(|d| d.order_key.clone()).collect();
     let inputs: Vec<_> = batch.iter().map(|d| d.key.clone()).collect();
-    let live = gather::gather(plan, &inputs)?;
+    let stored = Stored::of(plan, batch)?;
+    let live = gather::gather(plan, &inputs, &stored)?;
     let known = vault::open(&plan.archive_schema, keys, &plan.policy, &order_keys)?;
-    let (documents, records) = missing(
+    let (documents, found) = missing(
         plan,
         &Former::load(plan, batch.iter().map(|d| d.redacted_version))?,
         batch,
@@ -40,37 +47,77 @@ pub fn batch(plan: &Plan, keys: &MasterKeys, batch: &[Due]) -> Result<Archived> 
         &known,
     )?;
     vault::store(&plan.archive_schema, keys, &plan.policy, &known, &documents)?;
-    state::records_archived(plan, &records)?;
+    come_back(plan, batch, &stored, &found)?;
+    let mut records: Vec<RecordList> = batch.iter().map(|d| d.records.clone()).collect();
+    for (order, record) in found {
+        records[order].put(record);
+    }
     let mut counts: HashMap<&str, usize> = HashMap::new();
     for document in &documents {
         *counts.entry(&document.order_key).or_default() += 1;
     }
-    let (mut present, mut gone, mut new, mut entries) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    let (mut complete, mut gone, mut new, mut lines) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for (i, due) in batch.iter().enumerate() {
         if live.is_gone(i) {
             gone.push(due);
             continue;
         }
-        present.push(due);
-        if !due.archived {
+        // One that is redacted next gets both states at once; until then its documents say that it is archived.
+        if !due.redact || due.archived {
+            complete.push((due, &records[i]));
+        }
+        // A check that found nothing new is no event: an interrupted batch may have stored the copy.
+        let count = counts.get(due.order_key.as_str());
+        if !due.archived && (count.is_some() || !known.contains_key(&due.order_key)) {
             new.push(due);
         }
-        // A check that found nothing new is no event.
-        if let Some(count) = counts.get(due.order_key.as_str()) {
-            entries.push(AuditEntry {
-                detail: Some(format!("{count} records")),
-                ..entry("archive", plan, due)?
-            });
+        if let Some(count) = count {
+            lines.push(line(due, format!("{count} records")));
         }
     }
-    state::archived(plan, &present)?;
-    audit::insert_under(Some(keys), &entries)?;
+    state::archived(plan, &complete)?;
+    audit::insert_batch(keys, "archive", plan, lines)?;
     state::announce(plan, "archived", &new)?;
     settle_gone(plan, keys, &gone)?;
     Ok(Archived {
         orders: new.len() as i64,
         bytes: live.bytes(),
+        records,
     })
+}
+
+/// A line of a batch's audit entry.
+pub fn line(due: &Due, detail: String) -> audit::Line {
+    audit::Line {
+        order_key: due.order_key.clone(),
+        order_number: due.number.clone(),
+        detail,
+    }
+}
+
+/// Records that hold personal data although they were done with.
+fn come_back(plan: &Plan, batch: &[Due], stored: &Stored, found: &[OfOrder]) -> Result<()> {
+    let changes: Vec<records::Change<'_>> = found
+        .iter()
+        .filter_map(|(order, Listed(table, record_key, entry, _))| {
+            let due = &batch[*order];
+            let redacted = due.redacted_version.is_some();
+            let change = match stored.fate(*order, table, record_key) {
+                None | Some(Fate::Gone) if redacted => Some(Some(Fate::Archived)),
+                Some(Fate::Gone) => Some(None),
+                _ => None,
+            };
+            change.map(|fate| records::Change {
+                order_key: &due.order_key,
+                table,
+                record_key,
+                entry,
+                fate,
+                witness: None,
+            })
+        })
+        .collect();
+    records::write(plan, &changes)
 }
 
 /// Orders whose row is gone: nothing more to do, their documents stay.
@@ -101,15 +148,6 @@ pub fn entry(action: &str, plan: &Plan, due: &Due) -> Result<AuditEntry> {
     })
 }
 
-/// A record's place in our own list.
-pub struct RecordNote {
-    pub order_key: String,
-    pub table: String,
-    pub record_key: String,
-    pub entry: String,
-    pub version: i64,
-}
-
 /// Cells that hold no PII any more although a copy of them was archived: before the first redaction that is somebody's
 /// decision, and the archive follows it. A shared row may have been redacted with another order.
 pub fn taken_out<'a>(
@@ -119,7 +157,8 @@ pub fn taken_out<'a>(
     newest: Option<&'a Newest>,
 ) -> impl Iterator<Item = usize> + 'a {
     let table = &plan.tables[record.table];
-    let first = record.untouched && due.redacted_version.is_none() && !table.shared && !table.delete;
+    let untouched = due.redacted_version.is_none() && due.records.lists(&table.archived_as, &record.key_text);
+    let first = untouched && !table.shared && !table.delete;
     record.cells.iter().enumerate().filter_map(move |(i, cell)| {
         let archived = newest?.cells.get(table.cells[i].name.bare())?;
         let key: Vec<String> = record.key.iter().flatten().cloned().collect();
@@ -131,14 +170,14 @@ pub fn taken_out<'a>(
     })
 }
 
-/// The documents that the archive lacks, and the records they are of.
+/// The documents that the archive lacks, and the records that hold personal data, by the position of their order.
 fn missing(
     plan: &Plan,
     former: &Former,
     batch: &[Due],
     live: &Gathered,
     known: &HashMap<String, OrderArchive>,
-) -> Result<(Vec<NewDocument>, Vec<RecordNote>)> {
+) -> Result<(Vec<NewDocument>, Vec<OfOrder>)> {
     let mut documents = Vec::new();
     let mut notes = Vec::new();
     for record in &live.records {
@@ -185,13 +224,8 @@ fn missing(
                 document: Document { cells },
             });
         }
-        notes.push(RecordNote {
-            order_key: order.clone(),
-            table: place.0,
-            record_key: place.1,
-            entry: plan.entries[record.entry].alias.clone(),
-            version,
-        });
+        let entry = plan.entries[record.entry].alias.clone();
+        notes.push((record.order, Listed(place.0, place.1, entry, version)));
     }
     Ok((documents, notes))
 }

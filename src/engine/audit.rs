@@ -3,6 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::plan::Plan;
 use crate::domain::vault::MasterKeys;
 use crate::pg::error::Result;
 use crate::pg::identity::as_extension;
@@ -21,6 +22,17 @@ pub struct AuditEntry {
     pub order_number: Option<String>,
     pub reason: Option<String>,
     pub detail: Option<String>,
+    /// The orders of a batch, where one entry speaks of many.
+    #[serde(default)]
+    pub lines: Vec<Line>,
+}
+
+/// What happened to one order of a batch.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Line {
+    pub order_key: String,
+    pub order_number: Option<String>,
+    pub detail: String,
 }
 
 impl AuditEntry {
@@ -37,17 +49,27 @@ impl AuditEntry {
         })
     }
 
+    /// The lines as they are stored.
+    fn lines_text(&self) -> Option<String> {
+        let lines: Vec<_> = self
+            .lines
+            .iter()
+            .map(|l| (&l.order_key, &l.order_number, &l.detail))
+            .collect();
+        (!lines.is_empty()).then(|| serde_json::to_string(&lines).unwrap_or_default())
+    }
+
     /// What the entry's code covers, each part with its length, so that no two entries read the same.
     fn message(&self, id: i64, at: &str) -> Vec<u8> {
         let version = self.policy_version.map(|v| v.to_string());
         let id = id.to_string();
         let mut out = Vec::new();
-        let parts: [Option<&str>; 11] = [
-            Some(&id),
+        let parts = [
+            Some(id.as_str()),
             Some(at),
-            Some(&self.user),
+            Some(self.user.as_str()),
             self.actor.as_deref(),
-            Some(&self.action),
+            Some(self.action.as_str()),
             self.policy.as_deref(),
             version.as_deref(),
             self.order_key.as_deref(),
@@ -55,7 +77,14 @@ impl AuditEntry {
             self.reason.as_deref(),
             self.detail.as_deref(),
         ];
-        for part in parts {
+        let lines = self.lines.iter().flat_map(|l| {
+            [
+                Some(l.order_key.as_str()),
+                l.order_number.as_deref(),
+                Some(l.detail.as_str()),
+            ]
+        });
+        for part in parts.into_iter().chain(lines) {
             match part {
                 None => out.push(0),
                 Some(text) => {
@@ -112,14 +141,15 @@ pub fn insert_under(keys: Option<&MasterKeys>, entries: &[AuditEntry]) -> Result
             .iter()
             .map(|e| e.policy_version.map(|v| v.to_string()))
             .collect();
+        let lines: Vec<Option<String>> = entries.iter().map(AuditEntry::lines_text).collect();
         sql::execute(
             "INSERT INTO amazon_pii.audit_entry (audit_id, at, \"user\", actor, action, policy, policy_version, order_key, \
-                    order_number, reason, detail, mac, key_id) OVERRIDING SYSTEM VALUE \
-             SELECT id, at::timestamptz, u, actor, action, policy, version::int, okey, number, reason, detail, mac, $13 \
+                    order_number, reason, detail, mac, key_id, lines) OVERRIDING SYSTEM VALUE \
+             SELECT id, at::timestamptz, u, actor, action, policy, version::int, okey, number, reason, detail, mac, $13, lines \
              FROM ROWS FROM (pg_catalog.unnest($1), pg_catalog.unnest($2), pg_catalog.unnest($3), pg_catalog.unnest($4), \
                   pg_catalog.unnest($5), pg_catalog.unnest($6), pg_catalog.unnest($7), pg_catalog.unnest($8), \
-                  pg_catalog.unnest($9), pg_catalog.unnest($10), pg_catalog.unnest($11), pg_catalog.unnest($12)) \
-                  AS e (id, at, u, actor, action, policy, version, okey, number, reason, detail, mac)",
+                  pg_catalog.unnest($9), pg_catalog.unnest($10), pg_catalog.unnest($11), pg_catalog.unnest($12), \
+                  pg_catalog.unnest($14)) AS e (id, at, u, actor, action, policy, version, okey, number, reason, detail, mac, lines)",
             &[
                 Arg::Ints(ids),
                 Arg::texts(&times),
@@ -134,8 +164,31 @@ pub fn insert_under(keys: Option<&MasterKeys>, entries: &[AuditEntry]) -> Result
                 column(|e| e.detail.as_deref()),
                 Arg::ByteArrays(codes.iter().map(|c| c.as_slice()).collect()),
                 Arg::Text(key_id.as_deref()),
+                Arg::opt_texts(&lines),
             ],
         )?;
         Ok(())
     })
+}
+
+/// Appends one entry for the orders of a batch, with one code over all of them: an order costs no row of its own.
+///
+/// # Errors
+/// As [`insert`].
+pub fn insert_batch(keys: &MasterKeys, action: &str, plan: &Plan, lines: Vec<Line>) -> Result<()> {
+    let mut entry = AuditEntry {
+        policy: Some(plan.policy.clone()),
+        policy_version: Some(plan.version),
+        ..AuditEntry::new(action)?
+    };
+    match <[Line; 1]>::try_from(lines) {
+        Ok([line]) => {
+            entry.order_key = Some(line.order_key);
+            entry.order_number = line.order_number;
+            entry.detail = Some(line.detail);
+        }
+        Err(lines) if lines.is_empty() => return Ok(()),
+        Err(lines) => entry.lines = lines,
+    }
+    insert_under(Some(keys), &[entry])
 }

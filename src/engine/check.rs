@@ -5,6 +5,7 @@ use super::flag;
 use super::gather::{self, LiveRecord};
 use super::overwrite::{self, CellWrite, NewValue, RowWrite};
 use super::plan::{AnchorPlan, EXPRESSION_HINT, Plan, Table};
+use super::records::Stored;
 use super::walk::Values;
 use crate::domain::policy::Treatment as Rule;
 use crate::domain::treatment::Shape;
@@ -272,7 +273,7 @@ fn try_out(plan: &Plan) -> Result<Vec<Problem>> {
     }
     // Triggers that the caller left pending fire as the caller.
     xact::fire_deferred()?;
-    let before = gather::gather(plan, &sample)?;
+    let before = gather::gather(plan, &sample, &Stored::default())?;
     let facts = flag::by_keys(plan, &sample)?;
     let mut out = Vec::new();
     for (index, table) in plan.tables.iter().enumerate() {
@@ -350,7 +351,7 @@ fn compare(
     facts: &[flag::OrderFact],
 ) -> Result<Vec<Problem>> {
     let mut out = Vec::new();
-    let after = gather::gather(plan, sample)?;
+    let after = gather::gather(plan, sample, &Stored::default())?;
     let reached = |g: &gather::Gathered| {
         let mut all: Vec<(usize, usize, String)> = g
             .records

@@ -255,9 +255,13 @@ impl Run<'_> {
         let (copy, ready): (Vec<Due>, Vec<Due>) = batch.into_iter().partition(Due::needs_copy);
         let mut to_redact = ready;
         let mut bytes = 0;
-        for (orders, archived) in self.contained(copy, |run, orders| archive::batch(run.plan, &run.keys, orders))? {
+        for (mut orders, archived) in self.contained(copy, |run, orders| archive::batch(run.plan, &run.keys, orders))? {
             self.counts.archived += archived.orders;
             bytes += archived.bytes;
+            for (due, records) in orders.iter_mut().zip(archived.records) {
+                due.records = records;
+                due.copied = true;
+            }
             to_redact.extend(orders.into_iter().filter(|d| d.redact));
         }
         self.boundary.commit()?;
@@ -323,6 +327,7 @@ impl Run<'_> {
             // A whole table is locked: each order alone would wait for it as long as the batch did.
             Err(e) if e.is_lock() && overwrite::is_locked(self.plan)? => {
                 let all: Vec<&Due> = batch.iter().collect();
+                state::copied(self.plan, &all)?;
                 state::set_back(self.plan, &all, i64::try_from(guc::naptime()).unwrap_or(60), false)?;
             }
             Err(_) => {
@@ -341,15 +346,19 @@ impl Run<'_> {
 
     /// Sets an order back with its error; a lock that was not to be had is nobody's fault.
     fn fail(&mut self, due: &Due, error: &Error) -> Result<()> {
+        state::copied(self.plan, &[due])?;
         if error.is_lock() {
             return state::set_back(self.plan, &[due], i64::try_from(guc::naptime()).unwrap_or(60), false);
         }
         self.counts.failed += 1;
         state::failed(self.plan, due, error)?;
-        audit::insert(&[audit::AuditEntry {
-            detail: Some(error.stored()),
-            ..archive::entry("failed", self.plan, due)?
-        }])?;
+        audit::insert_under(
+            Some(&self.keys),
+            &[audit::AuditEntry {
+                detail: Some(error.stored()),
+                ..archive::entry("failed", self.plan, due)?
+            }],
+        )?;
         state::announce(self.plan, "failed", &[due])
     }
 

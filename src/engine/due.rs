@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 
 use super::plan::Plan;
+use super::records::RecordList;
 use super::walk::{Values, key_parts};
 use crate::domain::clock::Horizons;
 use crate::pg::error::Result;
@@ -24,6 +25,10 @@ pub struct Due {
     pub attempts: u32,
     /// The policy's version when it was redacted last.
     pub redacted_version: Option<i64>,
+    /// The rows that hold, or held, its personal data.
+    pub records: RecordList,
+    /// This batch has stored its copy.
+    pub copied: bool,
 }
 
 impl Due {
@@ -70,7 +75,7 @@ pub fn take(plan: &Plan, clock: &Clock, limit: i64) -> Result<Vec<Due>> {
         sql::write(
             &format!(
                 "SELECT o.order_key, o.order_number, o.status, o.archived_at IS NOT NULL, COALESCE({REDACT_DUE}, false), \
-                        o.attempts, o.redacted_version \
+                        o.attempts, o.redacted_version, o.records \
                  FROM amazon_pii.order_state o \
                  WHERE o.policy = $1 AND o.next_due_at <= GREATEST($2::timestamptz, $4::timestamptz) \
                    AND (o.next_attempt_at IS NULL OR o.next_attempt_at <= $2::timestamptz) \
@@ -98,6 +103,8 @@ pub fn take(plan: &Plan, clock: &Clock, limit: i64) -> Result<Vec<Due>> {
                 redact: r.bool(4)?,
                 attempts: u32::try_from(r.int(5)?).unwrap_or(u32::MAX),
                 redacted_version: r.text(6)?.and_then(|v| v.parse().ok()),
+                records: RecordList::parse(r.text(7)?)?,
+                copied: false,
             })
         })
         .collect()
@@ -114,7 +121,7 @@ pub fn relock(plan: &Plan, clock: &Clock, batch: Vec<Due>) -> Result<Vec<Due>> {
             // Meanwhile it may have been retrieved or held: whether it is due is asked again.
             &format!(
                 "SELECT o.order_key, o.status FROM amazon_pii.order_state o WHERE o.policy IS NOT DISTINCT FROM $1 AND o.order_key = ANY ($3) \
-                 AND o.status IN ('archived', 'redacted', 'retrieved', 'failed') AND ({REDACT_DUE}) \
+                 AND o.status IN ('scheduled', 'archived', 'redacted', 'retrieved', 'failed') AND ({REDACT_DUE}) \
                  AND (o.held_until IS NULL OR o.held_until <= pg_catalog.now()) AND {IN_FORCE} FOR UPDATE OF o SKIP LOCKED"
             ),
             &[

@@ -4,11 +4,11 @@ use std::collections::HashMap;
 
 use super::overwrite::CellWrite;
 use super::plan::Plan;
+use super::records::{Listed, Stored};
 use super::walk::{self, FIRST, Hop, Values, by_key, hop, key_parts, key_text};
 use crate::domain::treatment::Outcome;
 use crate::pg::error::Result;
-use crate::pg::identity::on_keys;
-use crate::pg::sql::{self, Arg, Row};
+use crate::pg::sql::Row;
 
 /// One treated column of a row.
 #[derive(Debug, Clone)]
@@ -36,8 +36,6 @@ pub struct LiveRecord {
     pub not_before: NotBefore,
     /// Known by its stored key alone: the links lead elsewhere by now.
     pub stored: bool,
-    /// It was archived, and never overwritten since it is tracked.
-    pub untouched: bool,
 }
 
 impl LiveRecord {
@@ -138,11 +136,11 @@ fn shape(plan: &Plan, index: usize) -> Shape {
     }
 }
 
-/// Reads everything that the policy reaches from these orders.
+/// Reads everything that the policy reaches from these orders, and what they once reached.
 ///
 /// # Errors
 /// Errors of the server or of the owners' expressions.
-pub fn gather(plan: &Plan, orders: &[Values]) -> Result<Gathered> {
+pub fn gather(plan: &Plan, orders: &[Values], stored: &Stored) -> Result<Gathered> {
     let mut gathered = Gathered {
         exists: vec![false; orders.len()],
         records: Vec::new(),
@@ -206,7 +204,6 @@ pub fn gather(plan: &Plan, orders: &[Values]) -> Result<Gathered> {
                     cells: vec![None; table.cells.len()],
                     not_before: None,
                     stored: false,
-                    untouched: false,
                 });
                 gathered.records.len() - 1
             });
@@ -229,7 +226,7 @@ pub fn gather(plan: &Plan, orders: &[Values]) -> Result<Gathered> {
             }
         }
     }
-    add_stored(plan, orders, &known, &mut gathered)?;
+    add_stored(plan, stored, &known, &mut gathered)?;
     Ok(gathered)
 }
 
@@ -237,37 +234,23 @@ pub fn gather(plan: &Plan, orders: &[Values]) -> Result<Gathered> {
 /// leaves no personal data behind.
 fn add_stored(
     plan: &Plan,
-    orders: &[Values],
+    stored: &Stored,
     known: &HashMap<(usize, usize, String), usize>,
     gathered: &mut Gathered,
 ) -> Result<()> {
-    let texts = orders.iter().map(|k| key_text(k)).collect::<Result<Vec<_>>>()?;
-    let rows = on_keys(|| {
-        sql::read(
-            "SELECT r.order_key, r.table_name, r.record_key, r.entry, r.status = 'archived' FROM amazon_pii.record_state r \
-             WHERE r.policy IS NOT DISTINCT FROM $1 AND r.order_key = ANY ($2) AND r.status IN ('archived', 'waiting', 'retrieved')",
-            &[Arg::Text(Some(&plan.policy)), Arg::texts(&texts)],
-        )
-    })?;
-    let positions: HashMap<&str, usize> = texts.iter().enumerate().map(|(i, t)| (t.as_str(), i)).collect();
     // For each table: order, entry, key.
-    let mut missing: Vec<Vec<(usize, usize, String)>> = plan.tables.iter().map(|_| Vec::new()).collect();
-    for row in &rows {
-        let Some(order) = positions.get(row.str(0)?).copied() else {
+    let mut missing: Vec<Vec<(usize, usize, &str)>> = plan.tables.iter().map(|_| Vec::new()).collect();
+    for (order, Listed(table, key, alias, _)) in stored.open() {
+        let Some(index) = plan.tables.iter().position(|t| t.archived_as == *table) else {
             continue;
         };
-        let (table, key, alias) = (row.str(1)?, row.string(2)?, row.str(3)?);
-        let Some(index) = plan.tables.iter().position(|t| t.archived_as == table) else {
-            continue;
-        };
-        if let Some(slot) = known.get(&(order, index, key.clone())) {
-            gathered.records[*slot].untouched = row.bool(4)?;
+        if known.contains_key(&(order, index, key.clone())) {
             continue;
         }
         let entry = plan
             .entries
             .iter()
-            .position(|e| e.table == index && e.alias == alias)
+            .position(|e| e.table == index && e.alias == *alias)
             .or_else(|| plan.entries.iter().position(|e| e.table == index));
         if let Some(entry) = entry {
             missing[index].push((order, entry, key));
@@ -300,11 +283,10 @@ fn add_stored(
                 table: index,
                 entry: *entry,
                 key: keys[found.input].clone(),
-                key_text: key.clone(),
+                key_text: (*key).to_owned(),
                 cells,
                 not_before: None,
                 stored: true,
-                untouched: false,
             });
         }
     }

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::flag::{self, OrderFact};
 use super::gather;
 use super::plan::{AnchorPlan, Plan};
+use super::records::Stored;
 use super::walk::{Values, key_parts};
 use crate::pg::error::{Error, Result};
 use crate::pg::identity::{as_extension, require_role};
@@ -51,7 +52,9 @@ pub fn preview(policy: &str, as_of: &str) -> Result<Vec<Preview>> {
                 .map(|(f, _)| f)
                 .collect();
             let keys: Vec<Values> = due.iter().map(|f| f.key.clone()).collect();
-            for record in gather::gather(&plan, &keys)?.records {
+            let texts: Vec<&str> = due.iter().map(|f| f.key_text.as_str()).collect();
+            let stored = Stored::by_keys(&plan, &texts)?;
+            for record in gather::gather(&plan, &keys, &stored)?.records {
                 if record.pii(&plan)?.is_empty() {
                     continue;
                 }
@@ -192,8 +195,9 @@ pub fn explain(number: &str) -> Result<Vec<Step>> {
         }
         let records = as_extension(|| {
             sql::read(
-                "SELECT table_name, record_key, status, version, witness FROM amazon_pii.record_state \
-                 WHERE policy = $1 AND order_key = $2 ORDER BY table_name, record_key",
+                "SELECT r.table_name, r.record_key, r.status, r.version, s.witness FROM amazon_pii.records r \
+                 LEFT JOIN amazon_pii.record_state s USING (policy, order_key, table_name, record_key) \
+                 WHERE r.policy = $1 AND r.order_key = $2 ORDER BY r.table_name, r.record_key",
                 &[Arg::Text(Some(&policy)), Arg::Text(Some(&key))],
             )
         })?;

@@ -3,14 +3,15 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 
 use super::alive;
-use super::archive::{entry, settle_gone, taken_out};
+use super::archive::{line, settle_gone, taken_out};
 use super::audit;
 use super::due::{Clock, Due};
 use super::former::Former;
 use super::gather::{self, LiveRecord};
 use super::overwrite::{self, CellWrite, NewValue, RowWrite};
 use super::plan::Plan;
-use super::state::{self, RecordChange};
+use super::records::{self, Change, Fate, Listed, Stored};
+use super::state;
 use super::vault::{self, Newest, OrderArchive};
 use super::walk::Values;
 use crate::domain::treatment::Outcome;
@@ -41,7 +42,12 @@ struct Target {
     key_text: String,
     /// Reached by no link any more: whoever it belongs to now may need it.
     stored: bool,
+    /// Other orders may need it.
+    shared: bool,
 }
+
+/// For orders of a batch, a moment and the entry that says so.
+type Moments = BTreeMap<usize, (String, usize)>;
 
 /// Overwrites the PII of a batch.
 ///
@@ -53,13 +59,14 @@ pub fn batch(plan: &Plan, others: &[Plan], keys: &MasterKeys, clock: &Clock, bat
     let inputs: Vec<Values> = batch.iter().map(|d| d.key.clone()).collect();
     // The copies first: read back from what is committed, and opened, before any row is locked.
     let archive = vault::open(&plan.archive_schema, keys, &plan.policy, &order_keys)?;
-    let mut live = gather::gather(plan, &inputs)?;
+    let stored = Stored::of(plan, batch)?;
+    let mut live = gather::gather(plan, &inputs, &stored)?;
     let mut out = Redacted::default();
-    let late = late_rows(plan, clock, batch, &mut live.records)?;
+    let (late, set_aside) = late_rows(plan, clock, batch, &mut live.records)?;
     let mut excluded: HashSet<usize> = push_back(plan, clock, batch, &live.records)?;
-    let gone: Vec<usize> = (0..batch.len()).filter(|i| live.is_gone(*i)).collect();
+    let gone: HashSet<usize> = (0..batch.len()).filter(|i| live.is_gone(*i)).collect();
     settle_gone(plan, keys, &gone.iter().map(|i| &batch[*i]).collect::<Vec<_>>())?;
-    excluded.extend(gone);
+    excluded.extend(&gone);
     let former = Former::load(plan, batch.iter().map(|d| d.redacted_version))?;
     let mut targets = targets(plan, &former, batch, &live.records, &archive, &mut excluded, &mut out)?;
 
@@ -78,63 +85,42 @@ pub fn batch(plan: &Plan, others: &[Plan], keys: &MasterKeys, clock: &Clock, bat
     )?);
     write(plan, &targets, &excluded)?;
 
-    let done: Vec<usize> = (0..batch.len()).filter(|i| !excluded.contains(i)).collect();
-    let mut changes = Vec::new();
+    let mut changes = Changes::default();
     for target in &targets {
-        changes.extend(notes(plan, batch, target, &excluded, "redacted", None));
+        changes.overwritten(plan, batch, &stored, target, &excluded);
     }
     for (target, witness) in &waiting {
-        changes.extend(notes(plan, batch, target, &excluded, "waiting", Some(witness.clone())));
+        changes.waiting(plan, batch, target, &excluded, witness);
     }
-    state::records_changed(plan, &changes)?;
-    let finished: Vec<String> = done.iter().map(|i| order_keys[*i].clone()).collect();
-    let found: Vec<(&str, &str, &str)> = live
-        .records
-        .iter()
-        .map(|r| {
-            (
-                order_keys[r.order].as_str(),
-                plan.tables[r.table].archived_as.as_str(),
-                r.key_text.as_str(),
-            )
-        })
-        .collect();
-    state::records_left(plan, &finished, &found)?;
-    let dues: Vec<&Due> = done.iter().map(|i| &batch[*i]).collect();
-    // (redacted, waiting) records of each order.
-    let mut counts: HashMap<&str, (usize, usize)> = HashMap::new();
-    for change in &changes {
-        let count = counts.entry(&change.order_key).or_default();
-        if change.status == "redacted" {
-            count.0 += 1;
-        } else {
-            count.1 += 1;
-        }
-    }
-    let count = |due: &Due| counts.get(due.order_key.as_str()).copied().unwrap_or_default();
+    let done: Vec<usize> = (0..batch.len()).filter(|i| !excluded.contains(i)).collect();
+    changes.left(plan, batch, &stored, &done, live.records.iter().chain(&set_aside));
+    records::write(plan, &changes.list)?;
+    records::shared_done(&changes.shared)?;
+    let count = |i: usize| changes.counts.get(&i).copied().unwrap_or_default();
     // One that was looked at again and found clean is no event.
-    let (overwritten, clean): (Vec<&Due>, Vec<&Due>) = dues
+    let (overwritten, clean): (Vec<usize>, Vec<usize>) = done
         .into_iter()
-        .partition(|due| due.status != "redacted" || count(due).0 > 0);
-    state::redacted(plan, &overwritten)?;
-    state::rechecked(plan, &clean)?;
-    for (order, (moment, by)) in late.into_iter().filter(|(order, _)| !excluded.contains(order)) {
-        state::pushed(plan, &batch[order], &moment, &plan.entries[by].alias)?;
-    }
-    let mut entries = Vec::new();
-    for due in &overwritten {
-        let (count, waits) = count(due);
+        .partition(|i| batch[*i].status != "redacted" || count(*i).0 > 0);
+    let mut lines = Vec::new();
+    for i in &overwritten {
+        let (count, waits) = count(*i);
         let detail = if waits == 0 {
             format!("{count} records")
         } else {
             format!("{count} records, {waits} waiting for other orders")
         };
-        entries.push(audit::AuditEntry {
-            detail: Some(detail),
-            ..entry("redact", plan, due)?
-        });
+        lines.push(line(&batch[*i], detail));
     }
-    audit::insert_under(Some(keys), &entries)?;
+    let dues = |list: Vec<usize>| list.into_iter().map(|i| &batch[i]).collect::<Vec<_>>();
+    let (overwritten, clean) = (dues(overwritten), dues(clean));
+    state::redacted(plan, &overwritten)?;
+    state::rechecked(plan, &clean)?;
+    for (order, (moment, by)) in late.into_iter().filter(|(order, _)| !excluded.contains(order)) {
+        state::pushed(plan, &batch[order], &moment, &plan.entries[by].alias)?;
+    }
+    let set_back: Vec<&Due> = excluded.difference(&gone).map(|i| &batch[*i]).collect();
+    state::copied(plan, &set_back)?;
+    audit::insert_batch(keys, "redact", plan, lines)?;
     state::announce(plan, "redacted", &overwritten)?;
     out.done = overwritten.len() as i64;
     out.bytes = live.bytes();
@@ -142,13 +128,13 @@ pub fn batch(plan: &Plan, others: &[Plan], keys: &MasterKeys, clock: &Clock, bat
 }
 
 /// Takes out the rows that came after their order was redacted and are not due by their own date: nothing else waits
-/// for them. Returns the first such date of each order.
+/// for them. Returns the first such date of each order, and the rows.
 fn late_rows(
     plan: &Plan,
     clock: &Clock,
     batch: &[Due],
     records: &mut Vec<LiveRecord>,
-) -> Result<BTreeMap<usize, (String, usize)>> {
+) -> Result<(Moments, Vec<LiveRecord>)> {
     let dated = |r: &LiveRecord| batch[r.order].status == "redacted" && r.not_before.is_some();
     let moments: Vec<String> = records
         .iter()
@@ -156,29 +142,32 @@ fn late_rows(
         .filter_map(|r| r.not_before.as_ref().map(|(moment, _)| moment.clone()))
         .collect();
     let mut young = state::still_young(plan, &moments, &clock.redact)?.into_iter();
-    let mut late: BTreeMap<usize, (String, usize)> = BTreeMap::new();
-    let mut kept = Vec::with_capacity(records.len());
+    let mut late: Moments = BTreeMap::new();
+    let (mut kept, mut set_aside) = (Vec::with_capacity(records.len()), Vec::new());
     for record in records.drain(..) {
         let is_late = dated(&record) && young.next().unwrap_or(false);
-        match &record.not_before {
-            // One without PII is no reason to come back.
-            Some(first) if is_late && !record.pii(plan)?.is_empty() => {
-                let known = late.entry(record.order).or_insert_with(|| first.clone());
-                if first.0 < known.0 {
-                    *known = first.clone();
-                }
-            }
-            _ if is_late => {}
-            _ => kept.push(record),
+        if !is_late {
+            kept.push(record);
+            continue;
         }
+        // One without PII is no reason to come back.
+        if let Some(first) = &record.not_before
+            && !record.pii(plan)?.is_empty()
+        {
+            let known = late.entry(record.order).or_insert_with(|| first.clone());
+            if first.0 < known.0 {
+                *known = first.clone();
+            }
+        }
+        set_aside.push(record);
     }
     *records = kept;
-    Ok(late)
+    Ok((late, set_aside))
 }
 
 /// Orders that a younger linked record keeps from being redacted now.
 fn push_back(plan: &Plan, clock: &Clock, batch: &[Due], records: &[LiveRecord]) -> Result<HashSet<usize>> {
-    let mut latest: BTreeMap<usize, (String, usize)> = BTreeMap::new();
+    let mut latest: Moments = BTreeMap::new();
     for record in records {
         let Some((moment, by)) = &record.not_before else {
             continue;
@@ -244,6 +233,7 @@ fn targets(
                 notes: Vec::new(),
                 key_text: record.key_text.clone(),
                 stored: true,
+                shared: false,
             });
         target.stored &= record.stored;
         target.orders.push(record.order);
@@ -317,7 +307,10 @@ fn wait_for_others(
                 .any(|t| t.relation.oid == plan.tables[table].relation.oid)
         });
         let every = plan.tables[table].shared || named_elsewhere;
-        let asked = |t: &Target| t.table == table && (every || t.stored);
+        for target in targets.iter_mut().filter(|t| t.table == table) {
+            target.shared = every || target.stored;
+        }
+        let asked = |t: &Target| t.table == table && t.shared;
         let rows: Vec<Values> = targets
             .iter()
             .filter(|t| asked(t))
@@ -389,26 +382,124 @@ fn write(plan: &Plan, targets: &[Target], excluded: &HashSet<usize>) -> Result<(
     Ok(())
 }
 
-fn notes(
-    plan: &Plan,
-    batch: &[Due],
-    target: &Target,
-    excluded: &HashSet<usize>,
-    status: &'static str,
-    witness: Option<String>,
-) -> Vec<RecordChange> {
-    target
-        .notes
-        .iter()
-        .filter(|(order, _)| !excluded.contains(order))
-        .filter(|_| status != "redacted" || target.orders.iter().all(|o| !excluded.contains(o)))
-        .map(|(order, entry)| RecordChange {
-            order_key: batch[*order].order_key.clone(),
-            table: plan.tables[target.table].archived_as.clone(),
-            record_key: target.key_text.clone(),
-            entry: plan.entries[*entry].alias.clone(),
-            status,
-            witness: witness.clone(),
-        })
-        .collect()
+/// What becomes of the records of a batch.
+#[derive(Default)]
+struct Changes<'a> {
+    list: Vec<Change<'a>>,
+    /// (table, key) of the shared rows that were overwritten.
+    shared: Vec<(&'a str, &'a str)>,
+    /// How many records of an order were overwritten, and how many wait.
+    counts: HashMap<usize, (usize, usize)>,
+    /// (order, table, key) of those that wait.
+    waits: HashSet<(usize, &'a str, &'a str)>,
+}
+
+impl<'a> Changes<'a> {
+    fn overwritten(
+        &mut self,
+        plan: &'a Plan,
+        batch: &'a [Due],
+        stored: &Stored,
+        target: &'a Target,
+        excluded: &HashSet<usize>,
+    ) {
+        if target.orders.iter().any(|o| excluded.contains(o)) {
+            return;
+        }
+        let table = plan.tables[target.table].archived_as.as_str();
+        for (order, entry) in &target.notes {
+            self.counts.entry(*order).or_default().0 += 1;
+            if stored.fate(*order, table, &target.key_text).is_some() {
+                self.put(plan, &batch[*order], table, &target.key_text, *entry, None, None);
+            }
+        }
+        if target.shared {
+            self.shared.push((table, &target.key_text));
+        }
+    }
+
+    fn waiting(
+        &mut self,
+        plan: &'a Plan,
+        batch: &'a [Due],
+        target: &'a Target,
+        excluded: &HashSet<usize>,
+        witness: &'a str,
+    ) {
+        let table = plan.tables[target.table].archived_as.as_str();
+        for (order, entry) in target.notes.iter().filter(|(order, _)| !excluded.contains(order)) {
+            self.counts.entry(*order).or_default().1 += 1;
+            self.waits.insert((*order, table, &target.key_text));
+            let fate = Some(Fate::Waiting);
+            self.put(
+                plan,
+                &batch[*order],
+                table,
+                &target.key_text,
+                *entry,
+                fate,
+                Some(witness),
+            );
+        }
+    }
+
+    /// Records of finished orders that had nothing to overwrite: clean, or their row is gone.
+    fn left<'r>(
+        &mut self,
+        plan: &'a Plan,
+        batch: &'a [Due],
+        stored: &Stored,
+        done: &[usize],
+        live: impl Iterator<Item = &'r LiveRecord>,
+    ) where
+        'a: 'r,
+    {
+        let found: HashSet<(usize, &str, &str)> = live
+            .map(|r| (r.order, plan.tables[r.table].archived_as.as_str(), r.key_text.as_str()))
+            .collect();
+        for order in done {
+            let due = &batch[*order];
+            for Listed(table, key, entry, _) in due.records.iter() {
+                let place = (*order, table.as_str(), key.as_str());
+                if self.waits.contains(&place) {
+                    continue;
+                }
+                let fate = match (stored.fate(*order, table, key), found.contains(&place)) {
+                    (Some(Fate::Archived | Fate::Retrieved), true) => None,
+                    (Some(Fate::Archived | Fate::Retrieved | Fate::Waiting), false) => Some(Fate::Gone),
+                    (None, false) if due.redacted_version.is_none() => Some(Fate::Gone),
+                    _ => continue,
+                };
+                self.list.push(Change {
+                    order_key: &due.order_key,
+                    table,
+                    record_key: key,
+                    entry,
+                    fate,
+                    witness: None,
+                });
+            }
+        }
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn put(
+        &mut self,
+        plan: &'a Plan,
+        due: &'a Due,
+        table: &'a str,
+        record_key: &'a str,
+        entry: usize,
+        fate: Option<Fate>,
+        witness: Option<&'a str>,
+    ) {
+        self.list.push(Change {
+            order_key: &due.order_key,
+            table,
+            record_key,
+            entry: &plan.entries[entry].alias,
+            fate,
+            witness,
+        });
+    }
 }

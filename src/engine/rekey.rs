@@ -1,12 +1,16 @@
 //! A change of key is followed: our own states at once, in the trigger; the archive by the next cycle or access, since
 //! a document is bound to the keys under which it was sealed and has to be opened and sealed anew.
 
-use super::plan::{Plan, Table};
+use std::collections::{HashMap, HashSet};
+
+use super::plan::{Entry, Plan, Table};
+use super::records::RecordList;
+use super::touched::orders_above;
 use super::vault;
-use super::walk::key_text;
+use super::walk::{self, key_text};
 use crate::domain::vault::MasterKeys;
 use crate::pg::error::{Error, Result};
-use crate::pg::ident;
+use crate::pg::ident::{self, Expr};
 use crate::pg::identity::{Identity, act_as, as_extension};
 use crate::pg::sql::{self, Arg};
 use crate::pg::subxact::subtransaction;
@@ -22,46 +26,162 @@ pub fn changed(plan: &Plan, index: usize, call: &TriggerCall) -> Result<()> {
     if old.is_empty() {
         return Ok(());
     }
-    let shown = table.archived_as.clone();
+    let renames: HashMap<&str, &str> = old
+        .iter()
+        .map(String::as_str)
+        .zip(new.iter().map(String::as_str))
+        .collect();
+    let users = if index == 0 {
+        Vec::new()
+    } else {
+        let before = users(plan, index, call, "amazon_pii_old", |key| renames.contains_key(key))?;
+        let now: HashSet<&str> = renames.values().copied().collect();
+        let after = users(plan, index, call, "amazon_pii_new", |key| now.contains(key))?;
+        before.into_iter().chain(after).collect()
+    };
+    let both = [Arg::texts(&old), Arg::texts(&new)];
+    let [from, to] = &both;
+    let policy = Arg::Text(Some(&plan.policy));
+    let shown = Arg::Text(Some(&table.archived_as));
     as_extension(|| {
-        let mut moved = sql::execute(
+        sql::execute(
             "UPDATE amazon_pii.record_state r SET record_key = n.new FROM ROWS FROM (pg_catalog.unnest($2), pg_catalog.unnest($3)) AS n (old, new) \
              WHERE r.table_name = $1 AND r.record_key = n.old AND r.policy = $4",
-            &[
-                Arg::Text(Some(&shown)),
-                Arg::texts(&old),
-                Arg::texts(&new),
-                Arg::Text(Some(&plan.policy)),
-            ],
+            &[shown.clone(), from.clone(), to.clone(), policy.clone()],
         )?;
-        if index == 0 {
-            for statement in [
-                "UPDATE amazon_pii.order_state o SET order_key = n.new FROM ROWS FROM (pg_catalog.unnest($2), pg_catalog.unnest($3)) AS n (old, new) \
-                 WHERE o.policy = $1 AND o.order_key = n.old",
-                "UPDATE amazon_pii.record_state r SET order_key = n.new FROM ROWS FROM (pg_catalog.unnest($2), pg_catalog.unnest($3)) AS n (old, new) \
-                 WHERE r.policy = $1 AND r.order_key = n.old",
-            ] {
-                moved += sql::execute(
-                    statement,
-                    &[Arg::Text(Some(&plan.policy)), Arg::texts(&old), Arg::texts(&new)],
-                )?;
-            }
+        if index > 0 {
+            return relist(plan, &table.archived_as, &renames, &users);
         }
-        if moved > 0 {
+        let args = [policy.clone(), from.clone(), to.clone()];
+        let moved = sql::execute(
+            "UPDATE amazon_pii.order_state o SET order_key = n.new FROM ROWS FROM (pg_catalog.unnest($2), pg_catalog.unnest($3)) AS n (old, new) \
+             WHERE o.policy = $1 AND o.order_key = n.old",
+            &args,
+        )?;
+        if moved == 0 {
+            return Ok(());
+        }
+        for statement in [
+            "UPDATE amazon_pii.record_state r SET order_key = n.new FROM ROWS FROM (pg_catalog.unnest($2), pg_catalog.unnest($3)) AS n (old, new) \
+             WHERE r.policy = $1 AND r.order_key = n.old",
+            "UPDATE amazon_pii.renamed r SET order_key = n.new FROM ROWS FROM (pg_catalog.unnest($2), pg_catalog.unnest($3)) AS n (old, new) \
+             WHERE r.policy = $1 AND r.order_key = n.old",
+        ] {
+            sql::execute(statement, &args)?;
+        }
+        sql::execute(
+            "INSERT INTO amazon_pii.renamed (policy, table_name, old_key, new_key) \
+             SELECT $1, $2, o, n FROM ROWS FROM (pg_catalog.unnest($3), pg_catalog.unnest($4)) AS k (o, n)",
+            &[policy.clone(), shown.clone(), from.clone(), to.clone()],
+        )?;
+        relist_own(plan, &table.archived_as, &renames)
+    })
+}
+
+/// The orders that rows of a linked table lead to, by their live links: of those rows whose key is `wanted`.
+fn users(
+    plan: &Plan,
+    index: usize,
+    call: &TriggerCall,
+    rows: &str,
+    wanted: impl Fn(&str) -> bool,
+) -> Result<Vec<String>> {
+    let table = &plan.tables[index];
+    let width = table.key.len();
+    let mut out = Vec::new();
+    for (at, entry) in plan.entries.iter().enumerate().filter(|(_, e)| e.table == index) {
+        let mut select = table.key_list();
+        select.extend(walk::select_all(&entry.on_child));
+        let query = format!("SELECT {} FROM {rows} AS {}", select.join(", "), table.relation.name);
+        let found = act_as(Identity::Owner(table.owner), &plan.search_path, &[], || {
+            sql::in_trigger(call, &query, &[])
+        })?;
+        let direct = order_key_positions(plan, entry);
+        let mut links = Vec::new();
+        for row in &found {
+            if !wanted(&key_text(&row.texts(0..width)?)?) {
+                continue;
+            }
+            let link = row.texts(width..select.len())?;
+            // The order's key may have changed with it, and its state not have followed yet.
+            if let Some(positions) = &direct {
+                out.push(key_text(
+                    &positions.iter().map(|i| link[*i].clone()).collect::<Vec<_>>(),
+                )?);
+            }
+            links.push((0, link));
+        }
+        for order in orders_above(plan, at, links)? {
+            out.push(key_text(&order)?);
+        }
+    }
+    out.sort();
+    out.dedup();
+    Ok(out)
+}
+
+/// Where an entry's link holds the parts of the order's key, if it holds them all.
+fn order_key_positions(plan: &Plan, entry: &Entry) -> Option<Vec<usize>> {
+    if plan.entries[entry.parent?].parent.is_some() {
+        return None;
+    }
+    let key = plan.orders().key.iter();
+    key.map(|(name, _)| entry.on_parent.iter().position(|e| *e == Expr::column(name.bare())))
+        .collect()
+}
+
+/// Lets the lists of these orders follow, and notes what the archive has yet to do.
+fn relist(plan: &Plan, table: &str, renames: &HashMap<&str, &str>, orders: &[String]) -> Result<()> {
+    let rows = sql::write(
+        "SELECT o.order_key, o.records FROM amazon_pii.order_state o WHERE o.policy = $1 AND o.order_key = ANY ($2) \
+         AND o.records IS NOT NULL FOR UPDATE",
+        &[Arg::Text(Some(&plan.policy)), Arg::texts(orders)],
+    )?;
+    for row in &rows {
+        let mut list = RecordList::parse(row.text(1)?)?;
+        for (old, new) in list.rename(table, renames) {
             sql::execute(
-                "INSERT INTO amazon_pii.renamed (policy, table_name, old_key, new_key, is_order) \
-                 SELECT $1, $2, o, n, $5 FROM ROWS FROM (pg_catalog.unnest($3), pg_catalog.unnest($4)) AS k (o, n)",
+                "INSERT INTO amazon_pii.renamed (policy, table_name, old_key, new_key, order_key) VALUES ($1, $2, $3, $4, $5)",
                 &[
                     Arg::Text(Some(&plan.policy)),
-                    Arg::Text(Some(&shown)),
-                    Arg::texts(&old),
-                    Arg::texts(&new),
-                    Arg::Bool(index == 0),
+                    Arg::Text(Some(table)),
+                    Arg::Text(Some(&old)),
+                    Arg::Text(Some(&new)),
+                    Arg::Text(Some(row.str(0)?)),
                 ],
             )?;
         }
-        Ok(())
-    })
+        write_list(plan, row.str(0)?, &list)?;
+    }
+    Ok(())
+}
+
+/// Lets the lists of orders follow whose own key changed.
+fn relist_own(plan: &Plan, table: &str, renames: &HashMap<&str, &str>) -> Result<()> {
+    let now: Vec<&str> = renames.values().copied().collect();
+    let rows = sql::read(
+        "SELECT o.order_key, o.records FROM amazon_pii.order_state o WHERE o.policy = $1 AND o.order_key = ANY ($2) \
+         AND o.records IS NOT NULL",
+        &[Arg::Text(Some(&plan.policy)), Arg::texts(&now)],
+    )?;
+    for row in &rows {
+        let mut list = RecordList::parse(row.text(1)?)?;
+        list.rename(table, renames);
+        write_list(plan, row.str(0)?, &list)?;
+    }
+    Ok(())
+}
+
+fn write_list(plan: &Plan, order: &str, list: &RecordList) -> Result<()> {
+    sql::execute(
+        "UPDATE amazon_pii.order_state SET records = $3 WHERE policy = $1 AND order_key = $2",
+        &[
+            Arg::Text(Some(&plan.policy)),
+            Arg::Text(Some(order)),
+            Arg::Text(list.text().as_deref()),
+        ],
+    )?;
+    Ok(())
 }
 
 /// Old and new keys of the rows whose key changed. Both transition tables list the statement's rows in one order.
@@ -105,7 +225,8 @@ struct Note {
     table: String,
     old: String,
     new: String,
-    is_order: bool,
+    /// The order whose record it is; none where the order's own key changed.
+    order: Option<String>,
 }
 
 /// Seals the documents of changed keys anew. In the caller's transaction: a document is under its old keys or under its
@@ -117,8 +238,8 @@ struct Note {
 pub fn settle(plan: &Plan, keys: &MasterKeys) -> Result<Vec<(String, Error)>> {
     let rows = as_extension(|| {
         sql::write(
-            "SELECT renamed_id, table_name, old_key, new_key, is_order FROM amazon_pii.renamed WHERE policy = $1 \
-             ORDER BY NOT is_order, renamed_id FOR UPDATE",
+            "SELECT renamed_id, table_name, old_key, new_key, order_key FROM amazon_pii.renamed WHERE policy = $1 \
+             ORDER BY order_key IS NOT NULL, renamed_id FOR UPDATE",
             &[Arg::Text(Some(&plan.policy))],
         )
     })?;
@@ -130,7 +251,7 @@ pub fn settle(plan: &Plan, keys: &MasterKeys) -> Result<Vec<(String, Error)>> {
                 table: r.string(1)?,
                 old: r.string(2)?,
                 new: r.string(3)?,
-                is_order: r.bool(4)?,
+                order: r.owned(4)?,
             })
         })
         .collect::<Result<Vec<_>>>()?;
@@ -141,11 +262,10 @@ pub fn settle(plan: &Plan, keys: &MasterKeys) -> Result<Vec<(String, Error)>> {
         match moved {
             Ok(()) => {}
             Err(e) if e.is_cancel() => return Err(e),
-            Err(e) if note.is_order => failed.push((last_key(&notes[at..]).to_owned(), e)),
-            Err(e) => {
-                let orders = users(plan, &note.table, last_key(&notes[at..]))?;
-                failed.extend(orders.into_iter().map(|order| (order, e.clone())));
-            }
+            Err(e) => failed.push((
+                note.order.clone().unwrap_or_else(|| last_key(&notes[at..]).to_owned()),
+                e,
+            )),
         }
     }
     Ok(failed)
@@ -158,15 +278,11 @@ fn follow(plan: &Plan, keys: &MasterKeys, notes: &[Note]) -> Result<()> {
         order: None,
         record: Some((&note.table, &note.old, &note.new)),
     };
-    let orders = if note.is_order {
+    let order = note.order.as_ref().unwrap_or(&note.old);
+    if note.order.is_none() {
         renames.order = Some((&note.old, &note.new));
-        vec![note.old.clone()]
-    } else {
-        users(plan, &note.table, last_key(notes))?
-    };
-    for order in orders {
-        vault::reseal(&plan.archive_schema, keys, &plan.policy, &order, &renames)?;
     }
+    vault::reseal(&plan.archive_schema, keys, &plan.policy, order, &renames)?;
     as_extension(|| {
         sql::execute(
             "DELETE FROM amazon_pii.renamed WHERE renamed_id = $1",
@@ -176,31 +292,11 @@ fn follow(plan: &Plan, keys: &MasterKeys, notes: &[Note]) -> Result<()> {
     Ok(())
 }
 
-/// The key that the record of the first note has in the end.
+/// The key that the order of the first note has in the end.
 fn last_key(notes: &[Note]) -> &str {
     let Some(first) = notes.first() else { return "" };
     notes[1..]
         .iter()
-        .filter(|n| n.is_order == first.is_order && n.table == first.table)
+        .filter(|n| n.order.is_none())
         .fold(&first.new, |key, n| if n.old == *key { &n.new } else { key })
-}
-
-/// The orders that list a record.
-fn users(plan: &Plan, table: &str, record_key: &str) -> Result<Vec<String>> {
-    let rows = as_extension(|| {
-        sql::read(
-            "SELECT order_key FROM amazon_pii.record_state WHERE policy = $1 AND table_name = $2 AND record_key = $3",
-            &[
-                Arg::Text(Some(&plan.policy)),
-                Arg::Text(Some(table)),
-                Arg::Text(Some(record_key)),
-            ],
-        )
-    })?;
-    if rows.len() > 100_000 {
-        return Err(Error::unsupported(format!(
-            "too many orders share the record of {table} whose key changed"
-        )));
-    }
-    rows.iter().map(|r| r.string(0)).collect()
 }

@@ -1,8 +1,8 @@
 //! Transitions of orders and records, each one statement for a batch, as the extension's owner.
 
-use super::archive::RecordNote;
 use super::due::Due;
 use super::plan::Plan;
+use super::records::RecordList;
 use crate::domain::clock::backoff;
 use crate::pg::error::{Error, Result};
 use crate::pg::identity::on_keys;
@@ -12,58 +12,48 @@ fn keys(batch: &[&Due]) -> Vec<String> {
     batch.iter().map(|d| d.order_key.clone()).collect()
 }
 
-/// Orders whose copy is complete. One that is redacted or retrieved stays so; it has been looked at again.
+/// Orders whose copy is complete, with what they list now. One that is redacted or retrieved stays so; it has been looked
+/// at again.
 ///
 /// # Errors
 /// Errors of the server.
-pub fn archived(plan: &Plan, batch: &[&Due]) -> Result<()> {
+pub fn archived(plan: &Plan, batch: &[(&Due, &RecordList)]) -> Result<()> {
     if batch.is_empty() {
         return Ok(());
     }
+    let (keys, records) = lists(batch.iter().copied());
     on_keys(|| {
         sql::execute(
             "UPDATE amazon_pii.order_state o SET \
                 status = CASE WHEN status IN ('redacted', 'retrieved') THEN status ELSE 'archived' END, \
-                archived_at = COALESCE(archived_at, pg_catalog.now()), \
+                archived_at = COALESCE(archived_at, pg_catalog.now()), records = n.r, \
                 next_due_at = CASE WHEN status = 'redacted' THEN next_due_at \
                                    WHEN retrieved_until IS NOT NULL THEN GREATEST(retrieved_until, held_until) \
                                    ELSE GREATEST(redact_due_at, held_until) END, \
                 next_attempt_at = NULL, last_error = NULL \
-             WHERE o.policy IS NOT DISTINCT FROM $1 AND o.order_key = ANY ($2)",
-            &[Arg::Text(Some(&plan.policy)), Arg::texts(&keys(batch))],
+             FROM ROWS FROM (pg_catalog.unnest($2), pg_catalog.unnest($3)) AS n (k, r) \
+             WHERE o.policy IS NOT DISTINCT FROM $1 AND o.order_key = n.k",
+            &[
+                Arg::Text(Some(&plan.policy)),
+                Arg::texts(&keys),
+                Arg::opt_texts(&records),
+            ],
         )
     })?;
     Ok(())
 }
 
-/// Records that the archive holds now.
+/// Orders whose copy is stored and that are not redacted after all: a batch that does both writes one state.
 ///
 /// # Errors
 /// Errors of the server.
-pub fn records_archived(plan: &Plan, records: &[RecordNote]) -> Result<()> {
-    if records.is_empty() {
-        return Ok(());
-    }
-    on_keys(|| {
-        sql::execute(
-            "INSERT INTO amazon_pii.record_state AS r (policy, order_key, table_name, record_key, entry, status, version) \
-             SELECT $1, o, t, k, e, 'archived', v FROM ROWS FROM (pg_catalog.unnest($2), pg_catalog.unnest($3), \
-                    pg_catalog.unnest($4), pg_catalog.unnest($5), pg_catalog.unnest($6)) AS n (o, t, k, e, v) \
-             ON CONFLICT (policy, order_key, table_name, record_key) DO UPDATE \
-                SET version = EXCLUDED.version, changed_at = pg_catalog.now(), \
-                    status = CASE WHEN r.status IN ('waiting', 'retrieved') THEN r.status ELSE 'archived' END \
-              WHERE r.version <> EXCLUDED.version OR r.status IN ('redacted', 'gone')",
-            &[
-                Arg::Text(Some(&plan.policy)),
-                Arg::Texts(records.iter().map(|r| Some(r.order_key.as_str())).collect()),
-                Arg::Texts(records.iter().map(|r| Some(r.table.as_str())).collect()),
-                Arg::Texts(records.iter().map(|r| Some(r.record_key.as_str())).collect()),
-                Arg::Texts(records.iter().map(|r| Some(r.entry.as_str())).collect()),
-                Arg::Ints(records.iter().map(|r| r.version).collect()),
-            ],
-        )
-    })?;
-    Ok(())
+pub fn copied(plan: &Plan, batch: &[&Due]) -> Result<()> {
+    let pending = batch.iter().filter(|d| d.copied && !d.archived);
+    archived(plan, &pending.map(|d| (*d, &d.records)).collect::<Vec<_>>())
+}
+
+fn lists<'a>(batch: impl Iterator<Item = (&'a Due, &'a RecordList)>) -> (Vec<&'a str>, Vec<Option<String>>) {
+    batch.map(|(d, r)| (d.order_key.as_str(), r.text())).unzip()
 }
 
 /// Orders whose row was deleted: nothing more to do, the archive stays.
@@ -92,16 +82,20 @@ pub fn redacted(plan: &Plan, batch: &[&Due]) -> Result<()> {
     if batch.is_empty() {
         return Ok(());
     }
+    let (keys, records) = lists(batch.iter().map(|d| (*d, &d.records)));
     on_keys(|| {
         sql::execute(
             "UPDATE amazon_pii.order_state o SET status = 'redacted', redacted_at = pg_catalog.now(), redacted_version = $3, \
+                archived_at = COALESCE(archived_at, pg_catalog.now()), records = n.r, \
                 retrieved_until = NULL, held_until = NULL, attempts = 0, \
                 next_attempt_at = NULL, last_error = NULL, next_due_at = NULL \
-             WHERE o.policy IS NOT DISTINCT FROM $1 AND o.order_key = ANY ($2)",
+             FROM ROWS FROM (pg_catalog.unnest($2), pg_catalog.unnest($4)) AS n (k, r) \
+             WHERE o.policy IS NOT DISTINCT FROM $1 AND o.order_key = n.k",
             &[
                 Arg::Text(Some(&plan.policy)),
-                Arg::texts(&keys(batch)),
+                Arg::texts(&keys),
                 Arg::Int(plan.version),
+                Arg::opt_texts(&records),
             ],
         )
     })?;
@@ -121,80 +115,6 @@ pub fn rechecked(plan: &Plan, batch: &[&Due]) -> Result<()> {
             "UPDATE amazon_pii.order_state o SET attempts = 0, next_attempt_at = NULL, last_error = NULL, next_due_at = NULL \
              WHERE o.policy IS NOT DISTINCT FROM $1 AND o.order_key = ANY ($2)",
             &[Arg::Text(Some(&plan.policy)), Arg::texts(&keys(batch))],
-        )
-    })?;
-    Ok(())
-}
-
-/// Records of a batch with their new state; `witness` is the order that keeps a shared one alive.
-pub struct RecordChange {
-    pub order_key: String,
-    pub table: String,
-    pub record_key: String,
-    pub entry: String,
-    pub status: &'static str,
-    pub witness: Option<String>,
-}
-
-/// Records that were overwritten, or that wait for other orders.
-///
-/// # Errors
-/// Errors of the server.
-pub fn records_changed(plan: &Plan, changes: &[RecordChange]) -> Result<()> {
-    if changes.is_empty() {
-        return Ok(());
-    }
-    let went = || changes.iter().filter(|c| c.status == "redacted");
-    on_keys(|| {
-        sql::execute(
-            "INSERT INTO amazon_pii.record_state AS r (policy, order_key, table_name, record_key, entry, status, witness) \
-             SELECT $1, o, t, k, e, s, w FROM ROWS FROM (pg_catalog.unnest($2), pg_catalog.unnest($3), pg_catalog.unnest($4), \
-                    pg_catalog.unnest($5), pg_catalog.unnest($6), pg_catalog.unnest($7)) AS n (o, t, k, e, s, w) \
-             ON CONFLICT (policy, order_key, table_name, record_key) DO UPDATE \
-                SET status = EXCLUDED.status, witness = EXCLUDED.witness, changed_at = pg_catalog.now()",
-            &[
-                Arg::Text(Some(&plan.policy)),
-                Arg::Texts(changes.iter().map(|c| Some(c.order_key.as_str())).collect()),
-                Arg::Texts(changes.iter().map(|c| Some(c.table.as_str())).collect()),
-                Arg::Texts(changes.iter().map(|c| Some(c.record_key.as_str())).collect()),
-                Arg::Texts(changes.iter().map(|c| Some(c.entry.as_str())).collect()),
-                Arg::Texts(changes.iter().map(|c| Some(c.status)).collect()),
-                Arg::Texts(changes.iter().map(|c| c.witness.as_deref()).collect()),
-            ],
-        )?;
-        // A row that went is gone for every order that used it.
-        sql::execute(
-            "UPDATE amazon_pii.record_state r SET status = 'redacted', witness = NULL, changed_at = pg_catalog.now() \
-             WHERE r.status = 'waiting' AND r.record_key = ANY ($1) AND pg_catalog.concat_ws('|', r.table_name, r.record_key) = ANY ($2)",
-            &[
-                Arg::Texts(went().map(|c| Some(c.record_key.as_str())).collect()),
-                Arg::texts(
-                    &went()
-                        .map(|c| format!("{}|{}", c.table, c.record_key))
-                        .collect::<Vec<_>>(),
-                ),
-            ],
-        )
-    })?;
-    Ok(())
-}
-
-/// Records of finished orders that had nothing to overwrite: clean, or their row is gone.
-///
-/// # Errors
-/// Errors of the server.
-pub fn records_left(plan: &Plan, finished: &[String], found: &[(&str, &str, &str)]) -> Result<()> {
-    if finished.is_empty() {
-        return Ok(());
-    }
-    let found: Vec<String> = found.iter().map(|(o, t, k)| format!("{o}|{t}|{k}")).collect();
-    on_keys(|| {
-        sql::execute(
-            "UPDATE amazon_pii.record_state r SET changed_at = pg_catalog.now(), \
-                status = CASE WHEN pg_catalog.concat_ws('|', r.order_key, r.table_name, r.record_key) = ANY ($3) THEN 'redacted' ELSE 'gone' END \
-             WHERE r.policy IS NOT DISTINCT FROM $1 AND r.order_key = ANY ($2) AND (r.status IN ('archived', 'retrieved') \
-                OR r.status = 'waiting' AND pg_catalog.concat_ws('|', r.order_key, r.table_name, r.record_key) <> ALL ($3))",
-            &[Arg::Text(Some(&plan.policy)), Arg::texts(finished), Arg::texts(&found)],
         )
     })?;
     Ok(())

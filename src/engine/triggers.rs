@@ -189,14 +189,19 @@ fn key_columns(table: &Table, alias: &str) -> String {
         .join(", ")
 }
 
+/// The condition, over order `o`, that a row elsewhere than in the orders table still holds its personal data.
+const OPEN_ELSEWHERE: &str = "EXISTS (SELECT FROM amazon_pii.records r WHERE r.policy = o.policy AND r.order_key = o.order_key \
+     AND r.status IN ('archived', 'waiting', 'retrieved') AND r.entry <> '')";
+
 /// Orders that were deleted; one whose records are elsewhere and not done goes on until they are.
 fn deleted(plan: &Plan, call: &TriggerCall) -> Result<()> {
     let keys = transition_keys(plan, plan.orders(), call, "amazon_pii_old AS new_or_old", "true")?;
     as_extension(|| {
         sql::execute(
-            "UPDATE amazon_pii.order_state o SET status = 'gone', next_due_at = NULL WHERE o.policy = $1 AND o.order_key = ANY ($2) \
-                AND o.status <> 'gone' AND NOT EXISTS (SELECT FROM amazon_pii.record_state r WHERE r.policy = o.policy AND r.order_key = o.order_key \
-                AND r.status IN ('archived', 'waiting', 'retrieved') AND r.entry <> '')",
+            &format!(
+                "UPDATE amazon_pii.order_state o SET status = 'gone', next_due_at = NULL WHERE o.policy = $1 AND o.order_key = ANY ($2) \
+                    AND o.status <> 'gone' AND NOT ({OPEN_ELSEWHERE})"
+            ),
             &[Arg::Text(Some(&plan.policy)), Arg::texts(&keys)],
         )
     })?;
@@ -207,9 +212,10 @@ fn truncated(plan: &Plan) -> Result<()> {
     as_extension(|| {
         // A single partition may have been truncated: the next sweep says which orders are left.
         sql::execute(
-            "UPDATE amazon_pii.order_state o SET status = 'gone', next_due_at = NULL WHERE o.policy = $1 AND o.status <> 'gone' \
-                AND NOT EXISTS (SELECT FROM amazon_pii.record_state r WHERE r.policy = o.policy AND r.order_key = o.order_key \
-                AND r.status IN ('archived', 'waiting', 'retrieved') AND r.entry <> '')",
+            &format!(
+                "UPDATE amazon_pii.order_state o SET status = 'gone', next_due_at = NULL WHERE o.policy = $1 \
+                    AND o.status <> 'gone' AND NOT ({OPEN_ELSEWHERE})"
+            ),
             &[Arg::Text(Some(&plan.policy))],
         )?;
         sql::execute(

@@ -6,12 +6,11 @@ use crate::engine::former::Former;
 use crate::engine::gather::{LiveCell, LiveRecord};
 use crate::engine::overwrite::{self, CellWrite, NewValue, RowWrite};
 use crate::engine::plan::{Plan, Table};
+use crate::engine::records::{self, Fate};
 use crate::engine::vault::{self, Newest};
 use crate::engine::walk::{FIRST, by_key, key_parts};
 use crate::pg::error::{Error, Result};
 use crate::pg::ident::Ident;
-use crate::pg::identity::as_extension;
-use crate::pg::sql::{self, Arg};
 use crate::pg::{keys, xact};
 
 /// What came of one table of one order.
@@ -133,18 +132,19 @@ fn restore_table(
     restored.records = keys.len() as i64;
     overwrite::insert(plan, table, &missing)?;
     overwrite::update(plan, table, &rows)?;
-    as_extension(|| {
-        sql::execute(
-            "UPDATE amazon_pii.record_state SET status = 'retrieved', changed_at = pg_catalog.now() \
-             WHERE policy = $1 AND order_key = $2 AND table_name = $3 AND record_key = ANY ($4)",
-            &[
-                Arg::Text(Some(&plan.policy)),
-                Arg::Text(Some(&order.key)),
-                Arg::Text(Some(&restored.table)),
-                Arg::texts(&keys),
-            ],
-        )
-    })?;
+    let entry = plan.entries.iter().find(|e| e.table == index);
+    let changes: Vec<records::Change<'_>> = keys
+        .iter()
+        .map(|key| records::Change {
+            order_key: &order.key,
+            table: &restored.table,
+            record_key: key,
+            entry: entry.map_or("", |e| e.alias.as_str()),
+            fate: Some(Fate::Retrieved),
+            witness: None,
+        })
+        .collect();
+    records::write(plan, &changes)?;
     Ok(restored)
 }
 
@@ -178,7 +178,6 @@ fn live(plan: &Plan, index: usize, table: &Table, stored: &[&str]) -> Result<Vec
             cells,
             not_before: None,
             stored: true,
-            untouched: false,
         });
     }
     Ok(out)
