@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::due::Due;
 use super::plan::Plan;
+use super::state::policy_each;
 use crate::pg::error::{Error, Result};
 use crate::pg::identity::on_keys;
 use crate::pg::sql::{self, Arg};
@@ -226,11 +227,11 @@ pub fn write(plan: &Plan, changes: &[Change<'_>]) -> Result<()> {
     if !as_order.is_empty() {
         on_keys(|| {
             sql::execute(
-                "DELETE FROM amazon_pii.record_state r USING ROWS FROM (pg_catalog.unnest($2), pg_catalog.unnest($3), \
-                    pg_catalog.unnest($4)) AS n (o, t, k) \
-                 WHERE r.policy = $1 AND r.order_key = n.o AND r.table_name = n.t AND r.record_key = n.k",
+                "DELETE FROM amazon_pii.record_state r USING ROWS FROM (pg_catalog.unnest($1), pg_catalog.unnest($2), \
+                    pg_catalog.unnest($3), pg_catalog.unnest($4)) AS n (p, o, t, k) \
+                 WHERE r.policy = n.p AND r.order_key = n.o AND r.table_name = n.t AND r.record_key = n.k",
                 &[
-                    Arg::Text(Some(&plan.policy)),
+                    policy_each(plan, as_order.len()),
                     Arg::texts(&column(&as_order, |c| c.order_key.to_owned())),
                     Arg::texts(&column(&as_order, |c| c.table.to_owned())),
                     Arg::texts(&column(&as_order, |c| c.record_key.to_owned())),
