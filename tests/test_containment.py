@@ -58,6 +58,8 @@ FAILURES = {
         f"ALTER TABLE shop.orders ADD CONSTRAINT no_note CHECK (id <> {BAD} OR shop_note <> '[Redacted]') NOT VALID",
         "ALTER TABLE shop.orders DROP CONSTRAINT no_note", "23514",
     ),
+    # Not one of PostgreSQL's own codes: it stands for something to whoever wrote the trigger.
+    "trigger that raises a code of its own": (*trigger("orders", BAD, RAISE.format("AB123")), "AB123"),
     # What a trigger gets when a remote server, or its own code, runs into a timeout: it is no cancel of the cycle.
     "trigger that is canceled elsewhere": (*trigger("orders", BAD, RAISE.format("57014")), "57014"),
     "trigger whose remote server shuts down": (*trigger("orders", BAD, RAISE.format("57P01")), "57P01"),

@@ -58,7 +58,7 @@ impl Problem {
         Self::new(
             Severity::Error,
             "policy",
-            error.message(),
+            error.shown(),
             error.hint_text().unwrap_or_default(),
         )
     }
@@ -146,7 +146,7 @@ fn expressions(plan: &Plan) -> Result<Vec<Problem>> {
             Ok(types) if condition && types.first() != Some(&pgrx::pg_sys::BOOLOID) => "not a condition".to_owned(),
             Ok(_) => continue,
             Err(e) if e.is_cancel() => return Err(e),
-            Err(e) => e.message().to_owned(),
+            Err(e) => e.shown(),
         };
         out.push(Problem::new(Severity::Error, place, problem, EXPRESSION_HINT));
     }

@@ -9,6 +9,10 @@ use pgrx::pg_sys::panic::{CaughtError, ErrorReport};
 #[derive(Debug, Clone)]
 pub struct Error {
     code: Code,
+    /// The SQLSTATE as the server packs it: a code of the shop's own is none of `Code`.
+    state: i32,
+    /// The server raised it, or code of the shop's did: of its words only the SQLSTATE was kept.
+    foreign: bool,
     message: String,
     detail: Option<String>,
     hint: Option<String>,
@@ -23,6 +27,8 @@ impl Error {
     fn ours(code: Code, message: impl Into<String>) -> Self {
         Self {
             code,
+            state: code as i32,
+            foreign: false,
             message: message.into(),
             detail: None,
             hint: None,
@@ -169,7 +175,7 @@ impl Error {
 
     /// Five characters, as PostgreSQL prints them.
     pub fn sqlstate(&self) -> String {
-        let mut packed = self.code as i32;
+        let mut packed = self.state;
         (0..5)
             .map(|_| {
                 let c = char::from((packed & 0x3f) as u8 + b'0');
@@ -184,9 +190,13 @@ impl Error {
         format!("{}: {}", self.sqlstate(), self.message)
     }
 
-    /// Our words, without SQLSTATE.
-    pub fn message(&self) -> &str {
-        &self.message
+    /// What `check_policy` shows: our words, with the SQLSTATE where it says more than they do.
+    pub fn shown(&self) -> String {
+        if self.foreign {
+            format!("{} ({})", self.message, self.sqlstate())
+        } else {
+            self.message.clone()
+        }
     }
 
     /// The hint, if any.
@@ -210,7 +220,12 @@ impl Error {
     }
 
     /// Raises it in the server.
-    pub fn raise(self) -> ! {
+    pub fn raise(mut self) -> ! {
+        if self.state != self.code as i32 {
+            // The report knows the server's own codes only.
+            let state = format!("Its SQLSTATE was {}.", self.sqlstate());
+            self.detail = Some(self.detail.map_or_else(|| state.clone(), |d| format!("{d} {state}")));
+        }
         let mut report = ErrorReport::new(self.code, self.message, "");
         if let Some(detail) = self.detail {
             report = report.set_detail(detail);
@@ -223,12 +238,15 @@ impl Error {
     }
 }
 
-impl From<CaughtError> for Error {
-    fn from(caught: CaughtError) -> Self {
+impl Error {
+    /// What was caught; `raised` is the SQLSTATE of the last error that the server reported meanwhile.
+    pub(super) fn caught(caught: CaughtError, raised: i32) -> Self {
         match caught {
             // Raised by our own code through `raise`: its words are ours.
             CaughtError::ErrorReport(report) => Self {
                 code: report.sql_error_code(),
+                state: report.sql_error_code() as i32,
+                foreign: false,
                 message: report.message().to_owned(),
                 detail: report.detail().map(str::to_owned),
                 hint: report.hint().map(str::to_owned),
@@ -237,7 +255,9 @@ impl From<CaughtError> for Error {
             // The server's words may quote a row ("Key (email)=(…)"), a RAISE of the shop's code may say anything.
             CaughtError::PostgresError(report) => Self {
                 code: report.sql_error_code(),
-                message: words_for(report.sql_error_code()),
+                state: state_of(report.sql_error_code(), raised),
+                foreign: true,
+                message: words_for(report.sql_error_code(), state_of(report.sql_error_code(), raised)),
                 detail: None,
                 hint: None,
                 // A trigger of the shop's may raise the same SQLSTATE, or pass on a remote server's timeout: that is
@@ -250,6 +270,22 @@ impl From<CaughtError> for Error {
     }
 }
 
+impl From<CaughtError> for Error {
+    fn from(caught: CaughtError) -> Self {
+        Self::caught(caught, 0)
+    }
+}
+
+/// The SQLSTATE of an error whose code came as `code`: what that type does not know comes as an internal error.
+fn state_of(code: Code, raised: i32) -> i32 {
+    let internal = Code::ERRCODE_INTERNAL_ERROR;
+    if code == internal && raised != 0 && Code::from(raised) == internal {
+        raised
+    } else {
+        code as i32
+    }
+}
+
 fn says_cancel(code: Code) -> bool {
     matches!(
         code,
@@ -258,7 +294,7 @@ fn says_cancel(code: Code) -> bool {
 }
 
 /// Words for an error of the server, by its class; the server's own message is dropped because it may quote a value.
-fn words_for(code: Code) -> String {
+fn words_for(code: Code, state: i32) -> String {
     match code {
         Code::ERRCODE_UNIQUE_VIOLATION => "a unique constraint refused the value",
         Code::ERRCODE_CHECK_VIOLATION => "a check constraint refused the value",
@@ -275,6 +311,7 @@ fn words_for(code: Code) -> String {
         Code::ERRCODE_QUERY_CANCELED => "canceled",
         Code::ERRCODE_SYNTAX_ERROR => "syntax error in an expression of the policy",
         Code::ERRCODE_RAISE_EXCEPTION => "an exception was raised by code of the table's owner",
+        _ if state != code as i32 => "an exception was raised by code of the table's owner",
         _ => return "the server refused".to_owned(),
     }
     .to_owned()

@@ -1,11 +1,42 @@
 //! The one place where errors are caught: always inside a subtransaction, so that nothing half-done survives.
 
+use std::cell::Cell;
+use std::ffi::c_void;
 use std::panic::AssertUnwindSafe;
 
 use pgrx::pg_sys;
 use pgrx::pg_sys::PgTryBuilder;
 
 use super::error::{Error, Result};
+
+thread_local! {
+    /// The SQLSTATE of the last error, packed. What catches errors below us keeps only codes that it knows.
+    static RAISED: Cell<i32> = const { Cell::new(0) };
+}
+
+/// Called by the server for each message that it is about to report or to throw.
+unsafe extern "C-unwind" fn note_state(_: *mut c_void) {
+    // SAFETY: inside the reporting of a message, where its code is there to be asked for; nothing here raises.
+    RAISED.set(unsafe { pg_sys::geterrcode() });
+}
+
+/// While it lives, the SQLSTATE of each error is noted.
+struct Listening<'a>(&'a mut pg_sys::ErrorContextCallback);
+
+impl<'a> Listening<'a> {
+    fn begin(entry: &'a mut pg_sys::ErrorContextCallback) -> Self {
+        // SAFETY: the entry is borrowed for as long as it is linked; whatever is linked above it is unlinked before.
+        unsafe { pg_sys::error_context_stack = entry };
+        Self(entry)
+    }
+}
+
+impl Drop for Listening<'_> {
+    fn drop(&mut self) {
+        // SAFETY: on every way out, a panic's included: the stack never refers to a frame that is gone.
+        unsafe { pg_sys::error_context_stack = self.0.previous };
+    }
+}
 
 /// Runs `f` in a subtransaction: committed into the surrounding transaction on `Ok`, rolled back on `Err` and on any
 /// error of the server. Memory context and resource owner are the caller's again afterwards.
@@ -21,9 +52,17 @@ pub fn subtransaction<T>(f: impl FnOnce() -> Result<T>) -> Result<T> {
         pg_sys::CurrentMemoryContext = saved.0;
         saved
     };
+    let mut entry = pg_sys::ErrorContextCallback {
+        // SAFETY: a backend-local variable.
+        previous: unsafe { pg_sys::error_context_stack },
+        callback: Some(note_state),
+        arg: std::ptr::null_mut(),
+    };
+    let listening = Listening::begin(&mut entry);
     let result = PgTryBuilder::new(AssertUnwindSafe(f))
-        .catch_others(|e| Err(e.into()))
+        .catch_others(|e| Err(Error::caught(e, RAISED.get())))
         .execute();
+    drop(listening);
     // SAFETY: as above; the subtransaction that was begun is the current one, everything nested has ended.
     unsafe {
         pg_sys::CurrentMemoryContext = context;
