@@ -95,6 +95,36 @@ def test_a_savepoint_undoes_a_retrieval_as_a_whole(shop):
     assert [e[4] for e in log(shop, "retrieve")] == ["first", "second"]
 
 
+DEFERRED = """SET ROLE shop_owner;
+CREATE TABLE shop.a (id int PRIMARY KEY); CREATE TABLE shop.b (id int PRIMARY KEY);
+ALTER TABLE shop.b ADD CONSTRAINT late FOREIGN KEY (id) REFERENCES shop.a DEFERRABLE INITIALLY DEFERRED;
+ALTER TABLE shop.b ADD CONSTRAINT "Late too" FOREIGN KEY (id) REFERENCES shop.a DEFERRABLE INITIALLY DEFERRED;
+ALTER TABLE shop.b ADD CONSTRAINT early FOREIGN KEY (id) REFERENCES shop.a DEFERRABLE;
+GRANT USAGE ON SCHEMA shop TO pii_operator; GRANT ALL ON shop.a, shop.b TO pii_operator;"""
+
+
+def test_deferred_constraints_are_deferred_after_a_retrieval(shop):
+    """Breaks when a retrieval makes the rest of its transaction check at once what is declared to be checked at COMMIT."""
+    shop.psql(DEFERRED)
+    shop.psql("SET ROLE shop_owner; ALTER TABLE shop.b DROP CONSTRAINT early")
+    session = shop.connect("pii_operator", autocommit=False)
+    with session.cursor() as cursor:
+        cursor.execute("SELECT * FROM amazon_pii.retrieve(%s, 'return')", [ONE])
+        cursor.execute("INSERT INTO shop.b VALUES (1); INSERT INTO shop.a VALUES (1)")
+        session.commit()
+        call(shop, "end_retrieval", ONE)
+        run_cycle(shop)
+        cursor.execute("SELECT * FROM amazon_pii.retrieve(%s, 'return'); INSERT INTO shop.b VALUES (2)", [ONE])
+        with refused("23503"):
+            session.commit()
+    shop.psql('SET ROLE shop_owner; ALTER TABLE shop.b ADD CONSTRAINT early FOREIGN KEY (id) REFERENCES shop.a DEFERRABLE')
+    with session.cursor() as cursor:
+        cursor.execute("SELECT * FROM amazon_pii.retrieve(%s, 'return')", [ONE])
+        with refused("23503", "early"):
+            cursor.execute("INSERT INTO shop.b VALUES (3)")
+    session.rollback()
+
+
 def test_cells_edited_after_redaction_are_kept_and_counted(shop):
     """Breaks when a retrieval overwrites what somebody wrote since, or hides that it did not write."""
     shop.sql("UPDATE shop.addresses SET name = 'Newer', phone = NULL WHERE order_id = 1", user="shop_owner")

@@ -3,6 +3,8 @@
 use pgrx::pg_sys;
 
 use super::error::{Error, Result};
+use super::ident::Ident;
+use super::identity::as_extension;
 use super::sql;
 use super::subxact::subtransaction;
 
@@ -107,6 +109,33 @@ pub fn fire_deferred() -> Result<()> {
         sql::execute("SET CONSTRAINTS ALL IMMEDIATE", &[])?;
         // SAFETY: as above.
         unsafe { pg_sys::SetUserIdAndSecContext(user, context) };
+        Ok(())
+    })
+}
+
+/// After [`fire_deferred`]: constraints that are declared INITIALLY DEFERRED wait for COMMIT again. What the caller had
+/// set itself cannot be read back; a constraint of its own choosing stays IMMEDIATE.
+///
+/// # Errors
+/// Errors of the server.
+pub fn defer_again() -> Result<()> {
+    as_extension(|| {
+        // SET CONSTRAINTS takes names, which several constraints of a schema may share. It takes partitions' along.
+        let rows = sql::read(
+            "SELECT n.nspname, c.conname FROM pg_catalog.pg_constraint c JOIN pg_catalog.pg_namespace n ON n.oid = c.connamespace \
+             WHERE pg_catalog.has_schema_privilege(n.oid, 'USAGE') AND c.conrelid <> 0 AND (c.connamespace, c.conname) IN ( \
+                SELECT d.connamespace, d.conname FROM pg_catalog.pg_constraint d WHERE d.condeferred) \
+             GROUP BY n.nspname, c.conname HAVING pg_catalog.bool_and(c.condeferred) ORDER BY 1, 2",
+            &[],
+        )?;
+        if rows.is_empty() {
+            return Ok(());
+        }
+        let names = rows
+            .iter()
+            .map(|r| Ok(format!("{}.{}", Ident::new(r.str(0)?), Ident::new(r.str(1)?))))
+            .collect::<Result<Vec<_>>>()?;
+        sql::execute(&format!("SET CONSTRAINTS {} DEFERRED", names.join(", ")), &[])?;
         Ok(())
     })
 }

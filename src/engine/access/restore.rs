@@ -27,6 +27,12 @@ pub struct Restored {
 pub(super) fn write_back(plan: &Plan, orders: &[Order], number: &str) -> Result<Vec<Restored>> {
     // The caller's pending deferred triggers fire now, as the caller.
     xact::fire_deferred()?;
+    let restored = write_all(plan, orders, number)?;
+    xact::defer_again()?;
+    Ok(restored)
+}
+
+fn write_all(plan: &Plan, orders: &[Order], number: &str) -> Result<Vec<Restored>> {
     let master = keys::master_keys()?;
     follow_keys(plan, &master, orders)?;
     let order_keys: Vec<String> = orders.iter().map(|o| o.key.clone()).collect();
