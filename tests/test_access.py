@@ -95,6 +95,40 @@ def test_a_savepoint_undoes_a_retrieval_as_a_whole(shop):
     assert [e[4] for e in log(shop, "retrieve")] == ["first", "second"]
 
 
+RETYPED = {
+    # What redaction left, made to fit the new type; the new type; how the archive calls the old one.
+    "shorter": ("line1", "varchar(5)", "left(line1, 5)", "text", "character varying(5)"),
+    "number": ("zip", "integer", "CASE zip WHEN 'Z2' THEN 2 ELSE 7 END", "character varying(12)", "integer"),
+}
+
+
+@pytest.mark.parametrize("kind", RETYPED)
+def test_a_column_that_got_another_type_is_named(shop, kind):
+    """Breaks when a value that its column cannot hold any more fails without a word of the column, its table and types."""
+    column, new, using, was, now = RETYPED[kind]
+    if kind == "number":
+        document = shop_policy()
+        document["linked"][0]["redact"] = {"zip": {"value": "7"}, "name": "placeholder"}
+        shop.apply_policy(document)
+        add_order(shop, 4)
+        run_cycle(shop)
+    order = 4 if kind == "number" else 1
+    shop.sql(f"ALTER TABLE shop.addresses ALTER {column} TYPE {new} USING {using}", user="shop_owner")
+    before = snapshot(shop)
+    with refused("42804", f'column "{column}" of shop.addresses has type {now}, which cannot hold a value that was archived as {was}') as caught:
+        call(shop, "retrieve", number(order), "return")
+    assert "peek" in caught.value.diag.message_hint and "Street" not in str(caught.value)
+    assert snapshot(shop) == before
+    assert f"Street {order}" in str(call(shop, "peek", number(order), "return")) or kind == "number"
+
+
+def test_a_column_that_got_a_wider_type_is_restored(shop):
+    """Breaks when every change of a type is taken for an obstacle."""
+    shop.sql("ALTER TABLE shop.addresses ALTER line1 TYPE text, ALTER city TYPE varchar(500)", user="shop_owner")
+    call(shop, "retrieve", ONE, "return")
+    assert snapshot(shop) == shop.before
+
+
 DEFERRED = """SET ROLE shop_owner;
 CREATE TABLE shop.a (id int PRIMARY KEY); CREATE TABLE shop.b (id int PRIMARY KEY);
 ALTER TABLE shop.b ADD CONSTRAINT late FOREIGN KEY (id) REFERENCES shop.a DEFERRABLE INITIALLY DEFERRED;

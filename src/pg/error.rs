@@ -145,6 +145,17 @@ impl Error {
         )
     }
 
+    /// An archived value that its column cannot hold any more.
+    pub fn type_changed(table: &str, column: &str, was: &str, is: &str) -> Self {
+        Self::ours(
+            Code::ERRCODE_DATATYPE_MISMATCH,
+            format!(
+                "column \"{column}\" of {table} has type {is}, which cannot hold a value that was archived as {was}"
+            ),
+        )
+        .hint("Give the column its former type back, or read the value with amazon_pii.peek().")
+    }
+
     /// A write to a retrieved order's PII.
     pub fn read_only(table: &str) -> Self {
         Self::ours(

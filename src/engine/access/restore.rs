@@ -11,6 +11,8 @@ use crate::engine::vault::{self, Newest};
 use crate::engine::walk::{FIRST, by_key, key_parts};
 use crate::pg::error::{Error, Result};
 use crate::pg::ident::Ident;
+use crate::pg::identity::{Identity, act_as};
+use crate::pg::sql;
 use crate::pg::{keys, xact};
 
 /// What came of one table of one order.
@@ -136,8 +138,9 @@ fn restore_table(
         }
     }
     restored.records = keys.len() as i64;
-    overwrite::insert(plan, table, &missing)?;
-    overwrite::update(plan, table, &rows)?;
+    overwrite::insert(plan, table, &missing)
+        .and_then(|()| overwrite::update(plan, table, &rows))
+        .map_err(|e| retyped(plan, table, archived, e))?;
     let entry = plan.entries.iter().find(|e| e.table == index);
     let changes: Vec<records::Change<'_>> = keys
         .iter()
@@ -152,6 +155,39 @@ fn restore_table(
         .collect();
     records::write(plan, &changes)?;
     Ok(restored)
+}
+
+/// The error of a write, or the better one if a column has got a type since that cannot hold what was archived.
+fn retyped(plan: &Plan, table: &Table, archived: &[(&str, &Newest)], error: Error) -> Error {
+    if error.is_cancel() || error.is_lock() {
+        return error;
+    }
+    for cell in &table.cells {
+        let name = cell.name.bare();
+        let changed = archived
+            .iter()
+            .filter_map(|(_, newest)| newest.cells.get(name))
+            .filter(|a| a.type_name != cell.type_shown);
+        for archived in changed {
+            let read = cell.out(format!("CAST($1 AS {})", cell.type_shown));
+            let kept = act_as(Identity::Owner(table.owner), &plan.search_path, &[], || {
+                let value = Arg::Typed(cell.type_oid, archived.text.as_deref());
+                sql::read(&format!("SELECT {read}"), &[value])?
+                    .first()
+                    .ok_or_else(|| Error::internal("no row"))?
+                    .owned(0)
+            });
+            match kept {
+                Ok(kept) if kept == archived.text => {}
+                Err(e) if e.is_cancel() => return e,
+                _ => {
+                    let shown = table.relation.shown();
+                    return Error::type_changed(&shown, name, &archived.type_name, &cell.type_shown);
+                }
+            }
+        }
+    }
+    error
 }
 
 /// The rows of a table as they are now, by their stored keys.
