@@ -203,6 +203,24 @@ def test_a_hold_ends_by_itself(shop):
     assert tables_with(shop, "Name2") == tables_with(shop, "Name1") == []
 
 
+def test_release_needs_a_hold(shop):
+    """Breaks when releasing what is not held looks like a success, or is refused for an order that is."""
+    for held in (False, True, False):
+        if held:
+            call(shop, "hold", number(3), "dispute", "2999-01-01")
+            call(shop, "release", number(3))
+            continue
+        with refused("55000", f'order "{number(3)}" is not held') as caught:
+            call(shop, "release", number(3))
+        assert "explain_order" in caught.value.diag.message_hint
+    call(shop, "hold", number(3), "dispute", "2999-01-01")
+    # A hold that ended by itself.
+    shop.sql("UPDATE amazon_pii.order_state SET held_until = now() - '1 s'::interval WHERE order_key = '[\"3\"]'")
+    with refused("55000", "is not held"):
+        call(shop, "release", number(3))
+    assert len(log(shop, "release")) == 1
+
+
 def test_find_orders_by_number_and_by_invoice(shop):
     """Breaks when an invoice's number does not lead to its order, or an order that is not flagged is shown."""
     add_order(shop, 9, channel="web")
@@ -267,6 +285,7 @@ REFUSALS = [
     ("explain_order", ("nothing",), "P0002"), ("retrieve", (None, "return"), "22023"), ("peek", (None, "return"), "22023"),
     ("retrieve", (number(2), "return"), "55000"), ("retrieve", (number(3), "return"), "55000"), ("peek", (number(3), "return"), "55000"),
     ("end_retrieval", (ONE,), "55000"), ("hold", (ONE, "dispute", "2999-01-01"), "55000"),
+    ("release", (ONE,), "55000"), ("release", (number(2),), "55000"), ("release", (number(3),), "55000"),
     ("hold", (number(2), "dispute", "2001-01-01"), "22023"), ("hold", (number(2), "dispute", None), "22023"),
     ("hold", (number(2), "dispute", "infinity"), "22023"),
     *[(function, (ONE if function != "hold" else number(2), reason, *until), "22023")

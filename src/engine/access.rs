@@ -14,8 +14,8 @@ use crate::domain::vault::MasterKeys;
 use crate::pg::error::{Error, Result};
 use crate::pg::ident::Ident;
 use crate::pg::identity::{as_extension, require_role};
-use crate::pg::keys;
 use crate::pg::sql::{self, Arg};
+use crate::pg::{keys, xact};
 use crate::worker::evidence;
 pub use restore::Restored;
 use restore::{marks, write_back};
@@ -32,15 +32,30 @@ struct Order {
     status: String,
     archived: bool,
     redacted_version: Option<i64>,
+    held: bool,
 }
 
-/// Finds the orders that bear a number, and locks them.
-fn resolve(target: &Target<'_>) -> Result<(Plan, Vec<Order>)> {
+/// Whether the orders that a number stands for are locked until the transaction ends.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Lock {
+    /// They are about to change.
+    Taken,
+    /// They are only looked at, which a read-only transaction may do.
+    None,
+}
+
+/// Finds the orders that bear a number.
+fn resolve(target: &Target<'_>, lock: Lock) -> Result<(Plan, Vec<Order>)> {
+    const FOUND: &str = "SELECT policy, order_key, status, archived_at IS NOT NULL, redacted_version, \
+            held_until IS NOT NULL AND held_until > pg_catalog.now() FROM amazon_pii.order_state \
+         WHERE order_number = $1 AND ($2::text IS NULL OR policy = $2) AND ($3::text IS NULL OR order_key = $3) \
+         ORDER BY policy, order_key";
     let rows = as_extension(|| {
         sql::write(
-            "SELECT policy, order_key, status, archived_at IS NOT NULL, redacted_version FROM amazon_pii.order_state \
-             WHERE order_number = $1 AND ($2::text IS NULL OR policy = $2) AND ($3::text IS NULL OR order_key = $3) \
-             ORDER BY policy, order_key FOR UPDATE",
+            &match lock {
+                Lock::Taken => format!("{FOUND} FOR UPDATE"),
+                Lock::None => FOUND.to_owned(),
+            },
             &[
                 Arg::Text(Some(target.number)),
                 Arg::Text(target.policy),
@@ -55,6 +70,7 @@ fn resolve(target: &Target<'_>) -> Result<(Plan, Vec<Order>)> {
             status: row.string(2)?,
             archived: row.bool(3)?,
             redacted_version: row.text(4)?.and_then(|v| v.parse().ok()),
+            held: row.bool(5)?,
         });
     }
     if by_policy.len() > 1 {
@@ -112,7 +128,7 @@ fn witness(plan: &Plan, action: &str, orders: &[Order], number: &str, reason: Op
 /// damaged: nothing is written then.
 pub fn retrieve(target: &Target<'_>, reason: Option<&str>) -> Result<Vec<Restored>> {
     require_role(&["amazon_pii_operator"], "retrieve the personal data of an order")?;
-    let (plan, orders) = resolve(target)?;
+    let (plan, orders) = resolve(target, Lock::Taken)?;
     let reason = checked(&plan, reason)?;
     for order in &orders {
         match order.status.as_str() {
@@ -153,7 +169,7 @@ pub fn retrieve(target: &Target<'_>, reason: Option<&str>) -> Result<Vec<Restore
 /// As [`retrieve`], and when nothing is archived yet.
 pub fn peek(target: &Target<'_>, reason: Option<&str>) -> Result<serde_json::Value> {
     require_role(&["amazon_pii_operator"], "read the personal data of an order")?;
-    let (plan, orders) = resolve(target)?;
+    let (plan, orders) = resolve(target, Lock::None)?;
     let reason = checked(&plan, reason)?;
     for order in &orders {
         if order.status == "purged" {
@@ -168,9 +184,21 @@ pub fn peek(target: &Target<'_>, reason: Option<&str>) -> Result<serde_json::Val
     }
     witness(&plan, "peek", &orders, target.number, reason.as_deref())?;
     let master = keys::master_keys()?;
-    follow_keys(&plan, &master, &orders)?;
     let order_keys: Vec<String> = orders.iter().map(|o| o.key.clone()).collect();
+    if rekey::is_pending(&plan, &order_keys)? {
+        if xact::is_read_only() {
+            return Err(Error::read_only_transaction(&format!(
+                "a key of order \"{}\" changed and the archive has yet to follow, which",
+                target.number
+            ))
+            .hint("Try again after the next cycle, or in a transaction that may write."));
+        }
+        unchanged(target, &order_keys, Lock::Taken)?;
+        follow_keys(&plan, &master, &orders)?;
+    }
     let archive = vault::open(&plan.archive_schema, &master, &plan.policy, &order_keys)?;
+    // Nothing is locked: documents that followed a change of keys meanwhile were not among those that were read.
+    unchanged(target, &order_keys, Lock::None)?;
     let mut out = Vec::new();
     for order in &orders {
         let mut records = Vec::new();
@@ -202,6 +230,15 @@ pub fn peek(target: &Target<'_>, reason: Option<&str>) -> Result<serde_json::Val
     Ok(serde_json::Value::Array(out))
 }
 
+/// Makes sure that the number still stands for the orders whose access was recorded.
+fn unchanged(target: &Target<'_>, order_keys: &[String], lock: Lock) -> Result<()> {
+    let (_, now) = resolve(target, lock)?;
+    if now.iter().map(|o| &o.key).eq(order_keys) {
+        return Ok(());
+    }
+    Err(Error::wrong_state(format!("order \"{}\" changed while it was being read", target.number)).hint("Try again."))
+}
+
 /// Ends a retrieval early: due at once, done by the next cycle.
 ///
 /// # Errors
@@ -212,8 +249,8 @@ pub fn end_retrieval(target: &Target<'_>) -> Result<()> {
         target,
         None,
         "end_retrieval",
-        &["retrieved"],
-        "is not retrieved",
+        |order| order.status == "retrieved",
+        ("is not retrieved", "amazon_pii.explain_order() shows where it stands."),
         |plan, orders| {
             as_extension(|| {
                 sql::execute(
@@ -227,6 +264,9 @@ pub fn end_retrieval(target: &Target<'_>) -> Result<()> {
         },
     )
 }
+
+/// States in which there is something to redact.
+const HOLDS_PII: &[&str] = &["flagged", "scheduled", "archived", "failed", "retrieved"];
 
 /// Pauses redaction until a moment in the future.
 ///
@@ -245,13 +285,15 @@ pub fn hold(target: &Target<'_>, reason: Option<&str>, until: &str) -> Result<()
         return Err(Error::invalid("the end of a hold must lie in the future")
             .hint("Give a time after now; amazon_pii.release() ends a hold."));
     }
-    let states = &["flagged", "scheduled", "archived", "failed", "retrieved"];
     change(
         target,
         Some(reason),
         "hold",
-        states,
-        "holds no personal data any more",
+        |order| HOLDS_PII.contains(&order.status.as_str()),
+        (
+            "holds no personal data any more",
+            "Only what was not redacted yet, or was retrieved, can be held.",
+        ),
         |plan, orders| {
             as_extension(|| {
                 sql::execute(
@@ -273,23 +315,29 @@ pub fn hold(target: &Target<'_>, reason: Option<&str>, until: &str) -> Result<()
 /// Ends a hold.
 ///
 /// # Errors
-/// Unknown, ambiguous.
+/// Unknown, ambiguous, not held, or no longer.
 pub fn release(target: &Target<'_>) -> Result<()> {
     require_role(&["amazon_pii_operator"], "release an order")?;
-    let states = &["flagged", "scheduled", "archived", "failed", "retrieved"];
-    change(target, None, "release", states, "is not held", |plan, orders| {
-        as_extension(|| {
-            sql::execute(
-                "UPDATE amazon_pii.order_state SET held_until = NULL, \
+    change(
+        target,
+        None,
+        "release",
+        |order| order.held,
+        ("is not held", "amazon_pii.explain_order() shows where it stands."),
+        |plan, orders| {
+            as_extension(|| {
+                sql::execute(
+                    "UPDATE amazon_pii.order_state SET held_until = NULL, \
                     next_due_at = CASE WHEN retrieved_until IS NOT NULL THEN retrieved_until \
                         WHEN archived_at IS NOT NULL THEN redact_due_at ELSE archive_due_at END \
                  WHERE policy = $1 AND order_key = ANY ($2)",
-                &[Arg::Text(Some(&plan.policy)), Arg::texts(orders)],
-            )
-        })?;
-        crate::worker::wake();
-        Ok(())
-    })
+                    &[Arg::Text(Some(&plan.policy)), Arg::texts(orders)],
+                )
+            })?;
+            crate::worker::wake();
+            Ok(())
+        },
+    )
 }
 
 /// Writes back for good and stops tracking: for the victims of a wrong policy. The archive stays.
@@ -298,7 +346,7 @@ pub fn release(target: &Target<'_>) -> Result<()> {
 /// As [`retrieve`].
 pub fn unflag(target: &Target<'_>, reason: Option<&str>) -> Result<Vec<Restored>> {
     require_role(&["amazon_pii_admin"], "unflag an order")?;
-    let (plan, orders) = resolve(target)?;
+    let (plan, orders) = resolve(target, Lock::Taken)?;
     let reason = checked(&plan, reason)?;
     if orders.iter().any(|o| o.status == "purged") {
         return Err(Error::purged(target.number));
@@ -327,17 +375,17 @@ fn change(
     target: &Target<'_>,
     reason: Option<Option<&str>>,
     action: &str,
-    states: &[&str],
-    otherwise: &str,
+    fits: impl Fn(&Order) -> bool,
+    otherwise: (&str, &str),
     apply: impl FnOnce(&Plan, &[String]) -> Result<()>,
 ) -> Result<()> {
-    let (plan, orders) = resolve(target)?;
+    let (plan, orders) = resolve(target, Lock::Taken)?;
     let reason = match reason {
         Some(given) => checked(&plan, given)?,
         None => None,
     };
-    if !orders.iter().all(|o| states.contains(&o.status.as_str())) {
-        return Err(Error::wrong_state(format!("order \"{}\" {otherwise}", target.number)));
+    if !orders.iter().all(fits) {
+        return Err(Error::wrong_state(format!("order \"{}\" {}", target.number, otherwise.0)).hint(otherwise.1));
     }
     let order_keys: Vec<String> = orders.iter().map(|o| o.key.clone()).collect();
     apply(&plan, &order_keys)?;

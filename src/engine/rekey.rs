@@ -229,6 +229,22 @@ struct Note {
     order: Option<String>,
 }
 
+/// Whether documents of these orders wait to be sealed anew under changed keys.
+///
+/// # Errors
+/// Errors of the server.
+pub fn is_pending(plan: &Plan, order_keys: &[String]) -> Result<bool> {
+    let rows = as_extension(|| {
+        sql::read(
+            "SELECT EXISTS (SELECT FROM amazon_pii.renamed n WHERE n.policy = $1 AND CASE WHEN n.is_order THEN n.new_key = ANY ($2) \
+                ELSE EXISTS (SELECT FROM amazon_pii.record_state r WHERE r.policy = $1 AND r.order_key = ANY ($2) \
+                             AND r.table_name = n.table_name AND r.record_key = n.new_key) END)",
+            &[Arg::Text(Some(&plan.policy)), Arg::texts(order_keys)],
+        )
+    })?;
+    rows.first().ok_or_else(|| Error::internal("no row"))?.bool(0)
+}
+
 /// Seals the documents of changed keys anew. In the caller's transaction: a document is under its old keys or under its
 /// new ones, never under none. Returns the orders whose documents could not be moved, each with the reason: their notes
 /// stay, and nobody else's wait for them.

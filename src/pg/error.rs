@@ -145,6 +145,14 @@ impl Error {
         )
     }
 
+    /// Something that has to write, in a transaction that may not.
+    pub fn read_only_transaction(what: &str) -> Self {
+        Self::ours(
+            Code::ERRCODE_READ_ONLY_SQL_TRANSACTION,
+            format!("{what} cannot be done in a read-only transaction"),
+        )
+    }
+
     /// An archived value that its column cannot hold any more.
     pub fn type_changed(table: &str, column: &str, was: &str, is: &str) -> Self {
         Self::ours(
@@ -320,6 +328,7 @@ fn words_for(code: Code, state: i32) -> String {
         Code::ERRCODE_LOCK_NOT_AVAILABLE => "a lock could not be had in time",
         Code::ERRCODE_T_R_DEADLOCK_DETECTED => "a deadlock was resolved",
         Code::ERRCODE_QUERY_CANCELED => "canceled",
+        Code::ERRCODE_READ_ONLY_SQL_TRANSACTION => "the transaction is read-only",
         Code::ERRCODE_SYNTAX_ERROR => "syntax error in an expression of the policy",
         Code::ERRCODE_RAISE_EXCEPTION => "an exception was raised by code of the table's owner",
         _ if state != code as i32 => "an exception was raised by code of the table's owner",

@@ -140,6 +140,12 @@ pub fn defer_again() -> Result<()> {
     })
 }
 
+/// Whether the transaction may not write.
+pub fn is_read_only() -> bool {
+    // SAFETY: plain getter.
+    unsafe { pg_sys::XactReadOnly }
+}
+
 /// Whether the server replays somebody else's WAL.
 pub fn in_recovery() -> bool {
     // SAFETY: plain getter.
