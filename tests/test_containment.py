@@ -135,6 +135,33 @@ def test_json_that_cannot_be_walked_fails_its_order_alone(db):
     assert db.sql(buyers) == [("[Redacted]", 10)]
 
 
+def test_value_that_is_too_large_fails_its_order_alone(db):
+    # Breaks when one value whose text form is too long for the server stops the batch, the trial of a policy, or preview,
+    # or when the error does not name the column. A bytea of 256 MB prints as 512 MB.
+    fill(open_shop(db), 4)
+    scan = {"table": "shop.scans", "on": {"order_id": "id"}, "redact": {"image": "null"}}
+    db.psql("""SET ROLE shop_owner; CREATE TABLE shop.scans (id bigint PRIMARY KEY, order_id bigint, image bytea);
+               CREATE INDEX ON shop.scans (order_id); INSERT INTO shop.scans SELECT i, i, 'scan' FROM generate_series(1, 4) i;""")
+    big = "UPDATE shop.scans SET image = convert_to(repeat('x', %s), 'UTF8') WHERE id = 3"
+    db.psql(f"SET ROLE shop_owner; {big % 268435456}")
+    document = shop_policy(linked=shop_policy()["linked"] + [scan])
+    (warning,) = [row for row in db.check_policy(document) if "large" in row[2]]
+    assert warning[:2] == ("warning", "shop.scans") and "\"image\"" in warning[2] and warning[3]
+    db.apply_policy(document)
+    preview = db.sql("SELECT * FROM amazon_pii.preview('shop')", user="pii_admin")
+    assert sorted(row for row in preview if row[1] == "shop.scans") == [("archive", "shop.scans", 3, 3), ("redact", "shop.scans", 3, 3)]
+    counts = run_cycle(db)
+    assert (counts["archived"], counts["redacted"], counts["failed"]) == (3, 3, 1)
+    assert redacted(db) == {1, 2, 4}
+    status, error = order_row(db, 3, "status, last_error")
+    assert status == "failed" and error.startswith("54000: shop.scans: a value of column \"image\" is too large")
+    assert db.sql("SELECT id FROM shop.scans WHERE image IS NOT NULL") == [(3,)]
+    db.psql("SET ROLE shop_owner; UPDATE shop.scans SET image = 'smaller' WHERE id = 3")
+    pass_time(db, "1 minute")
+    assert run_cycle(db)["redacted"] == 1
+    assert db.sql("SELECT id FROM shop.scans WHERE image IS NOT NULL AND id = 3") == []
+
+
 def test_order_that_fails_again_after_it_was_redacted(shop):
     # Breaks when a redacted order with new personal data that cannot be redacted looks as if it were done.
     assert run_cycle(shop)["redacted"] == ORDERS

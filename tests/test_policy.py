@@ -206,3 +206,56 @@ def test_refused_with_the_object_and_a_hint(shop, name):
 def test_the_policy_of_these_tests_is_accepted(shop):
     """Breaks when the refusals above have a common cause that is none of theirs."""
     assert shop.check_policy(POLICY) == []
+
+
+# The trial takes more than the first orders.
+
+MANY = """SET ROLE shop_owner;
+INSERT INTO shop.orders (id, no, shipped_at, note) SELECT i, '301-0000000-' || lpad(i::text, 7, '0'), now(), 'Note ' || i FROM generate_series(4, 3000) i;
+INSERT INTO shop.lines SELECT i, i, 'Line ' || i FROM generate_series(4, 3000) i;
+ALTER TABLE shop.lines ADD kind text DEFAULT 'plain', ADD checked boolean;"""
+CASES = {
+    "the newest order": "ALTER TABLE shop.orders ADD CHECK (id < 3000 OR note <> '[Redacted]')",
+    "one of a few kinds": "UPDATE shop.lines SET kind = 'rare' WHERE id = 1500; ALTER TABLE shop.lines ADD CHECK (kind <> 'rare' OR note <> '[Redacted]')",
+    "one that is not NULL": "UPDATE shop.lines SET checked = false WHERE id = 1500; ALTER TABLE shop.lines ADD CHECK (checked OR note <> '[Redacted]')",
+    "the longest value": "UPDATE shop.lines SET note = repeat('x', 5000) WHERE id = 1500; ALTER TABLE shop.lines ADD CHECK (note <> '[Redacted]' OR id <> 1500)",
+    "the only value": "UPDATE shop.lines SET email = NULL; UPDATE shop.lines SET email = 'Ada' WHERE id = 1500; ALTER TABLE shop.lines ADD CHECK (email <> '[Redacted]')",
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_trial_finds(shop, name):
+    """Breaks when the trial takes the first orders only, or passes over the rows that differ from the others."""
+    shop.psql(f"{MANY} {CASES[name]}")
+    assert_refused(shop, policy(line={"redact": ["note", "email"]}), "23514", WHAT_FITS)
+
+
+def test_the_trial_finds_few_amazon_orders_among_many(shop):
+    """Breaks when Amazon's orders are not found because others come first."""
+    shop.psql(f"{MANY} UPDATE shop.orders SET no = 'web ' || id; UPDATE shop.orders SET no = '301-0000000-0000007' WHERE id = 1700;"
+              "ALTER TABLE shop.orders ADD CHECK (id <> 1700 OR note <> '[Redacted]')")
+    assert_refused(shop, POLICY, "23514", WHAT_FITS)
+
+
+def test_a_check_costs_the_same_on_a_large_table(shop):
+    """Breaks when a table is read as a whole: what the trial looks at is bounded."""
+    shop.psql("""SET ROLE shop_owner;
+        INSERT INTO shop.orders (id, no, shipped_at, note) SELECT i, 'web ' || i, now(), repeat('x', 200) FROM generate_series(4, 120000) i;
+        INSERT INTO shop.lines SELECT i, i, repeat('x', 200) FROM generate_series(4, 120000) i; ANALYZE shop.orders, shop.lines""")
+    read = """SELECT sum(seq_tup_read + COALESCE(idx_tup_fetch, 0))::int FROM pg_stat_user_tables WHERE schemaname = 'shop'"""
+    flush = "SELECT pg_stat_force_next_flush(), pg_stat_clear_snapshot()"
+    shop.sql("SELECT pg_stat_force_next_flush()", user="pii_admin")
+    shop.sql(flush)
+    before = shop.value(read)
+    assert shop.check_policy(POLICY) == []
+    shop.sql("SELECT pg_stat_force_next_flush()", user="pii_admin")
+    shop.sql(flush)
+    assert shop.value(read) - before < 80000
+
+
+def test_the_sqlstate_of_the_owners_error_is_shown(shop):
+    """Breaks when check_policy keeps to itself which error the owner's expression, or a domain's check, ran into."""
+    shop.psql("SET ROLE shop_owner; CREATE FUNCTION shop.own(text) RETURNS boolean LANGUAGE plpgsql AS $$ BEGIN RAISE 'Ada' USING ERRCODE = 'AB123'; END $$;")
+    for expression, state in (("1 / (id - id) = 1", "22012"), ("shop.own(note)", "AB123"), ("shop.none(note)", "42883")):
+        (row,) = shop.check_policy(policy({"amazon": expression}))
+        assert row[0] == "error" and f"({state})" in row[2] and "Ada" not in str(row), row

@@ -8,5 +8,6 @@ pub mod json_text;
 pub mod number;
 pub mod policy;
 pub mod reason;
+pub mod sample;
 pub mod treatment;
 pub mod vault;

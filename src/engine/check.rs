@@ -1,12 +1,10 @@
 //! What would go wrong on day 30, found out when the policy is applied: facts of the catalog, and a trial of the real
 //! treatment on real rows in a subtransaction that is rolled back.
 
-use super::flag;
-use super::gather::{self, LiveRecord};
-use super::overwrite::{self, CellWrite, NewValue, RowWrite};
+mod sample;
+mod trial;
+
 use super::plan::{AnchorPlan, EXPRESSION_HINT, Plan, Table};
-use super::records::Stored;
-use super::walk::Values;
 use crate::domain::policy::Treatment as Rule;
 use crate::domain::treatment::Shape;
 use crate::pg::catalog;
@@ -15,7 +13,6 @@ use crate::pg::ident::Expr;
 use crate::pg::identity::{Identity, act_as, as_extension};
 use crate::pg::sql::{self, Arg};
 use crate::pg::subxact::trial;
-use crate::pg::xact;
 
 /// How bad it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -64,9 +61,6 @@ impl Problem {
     }
 }
 
-/// Orders that the trial takes.
-const SAMPLE: i64 = 50;
-
 /// Everything that can be found.
 ///
 /// # Errors
@@ -83,7 +77,7 @@ pub fn problems(plan: &Plan) -> Result<Vec<Problem>> {
     let before_trial = out.iter().any(|p| p.severity == Severity::Error);
     if !before_trial {
         // A trial as a whole: functions that expressions call may write, too.
-        match trial(|| try_out(plan)) {
+        match trial(|| trial::try_out(plan)) {
             Ok(found) => out.extend(found),
             Err(e) if e.is_cancel() => return Err(e),
             Err(e) if e.hint_text().is_none() => out.push(Problem::of(&e.hint(EXPRESSION_HINT))),
@@ -259,146 +253,4 @@ fn anchors(plan: &Plan) -> Vec<Problem> {
             _ => None,
         })
         .collect()
-}
-
-/// Treats some real orders and rolls everything back.
-fn try_out(plan: &Plan) -> Result<Vec<Problem>> {
-    let sample: Vec<Values> = flag::page(plan, None, SAMPLE)?
-        .facts
-        .into_iter()
-        .map(|f| f.key)
-        .collect();
-    if sample.is_empty() {
-        return Ok(Vec::new());
-    }
-    // Triggers that the caller left pending fire as the caller.
-    xact::fire_deferred()?;
-    let before = gather::gather(plan, &sample, &Stored::default())?;
-    let facts = flag::by_keys(plan, &sample)?;
-    let mut out = Vec::new();
-    for (index, table) in plan.tables.iter().enumerate() {
-        let records: Vec<&LiveRecord> = distinct(before.records.iter().filter(|r| r.table == index));
-        let tried = trial(|| {
-            let rows = rows(plan, &records)?;
-            let keys: Vec<Values> = rows.iter().map(|r| r.key.clone()).collect();
-            let locked = overwrite::lock(plan, table, &keys, false)?;
-            let rows: Vec<RowWrite> = rows
-                .into_iter()
-                .zip(locked)
-                .filter(|(_, l)| *l)
-                .map(|(r, _)| r)
-                .collect();
-            if rows.is_empty() {
-                return Ok(Vec::new());
-            }
-            if table.delete {
-                overwrite::delete(plan, table, &rows)?;
-                return Ok(Vec::new());
-            }
-            overwrite::update(plan, table, &rows)?;
-            compare(plan, table, &sample, &before, &facts)
-        });
-        match tried {
-            Ok(found) => out.extend(found),
-            Err(e) if e.is_cancel() => return Err(e),
-            Err(e) if e.is_lock() => {}
-            Err(e) => out.push(Problem::new(
-                Severity::Error,
-                table.relation.shown(),
-                format!("the treatment fails on existing rows: {}", e.stored()),
-                e.hint_text()
-                    .unwrap_or("Choose a treatment that the table's constraints and triggers accept."),
-            )),
-        }
-    }
-    Ok(out)
-}
-
-/// One record a row, whichever orders reach it.
-fn distinct<'a>(records: impl Iterator<Item = &'a LiveRecord>) -> Vec<&'a LiveRecord> {
-    let mut seen = std::collections::HashSet::new();
-    records.filter(|r| seen.insert(r.key_text.clone())).collect()
-}
-
-fn rows(plan: &Plan, records: &[&LiveRecord]) -> Result<Vec<RowWrite>> {
-    let mut out = Vec::new();
-    for record in records {
-        let pii = record.pii(plan)?;
-        if pii.is_empty() {
-            continue;
-        }
-        let mut cells = record.as_it_is();
-        for (i, outcome) in pii {
-            let expected = record.cells[i].as_ref().and_then(|c| c.value.clone());
-            let new = NewValue::from(&outcome);
-            cells[i] = CellWrite::Write { expected, new };
-        }
-        out.push(RowWrite {
-            key: record.key.clone(),
-            cells,
-        });
-    }
-    Ok(out)
-}
-
-/// What the policy says of the same orders after the treatment must be what it said before, and the treatment must
-/// find nothing more to do.
-fn compare(
-    plan: &Plan,
-    table: &Table,
-    sample: &[Values],
-    before: &gather::Gathered,
-    facts: &[flag::OrderFact],
-) -> Result<Vec<Problem>> {
-    let mut out = Vec::new();
-    let after = gather::gather(plan, sample, &Stored::default())?;
-    let reached = |g: &gather::Gathered| {
-        let mut all: Vec<(usize, usize, String)> = g
-            .records
-            .iter()
-            .map(|r| (r.order, r.table, r.key_text.clone()))
-            .collect();
-        all.sort();
-        all
-    };
-    if reached(before) != reached(&after) {
-        out.push(Problem::new(
-            Severity::Error,
-            table.relation.shown(),
-            "a link or condition of the policy gives another result once its columns are redacted",
-            "Link by keys, not by columns that hold personal data.",
-        ));
-    }
-    let shown = |list: &[flag::OrderFact]| -> Vec<(String, Option<String>, Option<String>)> {
-        let mut all: Vec<_> = list
-            .iter()
-            .map(|f| (f.key_text.clone(), f.number.clone(), f.anchor.clone()))
-            .collect();
-        all.sort();
-        all
-    };
-    if shown(facts) != shown(&flag::by_keys(plan, sample)?) {
-        out.push(Problem::new(
-            Severity::Error,
-            table.relation.shown(),
-            "\"amazon\", \"number\" or \"anchor\" gives another result once its columns are redacted",
-            "Leave the columns that these expressions read out of \"redact\".",
-        ));
-    }
-    for record in after
-        .records
-        .iter()
-        .filter(|r| plan.tables[r.table].relation == table.relation)
-    {
-        if let Some((i, _)) = record.pii(plan)?.first() {
-            out.push(Problem::new(
-                Severity::Error,
-                format!("{}.{}", table.relation.shown(), table.cells[*i].name.bare()),
-                "the treatment changes its own result again",
-                "A treatment must leave what it has written as it is.",
-            ));
-            break;
-        }
-    }
-    Ok(out)
 }

@@ -103,20 +103,41 @@ pub struct Page {
 /// # Errors
 /// As [`in_transition`].
 pub fn page(plan: &Plan, after: Option<&Values>, limit: i64) -> Result<Page> {
-    let rows = slice(plan, &select(plan), Some(candidates(plan)), after, limit)?;
+    let rows = slice(
+        plan,
+        &select(plan),
+        Some(candidates(plan)),
+        After(after, End::First),
+        limit,
+    )?;
     Ok(Page {
         facts: facts(plan, rows.iter().map(|r| (r, 0)))?,
         next: next(plan, &rows, limit)?,
     })
 }
 
+/// Where a pass over the whole table begins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    First,
+    Last,
+}
+
+/// The key after which a slice begins, on a pass from this end.
+struct After<'a>(Option<&'a Values>, End);
+
 /// The keys of the next rows of a pass, without a look at any expression, and where the slice after them begins.
 ///
 /// # Errors
 /// Errors of the server.
-pub fn page_of_keys(plan: &Plan, after: Option<&Values>, limit: i64) -> Result<(Vec<Values>, Option<Values>)> {
+pub fn page_of_keys(
+    plan: &Plan,
+    from: End,
+    after: Option<&Values>,
+    limit: i64,
+) -> Result<(Vec<Values>, Option<Values>)> {
     let keys = plan.orders().key_list();
-    let rows = slice(plan, &keys, None, after, limit)?;
+    let rows = slice(plan, &keys, None, After(after, from), limit)?;
     let all = rows.iter().map(|r| r.texts(0..keys.len())).collect::<Result<_>>()?;
     Ok((all, next(plan, &rows, limit)?))
 }
@@ -135,7 +156,7 @@ fn slice(
     plan: &Plan,
     select: &[String],
     condition: Option<String>,
-    after: Option<&Values>,
+    After(after, from): After<'_>,
     limit: i64,
 ) -> Result<Vec<Row>> {
     let table = plan.orders();
@@ -145,11 +166,14 @@ fn slice(
         .iter()
         .map(|k| format!("{}.{k}", table.relation.name))
         .collect();
-    let keys = qualified.join(", ");
+    let keys = match from {
+        End::First => qualified.join(", "),
+        End::Last => format!("{} DESC", qualified.join(" DESC, ")),
+    };
     let mut args: Vec<Arg<'_>> = vec![Arg::Int(limit)];
     let mut conditions: Vec<String> = condition.into_iter().collect();
     if let Some(after) = after {
-        conditions.push(beyond(table, &qualified));
+        conditions.push(beyond(table, &qualified, from));
         args.extend(
             table
                 .key
@@ -180,16 +204,20 @@ fn slice(
     })
 }
 
-/// The condition that a row's key comes after the one in `$2` and the parameters that follow it.
-fn beyond(table: &Table, keys: &[String]) -> String {
+/// The condition that a row's key comes, on a pass from this end, after the one in `$2` and the parameters that follow it.
+fn beyond(table: &Table, keys: &[String], from: End) -> String {
     let operators = |compare| -> Vec<String> {
         let same = |(_, oid): &(_, pg_sys::Oid)| catalog::operator(compare, *oid, *oid);
         table.key.iter().map(same).collect()
     };
-    let (equal, greater) = (operators(Compare::Equal), operators(Compare::Greater));
+    let further = match from {
+        End::First => Compare::Greater,
+        End::Last => Compare::Less,
+    };
+    let (equal, further) = (operators(Compare::Equal), operators(further));
     let places: Vec<String> = (2..2 + keys.len()).map(|i| format!("${i}")).collect();
-    if greater.iter().all(|g| *g == greater[0]) {
-        return format!("({}) {} ({})", keys.join(", "), greater[0], places.join(", "));
+    if further.iter().all(|f| *f == further[0]) {
+        return format!("({}) {} ({})", keys.join(", "), further[0], places.join(", "));
     }
     // A comparison of rows takes one operator for all columns; types of extensions bring their own.
     let steps: Vec<String> = (0..keys.len())
@@ -197,7 +225,7 @@ fn beyond(table: &Table, keys: &[String]) -> String {
             let mut step: Vec<String> = (0..i)
                 .map(|j| format!("{} {} {}", keys[j], equal[j], places[j]))
                 .collect();
-            step.push(format!("{} {} {}", keys[i], greater[i], places[i]));
+            step.push(format!("{} {} {}", keys[i], further[i], places[i]));
             step.join(" AND ")
         })
         .collect();

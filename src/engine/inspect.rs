@@ -3,9 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::flag::{self, OrderFact};
-use super::gather;
 use super::plan::{AnchorPlan, Plan};
-use super::records::Stored;
+use super::portable;
 use super::walk::{Values, key_parts};
 use crate::pg::error::{Error, Result};
 use crate::pg::identity::{as_extension, require_role};
@@ -52,14 +51,13 @@ pub fn preview(policy: &str, as_of: &str) -> Result<Vec<Preview>> {
                 .map(|(f, _)| f)
                 .collect();
             let keys: Vec<Values> = due.iter().map(|f| f.key.clone()).collect();
-            let texts: Vec<&str> = due.iter().map(|f| f.key_text.as_str()).collect();
-            let stored = Stored::by_keys(&plan, &texts)?;
-            for record in gather::gather(&plan, &keys, &stored)?.records {
+            let read = portable::gather(&plan, &keys)?;
+            for record in read.gathered.records {
                 if record.pii(&plan)?.is_empty() {
                     continue;
                 }
                 let slot = counts.entry((index, record.table)).or_default();
-                slot.0.insert(due[record.order].key_text.clone());
+                slot.0.insert(due[read.kept[record.order]].key_text.clone());
                 slot.1 += 1;
             }
         }

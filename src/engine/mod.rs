@@ -16,6 +16,7 @@ pub mod guard;
 pub mod inspect;
 pub mod overwrite;
 pub mod plan;
+pub mod portable;
 pub mod records;
 pub mod redact;
 pub mod rekey;

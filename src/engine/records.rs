@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::due::Due;
 use super::plan::Plan;
 use super::state::policy_each;
+use super::walk::{Values, key_text};
 use crate::pg::error::{Error, Result};
 use crate::pg::identity::on_keys;
 use crate::pg::sql::{self, Arg};
@@ -136,16 +137,18 @@ impl Stored {
     ///
     /// # Errors
     /// As [`Stored::of`].
-    pub fn by_keys(plan: &Plan, keys: &[&str]) -> Result<Self> {
+    pub fn by_keys(plan: &Plan, keys: &[Values]) -> Result<Self> {
+        let texts = keys.iter().map(|k| key_text(k)).collect::<Result<Vec<_>>>()?;
+        let keys: Vec<&str> = texts.iter().map(String::as_str).collect();
         let rows = on_keys(|| {
             sql::read(
                 "SELECT o.order_key, o.records, o.redacted_version IS NOT NULL FROM amazon_pii.order_state o \
                  WHERE o.policy IS NOT DISTINCT FROM $1 AND o.order_key = ANY ($2)",
-                &[Arg::Text(Some(&plan.policy)), Arg::texts(keys)],
+                &[Arg::Text(Some(&plan.policy)), Arg::texts(&keys)],
             )
         })?;
         let mut lists = vec![(RecordList::default(), false); keys.len()];
-        let positions = positions(keys);
+        let positions = positions(&keys);
         for row in &rows {
             if let Some(i) = positions.get(row.str(0)?) {
                 lists[*i] = (RecordList::parse(row.text(1)?)?, row.bool(2)?);
@@ -153,7 +156,7 @@ impl Stored {
         }
         Ok(Self {
             lists,
-            fates: fates(plan, keys)?,
+            fates: fates(plan, &keys)?,
         })
     }
 

@@ -49,7 +49,7 @@ fn page(plan: &Plan, after: Option<&Values>) -> Result<(flag::Page, Option<Error
         Err(e) if e.is_cancel() || e.is_lock() => return Err(e),
         Err(e) => e,
     };
-    let (keys, next) = flag::page_of_keys(plan, after, SLICE)?;
+    let (keys, next) = flag::page_of_keys(plan, flag::End::First, after, SLICE)?;
     let (mut facts, mut bad) = (Vec::new(), Vec::new());
     for key in keys {
         match subtransaction(|| flag::by_keys(plan, std::slice::from_ref(&key))) {

@@ -99,6 +99,7 @@ pub fn search_path() -> String {
 pub enum Compare {
     Equal,
     Greater,
+    Less,
 }
 
 /// The operator for values of these types, with its schema: one that a search path finds could be a neighbour's, and
@@ -107,6 +108,7 @@ pub fn operator(compare: Compare, left: pg_sys::Oid, right: pg_sys::Oid) -> Stri
     let (word, flag) = match compare {
         Compare::Equal => ("=", pg_sys::TYPECACHE_EQ_OPR),
         Compare::Greater => (">", pg_sys::TYPECACHE_GT_OPR),
+        Compare::Less => ("<", pg_sys::TYPECACHE_LT_OPR),
     };
     // SAFETY: catalog lookups inside a transaction; a cache entry lives as long as the session, a catalog tuple until
     // it is released.
@@ -116,6 +118,7 @@ pub fn operator(compare: Compare, left: pg_sys::Oid, right: pg_sys::Oid) -> Stri
         let oid = match compare {
             Compare::Equal => (*known).eq_opr,
             Compare::Greater => (*known).gt_opr,
+            Compare::Less => (*known).lt_opr,
         };
         let tuple = if left == right {
             pg_sys::SearchSysCache1(pg_sys::SysCacheIdentifier::OPEROID as i32, pg_sys::Datum::from(oid))
@@ -270,6 +273,12 @@ pub fn with_partitions(oid: pg_sys::Oid) -> Result<Vec<Relation>> {
             })
         })
         .collect()
+}
+
+/// Whether a type is an enum.
+pub fn is_enum(oid: pg_sys::Oid) -> bool {
+    // SAFETY: catalog lookup inside a transaction.
+    unsafe { pg_sys::get_typtype(oid) as u8 == b'e' }
 }
 
 /// The types of expressions over a table's row, in the current identity.

@@ -178,7 +178,21 @@ impl Error {
         Self::ours(Code::ERRCODE_TRIGGERED_DATA_CHANGE_VIOLATION, what)
     }
 
-    /// A value of a size or form that cannot travel.
+    /// A value whose text form is longer than the server and we can handle in one piece; `what` names it.
+    pub fn too_large(what: &str) -> Self {
+        Self::ours(
+            Code::ERRCODE_PROGRAM_LIMIT_EXCEEDED,
+            format!("{what} is too large to be archived: its text form must stay below 512 MB"),
+        )
+        .hint("Make the value smaller, or leave its column out of \"redact\".")
+    }
+
+    /// Whether it is [`too_large`](Self::too_large).
+    pub fn is_too_large(&self) -> bool {
+        !self.foreign && self.code == Code::ERRCODE_PROGRAM_LIMIT_EXCEEDED
+    }
+
+    /// A value of a form that cannot travel.
     pub fn unsupported(what: impl Into<String>) -> Self {
         Self::ours(Code::ERRCODE_FEATURE_NOT_SUPPORTED, what)
     }

@@ -10,6 +10,7 @@ pub mod ident;
 pub mod identity;
 pub mod invalidation;
 pub mod keys;
+mod size;
 pub mod sql;
 pub mod subxact;
 pub mod trigger;

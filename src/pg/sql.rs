@@ -8,6 +8,7 @@ use pgrx::pg_sys;
 use pgrx::spi::Spi;
 
 use super::error::{Error, Result};
+use super::size::{self, LONGEST};
 use super::trigger::TriggerCall;
 
 /// A parameter of a statement.
@@ -275,11 +276,18 @@ unsafe fn cell(tuple: pg_sys::HeapTuple, desc: pg_sys::TupleDesc, n: c_int, want
             let varlena = pg_sys::pg_detoast_datum_packed(value.cast_mut_ptr());
             return Ok(Cell::Bytes(pgrx::varlena::varlena_to_byte_slice(varlena).to_vec()));
         }
+        if !size::fits(tuple, desc, n) {
+            return Err(size::too_large(desc, n));
+        }
         let value = pg_sys::SPI_getvalue(tuple, desc, n);
         if value.is_null() {
             return Ok(Cell::Null);
         }
-        let text = CStr::from_ptr(value)
+        let text = CStr::from_ptr(value);
+        if text.to_bytes().len() >= LONGEST {
+            return Err(size::too_large(desc, n));
+        }
+        let text = text
             .to_str()
             .map_err(|_| Error::unsupported("a value is not valid UTF-8"))?
             .to_owned();
@@ -358,11 +366,10 @@ impl Input {
 /// # Safety
 /// Inside an SPI session.
 unsafe fn text_datum(bytes: &[u8]) -> Result<pg_sys::Datum> {
-    // A gigabyte is the server's own limit; leave room for the header and for being copied into an array.
     let length = c_int::try_from(bytes.len())
         .ok()
-        .filter(|n| *n < 512 * 1024 * 1024)
-        .ok_or_else(|| Error::unsupported("a value is too large to travel"))?;
+        .filter(|_| bytes.len() < LONGEST)
+        .ok_or_else(|| Error::too_large("a value"))?;
     // SAFETY: pointer and length describe `bytes`; text and bytea share their layout.
     Ok(unsafe { pg_sys::Datum::from(pg_sys::cstring_to_text_with_len(bytes.as_ptr().cast(), length)) })
 }

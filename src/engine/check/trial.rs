@@ -1,0 +1,173 @@
+//! A trial of the real treatment on real rows, for whoever rolls it back.
+
+use super::{Problem, Severity, sample};
+use crate::engine::flag;
+use crate::engine::gather::{self, LiveRecord};
+use crate::engine::overwrite::{self, CellWrite, NewValue, RowWrite};
+use crate::engine::plan::{Plan, Table};
+use crate::engine::portable;
+use crate::engine::walk::Values;
+use crate::pg::error::Result;
+use crate::pg::subxact::trial;
+use crate::pg::xact;
+
+/// Orders that are read at a time, and text after which no more are.
+const SLICE: usize = 20;
+const MUCH_TEXT: usize = 32 * 1024 * 1024;
+
+/// Treats some real orders and rolls everything back.
+pub(super) fn try_out(plan: &Plan) -> Result<Vec<Problem>> {
+    let wanted = sample::orders(plan)?;
+    // Triggers that the caller left pending fire as the caller.
+    xact::fire_deferred()?;
+    let (sample, before, mut out) = read(plan, &wanted)?;
+    let facts = flag::by_keys(plan, &sample)?;
+    for (index, table) in plan.tables.iter().enumerate() {
+        let records: Vec<&LiveRecord> = distinct(before.records.iter().filter(|r| r.table == index));
+        let tried = trial(|| {
+            let rows = rows(plan, &records)?;
+            let keys: Vec<Values> = rows.iter().map(|r| r.key.clone()).collect();
+            let locked = overwrite::lock(plan, table, &keys, false)?;
+            let rows: Vec<RowWrite> = rows
+                .into_iter()
+                .zip(locked)
+                .filter(|(_, l)| *l)
+                .map(|(r, _)| r)
+                .collect();
+            if rows.is_empty() {
+                return Ok(Vec::new());
+            }
+            if table.delete {
+                overwrite::delete(plan, table, &rows)?;
+                return Ok(Vec::new());
+            }
+            overwrite::update(plan, table, &rows)?;
+            compare(plan, table, &sample, &before, &facts)
+        });
+        match tried {
+            Ok(found) => out.extend(found),
+            Err(e) if e.is_cancel() => return Err(e),
+            Err(e) if e.is_lock() => {}
+            Err(e) => out.push(Problem::new(
+                Severity::Error,
+                table.relation.shown(),
+                format!("the treatment fails on existing rows: {}", e.stored()),
+                e.hint_text()
+                    .unwrap_or("Choose a treatment that the table's constraints and triggers accept."),
+            )),
+        }
+    }
+    Ok(out)
+}
+
+/// Reads the orders that are to be tried. One with a value that is too large to be archived will fail by itself, and so
+/// it is left out with a warning; and what is read must fit into memory.
+fn read(plan: &Plan, wanted: &[Values]) -> Result<(Vec<Values>, gather::Gathered, Vec<Problem>)> {
+    let mut read = portable::gather(plan, &[])?;
+    for (slice, orders) in wanted.chunks(SLICE).enumerate() {
+        read.extend(plan, orders, slice * SLICE)?;
+        if read.gathered.bytes() > MUCH_TEXT {
+            break;
+        }
+    }
+    let mut warnings: Vec<Problem> = Vec::new();
+    for error in &read.refused {
+        let words = error.shown();
+        let (object, problem) = words.split_once(": ").unwrap_or(("policy", &words));
+        if warnings.iter().all(|w| w.object != object || w.problem != problem) {
+            let hint = error.hint_text().unwrap_or_default();
+            warnings.push(Problem::new(Severity::Warning, object, problem, hint));
+        }
+    }
+    let sample = read.kept.iter().map(|i| wanted[*i].clone()).collect();
+    Ok((sample, read.gathered, warnings))
+}
+
+/// One record a row, whichever orders reach it.
+fn distinct<'a>(records: impl Iterator<Item = &'a LiveRecord>) -> Vec<&'a LiveRecord> {
+    let mut seen = std::collections::HashSet::new();
+    records.filter(|r| seen.insert(r.key_text.clone())).collect()
+}
+
+fn rows(plan: &Plan, records: &[&LiveRecord]) -> Result<Vec<RowWrite>> {
+    let mut out = Vec::new();
+    for record in records {
+        let pii = record.pii(plan)?;
+        if pii.is_empty() {
+            continue;
+        }
+        let mut cells = record.as_it_is();
+        for (i, outcome) in pii {
+            let expected = record.cells[i].as_ref().and_then(|c| c.value.clone());
+            let new = NewValue::from(&outcome);
+            cells[i] = CellWrite::Write { expected, new };
+        }
+        out.push(RowWrite {
+            key: record.key.clone(),
+            cells,
+        });
+    }
+    Ok(out)
+}
+
+/// What the policy says of the same orders after the treatment must be what it said before, and the treatment must
+/// find nothing more to do.
+fn compare(
+    plan: &Plan,
+    table: &Table,
+    sample: &[Values],
+    before: &gather::Gathered,
+    facts: &[flag::OrderFact],
+) -> Result<Vec<Problem>> {
+    let mut out = Vec::new();
+    let after = gather::gather(plan, sample, &Stored::by_keys(plan, sample)?)?;
+    let reached = |g: &gather::Gathered| {
+        let mut all: Vec<(usize, usize, String)> = g
+            .records
+            .iter()
+            .map(|r| (r.order, r.table, r.key_text.clone()))
+            .collect();
+        all.sort();
+        all
+    };
+    if reached(before) != reached(&after) {
+        out.push(Problem::new(
+            Severity::Error,
+            table.relation.shown(),
+            "a link or condition of the policy gives another result once its columns are redacted",
+            "Link by keys, not by columns that hold personal data.",
+        ));
+    }
+    let shown = |list: &[flag::OrderFact]| -> Vec<(String, Option<String>, Option<String>)> {
+        let mut all: Vec<_> = list
+            .iter()
+            .map(|f| (f.key_text.clone(), f.number.clone(), f.anchor.clone()))
+            .collect();
+        all.sort();
+        all
+    };
+    if shown(facts) != shown(&flag::by_keys(plan, sample)?) {
+        out.push(Problem::new(
+            Severity::Error,
+            table.relation.shown(),
+            "\"amazon\", \"number\" or \"anchor\" gives another result once its columns are redacted",
+            "Leave the columns that these expressions read out of \"redact\".",
+        ));
+    }
+    for record in after
+        .records
+        .iter()
+        .filter(|r| plan.tables[r.table].relation == table.relation)
+    {
+        if let Some((i, _)) = record.pii(plan)?.first() {
+            out.push(Problem::new(
+                Severity::Error,
+                format!("{}.{}", table.relation.shown(), table.cells[*i].name.bare()),
+                "the treatment changes its own result again",
+                "A treatment must leave what it has written as it is.",
+            ));
+            break;
+        }
+    }
+    Ok(out)
+}
