@@ -3,6 +3,7 @@
 
 mod sample;
 mod trial;
+mod unique;
 
 use super::plan::{AnchorPlan, EXPRESSION_HINT, Plan, Table};
 use crate::domain::policy::Treatment as Rule;
@@ -74,10 +75,12 @@ pub fn problems(plan: &Plan) -> Result<Vec<Problem>> {
     out.extend(expressions(plan)?);
     out.extend(indexes(plan));
     out.extend(anchors(plan));
+    let (found, open) = unique::problems(plan)?;
+    out.extend(found);
     let before_trial = out.iter().any(|p| p.severity == Severity::Error);
     if !before_trial {
         // A trial as a whole: functions that expressions call may write, too.
-        match trial(|| trial::try_out(plan)) {
+        match trial(|| trial::try_out(plan, &open)) {
             Ok(found) => out.extend(found),
             Err(e) if e.is_cancel() => return Err(e),
             Err(e) if e.hint_text().is_none() => out.push(Problem::of(&e.hint(EXPRESSION_HINT))),

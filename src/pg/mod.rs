@@ -14,5 +14,6 @@ mod size;
 pub mod sql;
 pub mod subxact;
 pub mod trigger;
+pub mod unique;
 pub mod worker;
 pub mod xact;

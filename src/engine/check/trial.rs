@@ -1,6 +1,6 @@
 //! A trial of the real treatment on real rows, for whoever rolls it back.
 
-use super::{Problem, Severity, sample};
+use super::{Problem, Severity, sample, unique};
 use crate::engine::flag;
 use crate::engine::gather::{self, LiveRecord};
 use crate::engine::overwrite::{self, CellWrite, NewValue, RowWrite};
@@ -16,7 +16,7 @@ const SLICE: usize = 20;
 const MUCH_TEXT: usize = 32 * 1024 * 1024;
 
 /// Treats some real orders and rolls everything back.
-pub(super) fn try_out(plan: &Plan) -> Result<Vec<Problem>> {
+pub(super) fn try_out(plan: &Plan, open: &[unique::Open]) -> Result<Vec<Problem>> {
     let wanted = sample::orders(plan)?;
     // Triggers that the caller left pending fire as the caller.
     xact::fire_deferred()?;
@@ -35,14 +35,17 @@ pub(super) fn try_out(plan: &Plan) -> Result<Vec<Problem>> {
                 .map(|(r, _)| r)
                 .collect();
             if rows.is_empty() {
-                return Ok(Vec::new());
+                return unique::settle(plan, index, open, &[]);
             }
             if table.delete {
                 overwrite::delete(plan, table, &rows)?;
                 return Ok(Vec::new());
             }
             overwrite::update(plan, table, &rows)?;
-            compare(plan, table, &sample, &before, &facts)
+            let keys: Vec<Values> = rows.into_iter().map(|r| r.key).collect();
+            let mut found = unique::settle(plan, index, open, &keys)?;
+            found.extend(compare(plan, table, &sample, &before, &facts)?);
+            Ok(found)
         });
         match tried {
             Ok(found) => out.extend(found),
