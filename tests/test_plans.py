@@ -1,0 +1,120 @@
+"""Plans that cannot go wrong, without a clock: what a cycle reads is counted. Nothing here is ever analyzed unless a test
+does it, as after a fresh installation without autovacuum; the state and the archive are empty when the cycle begins."""
+from pathlib import Path
+from statistics import mean
+
+import pytest
+from cluster import Cluster, pg_config, wait_until
+from conftest import new_database, prepare
+from support import fill, open_shop, order_number, retrieve, run_cycle, shop_policy
+
+DUE, STORED = 1200, 20_000
+# What grows with the number of orders.
+LARGE = ("shop.orders", "shop.addresses", "shop.customers", "shop.invoices", "shop.invoice_lines", "amazon_pii.order_state",
+         "amazon_pii.record_state", "amazon_pii.audit_entry", "amazon_pii_archive.document", "amazon_pii_archive.data_key")
+
+
+@pytest.fixture(scope="module")
+def unanalyzed():
+    """A server without autovacuum; with pg_stat_statements, where there is one."""
+    conf = ["autovacuum = off", "amazon_pii.workers = 1"]
+    if (Path(pg_config("pkglibdir")) / "pg_stat_statements.so").exists():
+        conf += ["shared_preload_libraries = 'pg_stat_statements'", "pg_stat_statements.track = all"]
+    with Cluster(conf=conf) as server:
+        prepare(server)
+        yield server
+
+
+@pytest.fixture
+def shop(unanalyzed):
+    """The policy, and no order yet: the sweep of the day is done."""
+    db = open_shop(new_database(unanalyzed))
+    db.apply_policy(shop_policy())
+    run_cycle(db)
+    yield db
+    db.drop()
+
+
+def import_orders(db, due=DUE):
+    """Two orders a customer; the due ones are a small part, flagged by the triggers."""
+    fill(db, due, share=2)
+    fill(db, STORED, first=due + 1, age="5 days", share=2)
+
+
+def scans(db):
+    """{table: sequential scans}, when every session has ended and told its share."""
+    db.cluster.close_connections()
+    others = "SELECT count(*) FROM pg_stat_activity WHERE datname = %s"
+    wait_until(lambda: db.cluster.sql(others, [db.name])[0][0] == 0)
+    return dict(db.sql("SELECT schemaname || '.' || relname, seq_scan FROM pg_stat_user_tables WHERE schemaname || '.' || relname = ANY (%s)",
+                       [list(LARGE)]))
+
+
+@pytest.mark.parametrize("analyzed", [False, True], ids=["never analyzed", "analyzed"])
+def test_nothing_is_read_from_end_to_end(shop, analyzed):
+    import_orders(shop, due=200)
+    if analyzed:
+        shop.sql("ANALYZE")
+    before = scans(shop)
+    assert set(before) == set(LARGE)
+    assert run_cycle(shop)["redacted"] == 200
+    assert scans(shop) == before, "a cycle"
+    assert run_cycle(shop)["redacted"] == 0
+    assert scans(shop) == before, "a cycle with nothing due"
+    assert retrieve(shop, order_number(7))
+    assert scans(shop) == before, "a retrieval"
+
+
+# A note for each batch, taken where it writes its entries into the audit log: how many statements have ended until now, on
+# all levels, and how many buffers they touched. What the notes themselves cost is left out.
+NOTES = """
+CREATE EXTENSION pg_stat_statements;
+CREATE TABLE public.batch_note (n bigint GENERATED ALWAYS AS IDENTITY, orders bigint, statements bigint, buffers bigint);
+CREATE FUNCTION public.note_batch() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    INSERT INTO public.batch_note (orders, statements, buffers)
+    SELECT r.orders, s.statements, s.buffers
+      FROM (SELECT count(*) AS orders FROM new_rows WHERE action = 'redact') AS r,
+           (SELECT sum(calls) AS statements, sum(shared_blks_hit + shared_blks_read + local_blks_hit + temp_blks_read) AS buffers
+              FROM public.pg_stat_statements AS p JOIN pg_database AS d ON d.oid = p.dbid
+             WHERE d.datname = current_database() AND query NOT LIKE '%batch_note%') AS s
+     WHERE r.orders > 0;
+    RETURN NULL;
+END $$;
+CREATE TRIGGER note_batch AFTER INSERT ON amazon_pii.audit_entry REFERENCING NEW TABLE AS new_rows
+    FOR EACH STATEMENT EXECUTE FUNCTION public.note_batch();
+"""
+
+
+def batches(db, size):
+    """[(statements, buffers)] of each batch of `size` orders that followed one of that size."""
+    db.sql("TRUNCATE public.batch_note")
+    db.cluster.configure(f"amazon_pii.batch_size = {size}")
+    db.cluster.reload()
+    wait_until(lambda: db.cluster.sql("SHOW amazon_pii.batch_size") == [(str(size),)])
+    db.cluster.close_connections()
+    assert run_cycle(db)["redacted"] == DUE
+    notes = db.sql("SELECT orders, statements, buffers FROM public.batch_note ORDER BY n")
+    assert sum(orders for orders, _, _ in notes) == DUE
+    return [(b[1] - a[1], b[2] - a[2]) for a, b in zip(notes, notes[1:]) if a[0] == b[0] == size]
+
+
+def test_a_batch_costs_the_same_whenever_it_comes_and_whatever_its_size(shop):
+    """A plan that was chosen while the tables were empty must not be a bad one when they are full."""
+    shop.need_contrib("pg_stat_statements")
+    import_orders(shop)
+    shop.sql(NOTES)
+    found = batches(shop, 10)
+    assert len(found) > 110
+    first, last = (mean(buffers for _, buffers in part) for part in (found[:10], found[90:100]))
+    # Indexes grow a level meanwhile.
+    assert last < 1.3 * first, f"a batch touched {first:.0f} buffers at the beginning, then {last:.0f}"
+    assert max(buffers for _, buffers in found) < 10 * 300, "buffers touched by a batch of 10 orders"
+    statements = {count for count, _ in found}
+    assert len(statements) == 1, f"the number of statements changes from batch to batch: {statements}"
+
+    fill(shop, STORED + DUE, first=STORED + 1, share=2)
+    larger = batches(shop, 60)
+    assert {count for count, _ in larger} == statements, "a larger batch runs other statements"
+    # What every batch costs is shared by more orders.
+    assert max(buffers for _, buffers in larger) < 60 * 260, "buffers touched by a batch of 60 orders"
