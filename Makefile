@@ -1,5 +1,6 @@
 # make test             everything that must pass, on PostgreSQL 15; PG=16 and PG=18 fetch a server of their own
 # make demo             shows the main job on a throw-away server; KEEP=1 leaves it running
+# make bench            measures what the extension costs and writes bench/RESULT.md; ORDERS, DUE, ROUNDS, FULL=1
 # make install          builds and installs into PG_CONFIG=… (default: Debian's PostgreSQL 15)
 # make package          a Debian package
 # make pytest ARGS=…    the tests against servers alone, of the extension as it is installed
@@ -9,7 +10,7 @@ ARGS ?= tests
 
 .NOTPARALLEL:
 .DEFAULT_GOAL := build
-.PHONY: setup build install package lint unit pytest test demo clean
+.PHONY: setup build install package lint unit pytest test demo bench clean
 
 setup:
 	@scripts/setup
@@ -44,6 +45,14 @@ test: setup
 demo: setup
 	@scripts/install
 	@scripts/demo
+
+bench: export ORDERS := $(ORDERS)
+bench: export DUE := $(DUE)
+bench: export ROUNDS := $(ROUNDS)
+bench: export FULL := $(FULL)
+bench: setup
+	@scripts/install
+	@scripts/bench --write
 
 clean:
 	cargo clean

@@ -1,0 +1,286 @@
+"""What is measured. Each function measures once, on copies of its own, and adds to the results; a round calls them all."""
+import subprocess
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+from statistics import median
+
+import baselines
+import shop
+from cluster import BINDIR, clean_environment
+from server import Sampler, percentile, private_bytes, say
+from support import Background
+
+RETRIEVALS = 200
+IDLE_CALLS = 50
+SINGLE_UPDATES = 5000
+UPDATE_TURNS = 7
+
+
+class Measures:
+    def __init__(self, bench, sizes):
+        self.bench, self.sizes = bench, sizes
+        # name -> one value a round
+        self.found = defaultdict(list)
+        self.skipped = {}
+
+    def add(self, name, value):
+        self.found[name].append(value)
+
+    def tell(self, name, text):
+        say(f"  {name}: {text}")
+
+    # The job, and the same by hand
+
+    def baseline(self, name, statement, extension=None, share=1):
+        if name in self.skipped:
+            return
+        with self.bench.copy("shop") as db:
+            if extension:
+                if not db.has_contrib(extension):
+                    self.skipped[name] = f"this server has no {extension}"
+                    return
+                db.sql(f"CREATE EXTENSION {extension}")
+            db.sql(baselines.BACKUP)
+            seconds, wal, _ = self.bench.timed(db, statement)
+            if share == 1:
+                shop.check_overwritten(db, self.sizes.due)
+        self.add(name, seconds * share)
+        self.add(f"{name} wal", wal * share)
+        self.tell(name, f"{seconds * share:.2f} s")
+
+    def bare(self):
+        self.baseline("bare", baselines.BARE)
+
+    def plain(self):
+        self.baseline("plain", baselines.PLAIN)
+
+    def aes(self):
+        self.baseline("aes", baselines.AES, "pgcrypto")
+
+    def loop(self):
+        self.baseline("loop", baselines.loop(self.sizes.due // 10), "pgcrypto", share=10)
+
+    def cycle(self):
+        with self.bench.copy("ready") as db:
+            seconds, wal = self.bench.cycle(db, self.sizes.due)
+            shop.check_overwritten(db, self.sizes.due)
+        self.add("cycle", seconds)
+        self.add("cycle wal", wal)
+        self.tell("cycle", f"{seconds:.2f} s")
+
+    def two_workers(self):
+        """Counts only if a second process was seen at work in the database."""
+        if "two workers" in self.skipped:
+            return
+        self.bench.set("amazon_pii.workers", 2)
+        try:
+            with self.bench.copy("ready") as db:
+                db.sql("SELECT 1", user="pii_admin")
+                own = db.session("pii_admin").info.backend_pid
+                helpers = "SELECT count(*) FROM pg_stat_activity WHERE datname = %s AND pid <> %s AND backend_type LIKE 'amazon_pii%%'"
+                watcher = self.bench.cluster.connect()
+
+                def look():
+                    with watcher.cursor() as cursor:
+                        cursor.execute(helpers, [db.name, own])
+                        return cursor.fetchone()[0]
+
+                with Sampler(look, 0.02) as sampler:
+                    seconds, _ = self.bench.cycle(db, self.sizes.due)
+                watcher.close()
+                shop.check_overwritten(db, self.sizes.due)
+        finally:
+            self.bench.set("amazon_pii.workers", 1)
+        if not any(sampler.seen):
+            self.skipped["two workers"] = "not yet"
+            return
+        self.add("two workers", seconds)
+        self.tell("two workers", f"{seconds:.2f} s")
+
+    def tables(self):
+        """The same number due in tables of different sizes, and in tables of other kinds."""
+        kinds = [kind for kind in shop.KINDS if kind != "bigint"]
+        for name in [f"due in {orders}" for orders in self.sizes.tables] + kinds:
+            with self.bench.copy(name) as db:
+                seconds, _ = self.bench.cycle(db, self.sizes.same_due)
+            self.add(name, seconds / self.sizes.same_due)
+            self.tell(name, f"{seconds / self.sizes.same_due * 1e6:.0f} µs a due order")
+
+    # What comes after, and what must cost nothing
+
+    def memory_and_after(self):
+        """Private memory in the course of a cycle; then, on what it left, cycles with nothing due and retrievals."""
+        with self.bench.copy("big") as db:
+            db.sql("SELECT * FROM amazon_pii.policies", user="pii_admin")
+            pid = db.session("pii_admin").info.backend_pid
+            watcher = db.connect()
+
+            def look():
+                with watcher.cursor() as cursor:
+                    cursor.execute("SELECT COALESCE(max(redacted), 0) FROM amazon_pii.runs WHERE finished_at IS NULL")
+                    return cursor.fetchone()[0], private_bytes(pid)
+
+            with Sampler(look) as sampler:
+                self.bench.cycle(db, self.sizes.big_due)
+            watcher.close()
+            self.note_memory(sampler.seen)
+            self.bench.settle(db)
+            self.idle(db)
+            self.retrievals(db)
+
+    def note_memory(self, samples):
+        """At the beginning: as far as a tenth was done, the first batch included. At the end: the last tenth."""
+        due = self.sizes.big_due
+        first = [size for done, size in samples if 0 < done <= due / 10]
+        last = [size for done, size in samples if done >= due * 9 / 10]
+        if not first or not last:
+            self.skipped["memory"] = "the cycle was too short to be watched"
+            return
+        self.add("memory", max(size for _, size in samples))
+        self.add("memory growth", max(last) / max(first))
+        self.tell("memory", f"{max(first) / 1e6:.1f} MB at the beginning, {max(last) / 1e6:.1f} MB at the end")
+
+    def idle(self, db):
+        before = self.bench.scans(db)
+        db.sql("SELECT * FROM amazon_pii.policies", user="pii_admin")
+        times = [self.bench.timed(db, "CALL amazon_pii.run_cycle('shop')", "pii_admin")[0] for _ in range(IDLE_CALLS)]
+        self.nothing_scanned(db, before, "cycles with nothing due")
+        self.add("idle", median(times))
+        self.tell("nothing due", f"{median(times) * 1e3:.2f} ms")
+
+    def retrievals(self, db):
+        numbers = [n for (n,) in db.sql(
+            "SELECT order_number FROM amazon_pii.orders WHERE status = 'redacted' ORDER BY md5(order_number) LIMIT %s", [RETRIEVALS])]
+        before = self.bench.scans(db)
+        session = db.session("pii_operator")
+        times = []
+        for number in numbers:
+            with session.cursor() as cursor:
+                started = time.perf_counter()
+                cursor.execute("SELECT * FROM amazon_pii.retrieve(%s, 'measurement')", [number])
+                times.append(time.perf_counter() - started)
+        self.nothing_scanned(db, before, "retrievals")
+        self.add("retrieve p50", median(times))
+        self.add("retrieve p99", percentile(times, 99))
+        self.tell("retrieval", f"p50 {median(times) * 1e3:.1f} ms, p99 {percentile(times, 99) * 1e3:.1f} ms")
+
+    def nothing_scanned(self, db, before, what):
+        after = self.bench.scans(db)
+        if after != before:
+            raise SystemExit(f"error: {what} have scanned {', '.join(t for t in after if after[t] != before[t])}")
+
+    def retrospect(self):
+        """Flagging what was there before the policy, and a sweep that finds everything known."""
+        orders = self.sizes.big
+        with self.bench.copy("big without") as db:
+            db.sql("CREATE EXTENSION amazon_pii")
+            db.apply_policy(shop.policy(**shop.FAR))
+            seconds, _ = self.bench.cycle(db, 0)
+            flagged = db.value("SELECT count(*) FROM amazon_pii.orders")
+            assert flagged == (orders + 1) // 2, f"{flagged} orders were flagged"
+            self.add("retrospect", seconds)
+            self.bench.settle(db)
+            swept, _ = self.bench.cycle(db, 0, sweep=True)
+            # The pass is the work of one process; so is the count.
+            db.sql("SET max_parallel_workers_per_gather = 0")
+            counted, _, _ = self.bench.timed(db, "SELECT count(*) FROM shop.orders WHERE channel = 'amazon'")
+        self.add("sweep", swept)
+        self.add("count", counted)
+        self.tell("flagging in retrospect", f"{seconds:.2f} s; sweep {swept:.2f} s, count(*) {counted:.2f} s")
+
+    # What the shop itself notices
+
+    def export(self, folder):
+        """Files for COPY, written once."""
+        with self.bench.copy("shop") as db:
+            for table in shop.TABLES:
+                db.sql(f"COPY shop.{table} TO '{folder}/{table}'")
+
+    def imports(self, folder):
+        for name in ("without", "with"):
+            with self.bench.copy(f"empty {name}") as db:
+                times = {}
+                for table in ("customers", "orders", "addresses", "invoices"):
+                    times[table], _, _ = self.bench.timed(db, f"COPY shop.{table} FROM '{folder}/{table}'")
+                if name == "with":
+                    flagged = db.value("SELECT count(*) FROM amazon_pii.order_state")
+                    assert flagged == (self.sizes.orders + 1) // 2, f"{flagged} orders were flagged"
+            self.add(f"import {name}", sum(times.values()))
+            self.add(f"import orders {name}", times["orders"])
+        self.tell("import", ", ".join(f"{n} {self.found[f'import {n}'][-1]:.2f} s (orders {self.found[f'import orders {n}'][-1]:.2f} s)"
+                                      for n in ("without", "with")))
+
+    def updates(self):
+        """In turns on two copies that stay: a difference of some percent drowns in anything else."""
+        orders = self.sizes.orders
+        rows = min(SINGLE_UPDATES, orders // 4)
+        statements = {
+            # A loop in the server: a client's round trips would hide what an update costs.
+            "single": f"DO $$ BEGIN FOR i IN 1..{rows} LOOP "
+                      f"UPDATE shop.orders SET total = total + 1 WHERE id = {orders // 2 * 2 - 2 * rows} + 2 * i; END LOOP; END $$",
+            "set": f"UPDATE shop.orders SET total = total + 1 WHERE channel = 'web' AND id > {orders * 3 // 5}",
+        }
+        times = defaultdict(list)
+        copies = {"without": self.bench.copied("shop"), "with": self.bench.copied("ready")}
+        try:
+            for turn in range(UPDATE_TURNS):
+                for name in sorted(copies, reverse=turn % 2 == 1):
+                    for kind, statement in statements.items():
+                        seconds, _, _ = self.bench.timed(copies[name], statement, "shop_owner")
+                        # The first turn fills the caches.
+                        if turn:
+                            times[kind, name].append(seconds)
+        finally:
+            for db in copies.values():
+                db.drop()
+        for (kind, name), values in times.items():
+            self.add(f"update {kind} {name}", median(values))
+        self.tell("update", ", ".join(f"{k} {median(times[k, 'with']) / median(times[k, 'without']):.3f} ×" for k in statements))
+
+    # What the shop's users notice
+
+    SCRIPT = """\\set id random(1, {orders})
+BEGIN;
+SELECT status, total FROM shop.orders WHERE id = :id;
+SELECT city FROM shop.addresses WHERE order_id = :id;
+UPDATE shop.orders SET total = total + 1 WHERE id = :id;
+END;
+"""
+
+    def latency(self):
+        if not (BINDIR / "pgbench").exists():
+            self.skipped["latency during"] = "this server has no pgbench"
+            return
+        seconds = int(min(max(self.found["cycle"][-1] * 0.8, 3), 30))
+        with self.bench.copy("ready") as db:
+            alone = [latency for _, latency in self.traffic(db, seconds)]
+            cycle = Background(db, "CALL amazon_pii.run_cycle('shop')")
+            during = self.traffic(db, seconds)
+            cycle.result(600)
+            ended = db.value("SELECT extract(epoch FROM max(finished_at))::float FROM amazon_pii.runs WHERE redacted > 0")
+        # What came when the cycle was over does not count.
+        during = [latency for at, latency in during if at <= ended]
+        if not during:
+            self.skipped["latency during"] = "the cycle was too short to be watched"
+            return
+        self.add("latency without", percentile(alone, 99))
+        self.add("latency during", percentile(during, 99))
+        self.add("longest during", max(during))
+        self.tell("latency", f"p99 {percentile(alone, 99) * 1e3:.2f} ms, during a cycle {percentile(during, 99) * 1e3:.2f} ms, "
+                             f"longest {max(during) * 1e3:.0f} ms, of {len(during)}")
+
+    def traffic(self, db, seconds):
+        """[(time of its end, latency)] of transactions that arrive at a given rate, each counted from its arrival."""
+        with tempfile.TemporaryDirectory() as folder:
+            script = Path(folder) / "script"
+            script.write_text(self.SCRIPT.format(orders=self.sizes.orders))
+            command = [BINDIR / "pgbench", "-n", "-c", "4", "-R", "200", "-T", str(seconds), "-M", "prepared", "-l",
+                       "--log-prefix", f"{folder}/log", "-f", script, "-h", self.bench.cluster.base, "-p", str(self.bench.cluster.port),
+                       "-U", "shop_owner", db.name]
+            done = subprocess.run(list(map(str, command)), env=clean_environment(folder), text=True, capture_output=True)
+            if done.returncode:
+                raise SystemExit(f"error: pgbench: {done.stderr}")
+            lines = [line.split() for log in Path(folder).glob("log.*") for line in log.read_text().splitlines()]
+        return [(int(words[4]) + int(words[5]) / 1e6, int(words[2]) / 1e6) for words in lines if words[2].isdigit()]
