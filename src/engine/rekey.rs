@@ -236,9 +236,7 @@ struct Note {
 pub fn is_pending(plan: &Plan, order_keys: &[String]) -> Result<bool> {
     let rows = as_extension(|| {
         sql::read(
-            "SELECT EXISTS (SELECT FROM amazon_pii.renamed n WHERE n.policy = $1 AND CASE WHEN n.is_order THEN n.new_key = ANY ($2) \
-                ELSE EXISTS (SELECT FROM amazon_pii.record_state r WHERE r.policy = $1 AND r.order_key = ANY ($2) \
-                             AND r.table_name = n.table_name AND r.record_key = n.new_key) END)",
+            "SELECT EXISTS (SELECT FROM amazon_pii.renamed n WHERE n.policy = $1 AND COALESCE(n.order_key, n.new_key) = ANY ($2))",
             &[Arg::Text(Some(&plan.policy)), Arg::texts(order_keys)],
         )
     })?;

@@ -12,7 +12,7 @@ use crate::engine::walk::{FIRST, by_key, key_parts};
 use crate::pg::error::{Error, Result};
 use crate::pg::ident::Ident;
 use crate::pg::identity::{Identity, act_as};
-use crate::pg::sql;
+use crate::pg::sql::{self, Arg};
 use crate::pg::{keys, xact};
 
 /// What came of one table of one order.

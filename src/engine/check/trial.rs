@@ -6,6 +6,7 @@ use crate::engine::gather::{self, LiveRecord};
 use crate::engine::overwrite::{self, CellWrite, NewValue, RowWrite};
 use crate::engine::plan::{Plan, Table};
 use crate::engine::portable;
+use crate::engine::records::Stored;
 use crate::engine::walk::Values;
 use crate::pg::error::Result;
 use crate::pg::subxact::trial;
