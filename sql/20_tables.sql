@@ -1,8 +1,9 @@
 -- State. No personal data in any of these tables: keys, times, counts and words of our own.
--- Every table has a primary key, so that publications FOR ALL TABLES can replicate it.
+-- Every table has a primary key, so that publications FOR ALL TABLES can replicate it. Keys and names are compared byte by
+-- byte: cheap, and the same under every locale.
 
 CREATE TABLE amazon_pii.policy (
-    policy          text        PRIMARY KEY,
+    policy          text        COLLATE "C" PRIMARY KEY,
     version         int         NOT NULL,
     document        text        NOT NULL,
     enabled         boolean     NOT NULL,
@@ -24,7 +25,7 @@ COMMENT ON COLUMN amazon_pii.policy.suspended IS 'Why cycles leave this policy a
 COMMENT ON COLUMN amazon_pii.policy.sweep_after IS 'Key after which an unfinished sweep goes on';
 
 CREATE TABLE amazon_pii.policy_version (
-    policy          text        NOT NULL,
+    policy          text        COLLATE "C" NOT NULL,
     version         int         NOT NULL,
     document        text        NOT NULL,
     applied_at      timestamptz NOT NULL DEFAULT pg_catalog.now(),
@@ -35,7 +36,7 @@ COMMENT ON TABLE amazon_pii.policy_version IS 'Every document that was ever in f
 
 -- regclass, not oid: it survives dump and restore, and follows a rename.
 CREATE TABLE amazon_pii.policy_table (
-    policy          text        NOT NULL,
+    policy          text        COLLATE "C" NOT NULL,
     entry           text        NOT NULL,
     relation        regclass    NOT NULL,
     owner           name        NOT NULL,
@@ -46,9 +47,9 @@ COMMENT ON COLUMN amazon_pii.policy_table.archived_as IS 'The name under which t
 COMMENT ON TABLE amazon_pii.policy_table IS 'The tables of a policy and their owners when it was applied; entry '''' is the orders table';
 
 CREATE TABLE amazon_pii.order_state (
-    policy          text        NOT NULL,
-    order_key       text        NOT NULL,
-    order_number    text,
+    policy          text        COLLATE "C" NOT NULL,
+    order_key       text        COLLATE "C" NOT NULL,
+    order_number    text        COLLATE "C",
     status          text        NOT NULL CHECK (status IN
                         ('flagged', 'scheduled', 'archived', 'redacted', 'retrieved', 'failed', 'purged', 'gone')),
     flagged_at      timestamptz NOT NULL DEFAULT pg_catalog.now(),
@@ -83,10 +84,10 @@ CREATE INDEX order_state_stale ON amazon_pii.order_state (policy, stale_at) WHER
 CREATE INDEX order_state_number ON amazon_pii.order_state (order_number);
 
 CREATE TABLE amazon_pii.record_state (
-    policy          text        NOT NULL,
-    order_key       text        NOT NULL,
-    table_name      text        NOT NULL,
-    record_key      text        NOT NULL,
+    policy          text        COLLATE "C" NOT NULL,
+    order_key       text        COLLATE "C" NOT NULL,
+    table_name      text        COLLATE "C" NOT NULL,
+    record_key      text        COLLATE "C" NOT NULL,
     entry           text        NOT NULL,
     status          text        NOT NULL CHECK (status IN ('archived', 'waiting', 'retrieved', 'gone')),
     changed_at      timestamptz NOT NULL DEFAULT pg_catalog.now(),
@@ -101,7 +102,7 @@ CREATE INDEX record_state_record ON amazon_pii.record_state (table_name, record_
 
 CREATE TABLE amazon_pii.touched (
     touched_id      bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
-    policy          text        NOT NULL,
+    policy          text        COLLATE "C" NOT NULL,
     entry           text        NOT NULL,
     row_key         text,
     touched_at      timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
@@ -113,8 +114,8 @@ COMMENT ON TABLE amazon_pii.touched IS 'Keys that a trigger could only note: row
 
 CREATE TABLE amazon_pii.renamed (
     renamed_id      bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
-    policy          text        NOT NULL,
-    table_name      text        NOT NULL,
+    policy          text        COLLATE "C" NOT NULL,
+    table_name      text        COLLATE "C" NOT NULL,
     old_key         text        NOT NULL,
     new_key         text        NOT NULL,
     order_key       text
@@ -124,7 +125,7 @@ COMMENT ON TABLE amazon_pii.renamed IS 'Changes of keys that the archive has yet
 
 CREATE TABLE amazon_pii.run (
     run_id          bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
-    policy          text        NOT NULL,
+    policy          text        COLLATE "C" NOT NULL,
     started_at      timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
     finished_at     timestamptz,
     started_by      name        NOT NULL,
@@ -155,7 +156,7 @@ CREATE TABLE amazon_pii.audit_entry (
     policy          text,
     policy_version  int,
     order_key       text,
-    order_number    text,
+    order_number    text        COLLATE "C",
     reason          text,
     detail          text,
     key_id          text,

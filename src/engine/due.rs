@@ -7,7 +7,7 @@ use super::records::RecordList;
 use super::walk::{Values, key_parts};
 use crate::domain::clock::Horizons;
 use crate::pg::error::Result;
-use crate::pg::identity::{as_extension, on_keys};
+use crate::pg::identity::{Identity, OWN_PATH, act_as, on_keys};
 use crate::pg::sql::{self, Arg};
 use crate::pg::xact::timestamp_text;
 
@@ -65,13 +65,20 @@ pub const REDACT_DUE: &str = "(o.held_until IS NULL OR o.held_until <= $2::times
 const IN_FORCE: &str = "EXISTS (SELECT FROM amazon_pii.policy p WHERE p.policy = $1 AND p.version = $5 \
      AND p.enabled AND p.suspended IS NULL)";
 
+/// The index has the orders in the order of their deadlines: a backlog is not sorted for each batch.
+const IN_ORDER: &[(&str, &str)] = &[
+    ("enable_seqscan", "off"),
+    ("enable_bitmapscan", "off"),
+    ("enable_sort", "off"),
+];
+
 /// Locks and returns the next orders that have something to do, oldest deadline first; those that another cycle or a
 /// retrieval has locked are left out.
 ///
 /// # Errors
 /// Errors of the server.
 pub fn take(plan: &Plan, clock: &Clock, limit: i64) -> Result<Vec<Due>> {
-    let rows = as_extension(|| {
+    let rows = act_as(Identity::Extension, OWN_PATH, IN_ORDER, || {
         sql::write(
             &format!(
                 "SELECT o.order_key, o.order_number, o.status, o.archived_at IS NOT NULL, COALESCE({REDACT_DUE}, false), \
@@ -80,7 +87,7 @@ pub fn take(plan: &Plan, clock: &Clock, limit: i64) -> Result<Vec<Due>> {
                  WHERE o.policy = $1 AND o.next_due_at <= GREATEST($2::timestamptz, $4::timestamptz) \
                    AND (o.next_attempt_at IS NULL OR o.next_attempt_at <= $2::timestamptz) \
                    AND ((o.archived_at IS NULL AND o.archive_due_at <= $3::timestamptz) OR ({REDACT_DUE})) AND {IN_FORCE} \
-                 ORDER BY o.next_due_at, o.order_key LIMIT $6 FOR UPDATE OF o SKIP LOCKED"
+                 ORDER BY o.next_due_at LIMIT $6 FOR UPDATE OF o SKIP LOCKED"
             ),
             &[
                 Arg::Text(Some(&plan.policy)),

@@ -191,9 +191,16 @@ fn mark(flags: &mut [bool], ordinal: i64) -> Result<()> {
     Ok(())
 }
 
-/// What a cell must compare to, and the array that holds it.
-fn compare<'a>(table: &Table, rows: &'a [RowWrite], i: usize, parameters: &mut Parameters<'a>) -> String {
-    let states = rows.iter().map(|r| Some(state(&r.cells[i]))).collect();
+/// What becomes of one cell in the rows of a statement.
+struct Column {
+    /// The name under which the statement sees each row's state; none where all have the same.
+    state: Option<String>,
+    /// That a row's cell holds what it is expected to hold.
+    condition: String,
+}
+
+fn column<'a>(table: &Table, rows: &'a [RowWrite], i: usize, parameters: &mut Parameters<'a>) -> Column {
+    let states: Vec<&str> = rows.iter().map(|r| state(&r.cells[i])).collect();
     let expected = rows
         .iter()
         .map(|r| match &r.cells[i] {
@@ -201,11 +208,21 @@ fn compare<'a>(table: &Table, rows: &'a [RowWrite], i: usize, parameters: &mut P
             CellWrite::Compare(v) | CellWrite::Write { expected: v, .. } => v.as_deref(),
         })
         .collect();
-    let state = parameters.add(Arg::Texts(states));
     let expected = parameters.add(Arg::Texts(expected));
     let cell = &table.cells[i];
     let live = cell.out(format!("{}.{}", table.relation.name, cell.name));
-    format!("({state} = '-' OR {live} IS NOT DISTINCT FROM {expected} COLLATE pg_catalog.\"C\")")
+    let holds = format!("{live} IS NOT DISTINCT FROM {expected} COLLATE pg_catalog.\"C\"");
+    if states.windows(2).all(|w| w[0] == w[1]) {
+        return Column {
+            state: None,
+            condition: holds,
+        };
+    }
+    let state = parameters.add(Arg::Texts(states.into_iter().map(Some).collect()));
+    Column {
+        condition: format!("({state} = '-' OR {holds})"),
+        state: Some(state),
+    }
 }
 
 fn state(cell: &CellWrite) -> &'static str {
@@ -217,6 +234,16 @@ fn state(cell: &CellWrite) -> &'static str {
             ..
         } => "x",
         CellWrite::Write { .. } => "w",
+    }
+}
+
+/// The text that a cell gets; none for NULL and for what an expression gives.
+fn new_text(cell: &CellWrite) -> Option<&str> {
+    match cell {
+        CellWrite::Write {
+            new: NewValue::Text(t), ..
+        } => Some(t),
+        _ => None,
     }
 }
 
@@ -238,31 +265,31 @@ pub fn update(plan: &Plan, table: &Table, rows: &[RowWrite]) -> Result<()> {
     let mut set = Vec::new();
     let mut check = Vec::new();
     for i in (0..table.cells.len()).filter(|i| rows.iter().any(|r| !matches!(r.cells[*i], CellWrite::Leave))) {
-        condition.push(compare(table, rows, i, &mut parameters));
+        let Column {
+            state: each,
+            condition: holds,
+        } = column(table, rows, i, &mut parameters);
+        condition.push(holds);
         if !written.contains(&i) {
             continue;
         }
         let cell = &table.cells[i];
-        let values: Vec<Option<&str>> = rows
+        let texts: Vec<Option<&str>> = rows
             .iter()
-            .map(|r| match &r.cells[i] {
-                CellWrite::Write {
-                    new: NewValue::Text(t), ..
-                } => Some(t.as_str()),
-                _ => None,
-            })
+            .filter(|r| state(&r.cells[i]) == "w")
+            .map(|r| new_text(&r.cells[i]))
             .collect();
-        let state = format!("{BATCH}.{}", batch_column(parameters.args.len() - 2));
-        let value = parameters.values(cell, values);
+        // A placeholder is the same for every row.
+        let value = if texts.windows(2).all(|w| w[0] == w[1]) {
+            parameters.one(Arg::Typed(cell.type_oid, texts.first().copied().flatten()))
+        } else {
+            parameters.values(cell, rows.iter().map(|r| new_text(&r.cells[i])).collect())
+        };
         let column = format!("{name}.{}", cell.name);
         let computed = cell
             .expression
             .as_ref()
             .map_or_else(|| "NULL".to_owned(), |e| format!("CAST({e} AS {})", cell.type_shown));
-        set.push(format!(
-            "{} = CASE {state} WHEN 'w' THEN {value} WHEN 'x' THEN {computed} ELSE {column} END",
-            cell.name
-        ));
         let trim = |e: String| {
             if cell.padded {
                 format!("pg_catalog.rtrim({e}, ' ')")
@@ -270,13 +297,32 @@ pub fn update(plan: &Plan, table: &Table, rows: &[RowWrite]) -> Result<()> {
                 e
             }
         };
-        check.push(format!(
-            "CASE {state} WHEN 'w' THEN {} IS NOT DISTINCT FROM {} WHEN 'x' THEN {} IS NOT DISTINCT FROM {} ELSE true END",
+        let same = |new: &str| format!("{} IS NOT DISTINCT FROM {}", cell.out(&column), cell.out(new));
+        let same_text = format!(
+            "{} IS NOT DISTINCT FROM {}",
             trim(cell.out(&column)),
-            trim(cell.out(&value)),
-            cell.out(&column),
-            cell.out(&computed),
-        ));
+            trim(cell.out(&value))
+        );
+        match each {
+            None if texts.is_empty() => {
+                set.push(format!("{} = {computed}", cell.name));
+                check.push(same(&computed));
+            }
+            None => {
+                set.push(format!("{} = {value}", cell.name));
+                check.push(same_text);
+            }
+            Some(each) => {
+                set.push(format!(
+                    "{} = CASE {each} WHEN 'w' THEN {value} WHEN 'x' THEN {computed} ELSE {column} END",
+                    cell.name
+                ));
+                check.push(format!(
+                    "CASE {each} WHEN 'w' THEN {same_text} WHEN 'x' THEN {} ELSE true END",
+                    same(&computed)
+                ));
+            }
+        }
     }
     let query = format!(
         "UPDATE {} AS {name} SET {} FROM {} WHERE {} RETURNING {ORDINAL}, {}",
@@ -297,7 +343,7 @@ pub fn delete(plan: &Plan, table: &Table, rows: &[RowWrite]) -> Result<()> {
     let mut parameters = Parameters::default();
     let mut condition = key_condition(table, rows, &mut parameters);
     for i in 0..table.cells.len() {
-        condition.push(compare(table, rows, i, &mut parameters));
+        condition.push(column(table, rows, i, &mut parameters).condition);
     }
     let query = format!(
         "DELETE FROM {} AS {} USING {} WHERE {} RETURNING {ORDINAL}, true",

@@ -55,9 +55,14 @@ impl CellColumn {
         }
     }
 
-    /// [`ident::out`] of a value of this column.
+    /// [`ident::out`] of a value of this column. Texts are their own output, and casting them calls nobody.
     pub fn out(&self, value: impl Display) -> String {
-        ident::out(self.read(value))
+        match self.base_type {
+            pg_sys::TEXTOID | pg_sys::VARCHAROID => {
+                format!("(CAST({value} AS pg_catalog.text) COLLATE pg_catalog.\"C\")")
+            }
+            _ => ident::out(self.read(value)),
+        }
     }
 }
 

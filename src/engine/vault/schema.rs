@@ -23,10 +23,11 @@ pub fn create(schema: &Ident) -> Result<()> {
                 sql::execute(&format!("REVOKE ALL ON SCHEMA {schema} FROM PUBLIC"), &[])?;
             }
         }
+        // Keys are compared byte by byte: cheap, and the same under every locale.
         sql::execute(
             &format!(
-                "CREATE TABLE IF NOT EXISTS {schema}.document (policy text NOT NULL, order_key text NOT NULL, \
-                 table_name text NOT NULL, record_key text NOT NULL, version bigint NOT NULL, sealed bytea NOT NULL, \
+                "CREATE TABLE IF NOT EXISTS {schema}.document (policy text COLLATE \"C\" NOT NULL, \
+                 order_key text COLLATE \"C\" NOT NULL, table_name text COLLATE \"C\" NOT NULL, record_key text COLLATE \"C\" NOT NULL, version bigint NOT NULL, sealed bytea NOT NULL, \
                  key_id text NOT NULL, archived_at timestamptz NOT NULL DEFAULT pg_catalog.now(), \
                  PRIMARY KEY (order_key, policy, table_name, record_key, version))"
             ),
@@ -34,8 +35,8 @@ pub fn create(schema: &Ident) -> Result<()> {
         )?;
         sql::execute(
             &format!(
-                "CREATE TABLE IF NOT EXISTS {schema}.data_key (policy text NOT NULL, order_key text NOT NULL, \
-                 key_id text NOT NULL, wrapped bytea NOT NULL, master_key_id text NOT NULL, \
+                "CREATE TABLE IF NOT EXISTS {schema}.data_key (policy text COLLATE \"C\" NOT NULL, \
+                 order_key text COLLATE \"C\" NOT NULL, key_id text COLLATE \"C\" NOT NULL, wrapped bytea NOT NULL, master_key_id text NOT NULL, \
                  created_at timestamptz NOT NULL DEFAULT pg_catalog.now(), PRIMARY KEY (order_key, policy, key_id))"
             ),
             &[],
