@@ -4,9 +4,10 @@
 use std::collections::HashSet;
 
 use super::due::{Clock, REDACT_DUE};
-use super::plan::Plan;
+use super::plan::{Entry, Plan, Table};
 use super::walk::{self, FIRST, Values, by_key, key_text, up};
 use crate::pg::error::Result;
+use crate::pg::ident::Expr;
 use crate::pg::identity::{as_extension, on_keys};
 use crate::pg::sql::{self, Arg};
 
@@ -72,6 +73,8 @@ fn users(plan: &Plan, table: usize, rows: &[Values], limit: Option<u32>) -> Resu
     for (index, entry) in plan.entries.iter().enumerate().filter(|(_, e)| e.table == table) {
         let found = if entry.parent.is_none() {
             by_key(plan, orders, rows, &select)?
+        } else if let Some(starts) = own_keys(&plan.tables[table], entry, rows) {
+            up(plan, index, starts, &select, limit)?
         } else {
             let mut links = walk::select_all(&entry.on_child);
             links.extend(entry.filter.as_ref().map(ToString::to_string));
@@ -88,6 +91,20 @@ fn users(plan: &Plan, table: usize, rows: &[Values], limit: Option<u32>) -> Resu
         }
     }
     Ok(out)
+}
+
+/// The link values of rows whose link is their own key: there is nothing to read.
+fn own_keys(table: &Table, entry: &Entry, rows: &[Values]) -> Option<Vec<(usize, Values)>> {
+    if entry.filter.is_some() {
+        return None;
+    }
+    let positions = entry
+        .on_child
+        .iter()
+        .map(|e| table.key.iter().position(|(name, _)| *e == Expr::column(name.bare())))
+        .collect::<Option<Vec<_>>>()?;
+    let link = |row: &Values| positions.iter().map(|p| row.get(*p).cloned().flatten()).collect();
+    Some(rows.iter().enumerate().map(|(i, row)| (i, link(row))).collect())
 }
 
 /// Those users that still need the row.
