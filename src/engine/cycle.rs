@@ -25,7 +25,7 @@ use crate::pg::identity::{as_extension, session_user};
 use crate::pg::sql::{self, Arg};
 use crate::pg::subxact::subtransaction;
 use crate::pg::xact::{self, Boundary};
-use crate::pg::{guc, keys};
+use crate::pg::{deadline, guc, keys};
 
 /// A batch of which nothing is known yet may hold scanned invoices.
 const FIRST_BATCH: i64 = 16;
@@ -63,6 +63,7 @@ impl Counts {
 /// A named policy does not exist, the caller canceled, or (for a named policy) the policy cannot run at all; what was
 /// committed before stays. Without a name one broken policy stops no other.
 pub fn run(policy: Option<&str>, sweep: bool, boundary: Boundary) -> Result<Counts> {
+    let _limited = deadline::limit();
     // The caller's snapshot may be older than what was committed since: begin anew, in our own isolation.
     boundary.commit()?;
     let names = as_extension(|| {

@@ -192,6 +192,14 @@ impl Error {
         !self.foreign && self.code == Code::ERRCODE_PROGRAM_LIMIT_EXCEEDED
     }
 
+    /// Code of a table's owner that did not end in time.
+    pub fn too_slow() -> Self {
+        Self::ours(
+            Code::ERRCODE_QUERY_CANCELED,
+            "code of the table's owner took longer than amazon_pii.statement_timeout",
+        )
+    }
+
     /// A value of a form that cannot travel.
     pub fn unsupported(what: impl Into<String>) -> Self {
         Self::ours(Code::ERRCODE_FEATURE_NOT_SUPPORTED, what)

@@ -11,6 +11,7 @@ static ENABLED: GucSetting<bool> = GucSetting::<bool>::new(true);
 static KEY_COMMAND: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(None);
 static KEY_FILE: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(None);
 static NAPTIME: GucSetting<i32> = GucSetting::<i32>::new(60);
+static STATEMENT_TIMEOUT: GucSetting<i32> = GucSetting::<i32>::new(300_000);
 static WORKERS: GucSetting<i32> = GucSetting::<i32>::new(1);
 
 /// Defines the settings; called once, from `_PG_init`.
@@ -74,6 +75,16 @@ pub fn register() {
         86_400,
         GucContext::Sighup,
         GucFlags::UNIT_S,
+    );
+    GucRegistry::define_int_guc(
+        c"amazon_pii.statement_timeout",
+        c"Longest time that a cycle's statement on the user's tables, or amazon_pii.key_command, may take.",
+        c"Zero: no limit. An order whose statement takes longer fails, and waits like any other that failed.",
+        &STATEMENT_TIMEOUT,
+        0,
+        i32::MAX,
+        GucContext::Sighup,
+        GucFlags::UNIT_MS,
     );
     GucRegistry::define_int_guc(
         c"amazon_pii.workers",
@@ -141,6 +152,11 @@ pub fn key_file() -> Option<String> {
 /// Seconds between two cycles.
 pub fn naptime() -> u64 {
     NAPTIME.get().unsigned_abs().into()
+}
+
+/// Milliseconds that a statement with code of a table's owner may take in a cycle; 0 is no limit.
+pub fn statement_timeout() -> i32 {
+    STATEMENT_TIMEOUT.get()
 }
 
 /// Workers that may run at the same time.

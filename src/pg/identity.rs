@@ -6,6 +6,7 @@ use std::ffi::CString;
 
 use pgrx::pg_sys;
 
+use super::deadline;
 use super::error::{Error, Result};
 use super::sql;
 use super::subxact::subtransaction;
@@ -60,10 +61,16 @@ pub const KEYED: &[(&str, &str)] = &[
 /// # Errors
 /// As `f`; an error of the server keeps its SQLSTATE only.
 pub fn act_as<T>(who: Identity, search_path: &str, extra: &[(&str, &str)], f: impl FnOnce() -> Result<T>) -> Result<T> {
-    let (role, _unheard) = match who {
-        Identity::Extension => (extension_owner()?, None),
-        Identity::Owner(role) => (role, Some(Unheard::begin())),
-    };
+    match who {
+        Identity::Extension => switch(extension_owner()?, search_path, extra, f),
+        Identity::Owner(role) => {
+            let _unheard = Unheard::begin();
+            deadline::within(|| switch(role, search_path, extra, f))
+        }
+    }
+}
+
+fn switch<T>(role: pg_sys::Oid, search_path: &str, extra: &[(&str, &str)], f: impl FnOnce() -> Result<T>) -> Result<T> {
     subtransaction(|| {
         let mut saved_user = pg_sys::InvalidOid;
         let mut saved_context = 0;

@@ -2,16 +2,16 @@
 
 use std::io::Read;
 use std::os::unix::fs::MetadataExt;
-use std::process::{Command, Stdio};
 
 use zeroize::Zeroizing;
 
+use super::child;
 use super::error::{Error, Result};
 use super::guc;
 use crate::domain::vault::MasterKeys;
 
 /// A key text is a few lines; more is somebody's mistake.
-const LONGEST: u64 = 64 * 1024;
+const LONGEST: usize = 64 * 1024;
 
 /// Reads the master keys.
 ///
@@ -43,29 +43,19 @@ fn from_file(path: &str) -> Result<Zeroizing<String>> {
 
 fn from_command(command: &str) -> Result<Zeroizing<String>> {
     let refused = |why: &str| Error::no_key(format!("amazon_pii.key_command {why}"));
-    let mut child = Command::new("/bin/sh")
-        .arg("-c")
-        .arg(command)
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        // What the command complains of belongs in the server log, as with ssl_passphrase_command.
-        .stderr(Stdio::inherit())
-        .spawn()
-        .map_err(|e| refused(&format!("could not be started ({})", e.kind())))?;
-    let output = child.stdout.take().map(read_limited);
-    let status = child
-        .wait()
-        .map_err(|e| refused(&format!("could not be waited for ({})", e.kind())))?;
-    if !status.success() {
-        return Err(refused("failed"));
-    }
-    output
-        .ok_or_else(|| refused("has no output"))?
-        .map_err(|_| refused("printed something that is no text"))
+    let bytes = match child::output_of(command, LONGEST) {
+        Ok(bytes) => bytes,
+        Err(child::Failure::Start(kind)) => return Err(refused(&format!("could not be started ({kind})"))),
+        Err(child::Failure::Wait(kind)) => return Err(refused(&format!("could not be waited for ({kind})"))),
+        Err(child::Failure::Status) => return Err(refused("failed")),
+        Err(child::Failure::Time) => return Err(refused("took longer than amazon_pii.statement_timeout")),
+    };
+    let text = std::str::from_utf8(&bytes).map_err(|_| refused("printed something that is no text"))?;
+    Ok(Zeroizing::new(text.to_owned()))
 }
 
 fn read_limited(source: impl Read) -> std::io::Result<Zeroizing<String>> {
     let mut text = Zeroizing::new(String::new());
-    source.take(LONGEST).read_to_string(&mut text)?;
+    source.take(LONGEST as u64).read_to_string(&mut text)?;
     Ok(text)
 }

@@ -4,6 +4,8 @@
 
 pub mod call;
 pub mod catalog;
+mod child;
+pub mod deadline;
 pub mod error;
 pub mod guc;
 pub mod ident;
