@@ -112,6 +112,16 @@ CREATE TABLE amazon_pii.touched (
 );
 COMMENT ON TABLE amazon_pii.touched IS 'Keys that a trigger could only note: rows applied by logical replication, rows whose flagging failed';
 
+CREATE TABLE amazon_pii.news (
+    news_id         bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    policy          text        NOT NULL,
+    status          text        NOT NULL,
+    orders          text[],
+    order_count     bigint      NOT NULL
+);
+COMMENT ON TABLE amazon_pii.news IS 'What triggers did to orders, one row a statement and status, until the next cycle has announced it';
+COMMENT ON COLUMN amazon_pii.news.orders IS 'Keys of the first of them';
+
 CREATE TABLE amazon_pii.renamed (
     renamed_id      bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     policy          text        COLLATE "C" NOT NULL,

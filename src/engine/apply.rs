@@ -295,6 +295,7 @@ pub fn drop(policy: &str) -> Result<()> {
             "DELETE FROM amazon_pii.order_state WHERE policy = $1",
             "DELETE FROM amazon_pii.record_state WHERE policy = $1",
             "DELETE FROM amazon_pii.touched WHERE policy = $1",
+            "DELETE FROM amazon_pii.news WHERE policy = $1",
         ] {
             sql::execute(statement, &[Arg::Text(Some(policy))])?;
         }

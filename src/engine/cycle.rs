@@ -10,6 +10,7 @@ use super::alive;
 use super::archive;
 use super::audit;
 use super::due::{self, Clock, Due};
+use super::news;
 use super::overwrite;
 use super::plan::Plan;
 use super::redact;
@@ -146,6 +147,11 @@ struct Run<'a> {
 }
 
 fn run_policy(policy: &str, sweep: bool, boundary: Boundary) -> Result<Counts> {
+    match subtransaction(|| news::announce(policy)) {
+        Err(e) if e.is_cancel() => return Err(e),
+        // They stay for the next cycle; what is due does not wait for that.
+        _ => boundary.commit()?,
+    }
     take_turn(policy)?;
     let plan = Plan::load(policy)?;
     if !plan.enabled || plan.suspended.is_some() {

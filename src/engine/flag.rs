@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, HashSet};
 
 use pgrx::pg_sys;
 
+use super::news::{self, Tell};
 use super::plan::{AnchorPlan, Plan, Table};
 use super::walk::{self, Values, down, key_text};
 use crate::pg::catalog::{self, Compare};
@@ -326,21 +327,9 @@ fn flagged_numbers(plan: &Plan, numbers: &[&str]) -> Result<HashSet<String>> {
     rows.iter().map(|r| r.string(0)).collect()
 }
 
-/// Writes what was found: new orders are flagged, clocks of those that are not archived yet follow their anchor, and
-/// with `touched` redacted ones are looked at again by the next cycle. Returns the number of newly flagged orders.
-///
-/// # Errors
-/// Errors of the server.
-pub fn upsert(plan: &Plan, facts: &[OrderFact], by: &str, touched: bool) -> Result<i64> {
-    if facts.is_empty() {
-        return Ok(0);
-    }
-    // A conflict locks its row even where nothing changes, and waits for whoever has it: a sweep leaves out what is up to
-    // date. Not so a trigger, which must see what a cycle is doing to the order.
-    let rows = on_keys(|| {
-        sql::write(
-            "INSERT INTO amazon_pii.order_state AS o (policy, order_key, order_number, status, flagged_by, anchor_at, \
-                    archive_due_at, redact_due_at, next_due_at, stale_at) \
+/// Rows that were there before are looked up as they were before the statement; new ones need no such look.
+const UPSERT: &str = "WITH written AS (INSERT INTO amazon_pii.order_state AS o (policy, order_key, order_number, status, flagged_by, anchor_at, \
+           archive_due_at, redact_due_at, next_due_at, stale_at) \
              SELECT $1, k, n, CASE WHEN a IS NULL THEN 'flagged' ELSE 'scheduled' END, $5, a, a + $6::interval, \
                     a + $7::interval, a + $6::interval, CASE WHEN a IS NULL THEN p::timestamptz + $10::interval END \
              FROM (SELECT k, n, p, CASE WHEN pg_catalog.isfinite(t::timestamptz) THEN t::timestamptz END AS a \
@@ -364,7 +353,30 @@ pub fn upsert(plan: &Plan, facts: &[OrderFact], by: &str, touched: bool) -> Resu
                 OR (o.archived_at IS NULL AND o.anchor_at IS DISTINCT FROM EXCLUDED.anchor_at) \
                 OR (o.archived_at IS NULL AND o.stale_at IS DISTINCT FROM EXCLUDED.stale_at) \
                 OR ($8 AND o.status = 'redacted' AND (o.next_due_at IS NULL OR o.next_due_at > pg_catalog.now())) \
-             RETURNING o.xmax = 0",
+             RETURNING o.order_key, o.status, o.xmax = 0 AS is_new), \
+     changed AS (SELECT w.order_key, CASE WHEN w.is_new THEN 'flagged' ELSE (SELECT CASE WHEN b.status = 'gone' THEN 'flagged' \
+            WHEN b.status = 'flagged' AND w.status = 'scheduled' THEN 'scheduled' END FROM amazon_pii.order_state AS b \
+         WHERE b.policy = $1 AND b.order_key = w.order_key) END AS news FROM written AS w) ";
+
+/// Writes what was found: new orders are flagged, clocks of those that are not archived yet follow their anchor, and
+/// with `touched` redacted ones are looked at again by the next cycle. Returns the number of newly flagged orders, where
+/// it is the one that tells.
+///
+/// # Errors
+/// Errors of the server.
+pub fn upsert(plan: &Plan, facts: &[OrderFact], by: &str, touched: bool, tell: Tell) -> Result<i64> {
+    if facts.is_empty() {
+        return Ok(0);
+    }
+    // A conflict locks its row even where nothing changes, and waits for whoever has it: a sweep leaves out what is up to
+    // date. Not so a trigger, which must see what a cycle is doing to the order.
+    let end = match tell {
+        Tell::Now => "SELECT order_key, news FROM changed WHERE news IS NOT NULL",
+        Tell::Later => news::NOTE,
+    };
+    let rows = on_keys(|| {
+        sql::write(
+            &[UPSERT, end].concat(),
             &[
                 Arg::Text(Some(&plan.policy)),
                 Arg::Texts(facts.iter().map(|f| Some(f.key_text.as_str())).collect()),
@@ -379,11 +391,10 @@ pub fn upsert(plan: &Plan, facts: &[OrderFact], by: &str, touched: bool) -> Resu
             ],
         )
     })?;
-    let mut new = 0;
-    for row in &rows {
-        new += i64::from(row.bool(0)?);
+    match tell {
+        Tell::Now => news::tell(&plan.policy, &rows),
+        Tell::Later => Ok(0),
     }
-    Ok(new)
 }
 
 /// Of these orders those that are redacted, or are just being redacted, are looked at by the next cycle.
@@ -414,13 +425,13 @@ pub fn look_again(plan: &Plan, orders: &[String]) -> Result<()> {
 ///
 /// # Errors
 /// As [`by_keys`].
-pub fn linked_changed(plan: &Plan, orders: &[Values]) -> Result<()> {
+pub fn linked_changed(plan: &Plan, orders: &[Values], tell: Tell) -> Result<()> {
     if orders.is_empty() {
         return Ok(());
     }
     look_again(plan, &orders.iter().map(|k| key_text(k)).collect::<Result<Vec<_>>>()?)?;
     if plan.anchors.iter().any(|a| matches!(a, AnchorPlan::Linked { .. })) {
-        upsert(plan, &by_keys(plan, orders)?, "import", false)?;
+        upsert(plan, &by_keys(plan, orders)?, "import", false, tell)?;
     }
     Ok(())
 }

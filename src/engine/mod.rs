@@ -14,6 +14,7 @@ pub mod former;
 pub mod gather;
 pub mod guard;
 pub mod inspect;
+pub mod news;
 pub mod overwrite;
 pub mod plan;
 pub mod portable;

@@ -251,7 +251,15 @@ pub fn announce(plan: &Plan, status: &str, orders: &[&Due]) -> Result<()> {
 /// # Errors
 /// Errors of the server.
 pub fn announce_keys(policy: &str, status: &str, orders: &[String]) -> Result<()> {
-    if orders.is_empty() {
+    announce_some(policy, status, orders, i64::try_from(orders.len()).unwrap_or(i64::MAX))
+}
+
+/// [`announce`] by the keys of some of `count` orders.
+///
+/// # Errors
+/// Errors of the server.
+pub fn announce_some(policy: &str, status: &str, orders: &[String], count: i64) -> Result<()> {
+    if count == 0 {
         return Ok(());
     }
     // The server's limit is 8000 bytes.
@@ -266,7 +274,7 @@ pub fn announce_keys(policy: &str, status: &str, orders: &[String]) -> Result<()
         taken += 1;
     }
     let payload = serde_json::json!({
-        "policy": policy, "status": status, "count": orders.len(), "orders": orders[..taken], "complete": taken == orders.len(),
+        "policy": policy, "status": status, "count": count, "orders": orders[..taken], "complete": i64::try_from(taken) == Ok(count),
     });
     on_keys(|| {
         sql::write(

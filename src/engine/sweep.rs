@@ -3,6 +3,7 @@
 
 use super::due::Clock;
 use super::flag;
+use super::news::Tell;
 use super::plan::Plan;
 use super::state;
 use super::walk::{Values, key_parts, key_text};
@@ -97,7 +98,7 @@ pub fn slice(plan: &Plan, clock: &Clock) -> Result<Option<Slice>> {
         _ => None,
     };
     let (page, trouble) = page(plan, after.as_ref())?;
-    let flagged = flag::upsert(plan, &page.facts, "sweep", false)?;
+    let flagged = flag::upsert(plan, &page.facts, "sweep", false, Tell::Now)?;
     let last = page.next.as_ref().map(|k| key_text(k)).transpose()?;
     let finished = last.is_none();
     as_extension(|| {

@@ -2,7 +2,9 @@
 //! One that still fails waits by itself.
 
 use super::flag;
+use super::news::Tell;
 use super::plan::Plan;
+use super::state;
 use super::sweep;
 use super::walk::{self, FIRST, Values, key_parts, key_text};
 use crate::domain::clock::backoff;
@@ -95,20 +97,21 @@ fn forget(notes: &[&Note]) -> Result<()> {
 
 fn postpone(plan: &Plan, note: &Note, error: &Error) -> Result<()> {
     let wait = backoff(note.attempts + 1).num_seconds();
-    as_extension(|| {
+    let failed = as_extension(|| {
         sql::execute(
             "UPDATE amazon_pii.touched SET attempts = attempts + 1, error = $2, \
                 next_attempt_at = pg_catalog.now() + pg_catalog.make_interval(secs => $3::float8) WHERE touched_id = $1",
             &[Arg::Int(note.id), Arg::Text(Some(&error.stored())), Arg::Int(wait)],
         )?;
         if !note.entry.is_empty() {
-            return Ok(());
+            return Ok(Vec::new());
         }
-        sql::execute(
+        sql::write(
             "INSERT INTO amazon_pii.order_state AS o (policy, order_key, status, flagged_by, last_error, attempts, next_attempt_at) \
              SELECT $1, $2, 'failed', 'failed', $3, $5, pg_catalog.now() + pg_catalog.make_interval(secs => $4::float8) \
              WHERE $2::text IS NOT NULL ON CONFLICT (policy, order_key) DO UPDATE SET last_error = EXCLUDED.last_error, \
-                attempts = EXCLUDED.attempts, next_attempt_at = EXCLUDED.next_attempt_at WHERE o.flagged_by = 'failed'",
+                attempts = EXCLUDED.attempts, next_attempt_at = EXCLUDED.next_attempt_at WHERE o.flagged_by = 'failed' \
+             RETURNING o.order_key, o.xmax = 0",
             &[
                 Arg::Text(Some(&plan.policy)),
                 Arg::Text(note.key.as_deref()),
@@ -116,9 +119,15 @@ fn postpone(plan: &Plan, note: &Note, error: &Error) -> Result<()> {
                 Arg::Int(wait),
                 Arg::Int(i64::from(note.attempts) + 1),
             ],
-        )?;
-        Ok(())
-    })
+        )
+    })?;
+    let mut keys = Vec::new();
+    for row in &failed {
+        if row.bool(1)? {
+            keys.push(row.string(0)?);
+        }
+    }
+    state::announce_keys(&plan.policy, "failed", &keys)
 }
 
 /// Evaluates the rows of some notes, by every entry that reaches their table.
@@ -137,8 +146,8 @@ fn evaluate(plan: &Plan, notes: &[&Note]) -> Result<i64> {
         }
         if index == 0 {
             let facts = flag::by_keys(plan, &keys)?;
-            settle_failed(plan, &keys, &facts)?;
-            flagged += flag::upsert(plan, &facts, "import", true)?;
+            flagged += settle_failed(plan, &keys, &facts)?;
+            flagged += flag::upsert(plan, &facts, "import", true, Tell::Now)?;
             flag::look_again(plan, &keys.iter().map(|k| key_text(k)).collect::<Result<Vec<_>>>()?)?;
         }
         for (at, entry) in plan
@@ -152,30 +161,33 @@ fn evaluate(plan: &Plan, notes: &[&Note]) -> Result<i64> {
                 .into_iter()
                 .map(|f| Ok((f.input, f.row.texts(FIRST..FIRST + links.len())?)))
                 .collect::<Result<Vec<_>>>()?;
-            flag::linked_changed(plan, &orders_above(plan, at, starts)?)?;
+            flag::linked_changed(plan, &orders_above(plan, at, starts)?, Tell::Now)?;
         }
     }
     Ok(flagged)
 }
 
 /// Rows that could not be evaluated at import were flagged as failed by their key: now it is known which are orders of
-/// Amazon's, and the others are dropped.
-fn settle_failed(plan: &Plan, keys: &[Values], facts: &[flag::OrderFact]) -> Result<()> {
+/// Amazon's, and the others are dropped. Returns how many are flagged now.
+fn settle_failed(plan: &Plan, keys: &[Values], facts: &[flag::OrderFact]) -> Result<i64> {
     let all = keys.iter().map(|k| key_text(k)).collect::<Result<Vec<_>>>()?;
     let known: Vec<&str> = facts.iter().map(|f| f.key_text.as_str()).collect();
-    as_extension(|| {
+    let flagged = as_extension(|| {
         sql::execute(
             "DELETE FROM amazon_pii.order_state WHERE policy = $1 AND order_key = ANY ($2) AND status = 'failed' \
              AND flagged_by = 'failed' AND order_key <> ALL ($3)",
             &[Arg::Text(Some(&plan.policy)), Arg::texts(&all), Arg::texts(&known)],
         )?;
-        sql::execute(
+        let rows = sql::write(
             "UPDATE amazon_pii.order_state SET status = 'flagged', flagged_by = 'import', last_error = NULL, attempts = 0, \
-                next_attempt_at = NULL WHERE policy = $1 AND order_key = ANY ($2) AND status = 'failed' AND flagged_by = 'failed'",
+                next_attempt_at = NULL WHERE policy = $1 AND order_key = ANY ($2) AND status = 'failed' AND flagged_by = 'failed' \
+             RETURNING order_key",
             &[Arg::Text(Some(&plan.policy)), Arg::texts(&known)],
-        )
+        )?;
+        rows.iter().map(|r| r.string(0)).collect::<Result<Vec<_>>>()
     })?;
-    Ok(())
+    state::announce_keys(&plan.policy, "flagged", &flagged)?;
+    Ok(i64::try_from(flagged.len()).unwrap_or(i64::MAX))
 }
 
 /// The keys of the orders that rows of a linked entry belong to.

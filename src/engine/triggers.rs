@@ -5,6 +5,7 @@ use std::rc::Rc;
 
 use super::flag;
 use super::guard;
+use super::news::{self, Tell};
 use super::plan::{Plan, Table};
 use super::rekey;
 use super::touched;
@@ -121,7 +122,7 @@ fn note(plan: &Plan, table: usize, call: &TriggerCall) -> Result<()> {
         match call.event {
             Event::Insert | Event::Update => {
                 let facts = flag::in_transition(plan, call)?;
-                flag::upsert(plan, &facts, "import", true)?;
+                flag::upsert(plan, &facts, "import", true, Tell::Later)?;
                 if call.event == Event::Update {
                     // One that is tracked stays so, whatever an import calls it now.
                     let keys = transition_keys(plan, plan.orders(), call, "amazon_pii_new AS new_or_old", "true")?;
@@ -154,7 +155,7 @@ fn note(plan: &Plan, table: usize, call: &TriggerCall) -> Result<()> {
                 .iter()
                 .map(|r| Ok((0, r.texts(0..links.len())?)))
                 .collect::<Result<Vec<_>>>()?;
-            flag::linked_changed(plan, &touched::orders_above(plan, index, starts)?)?;
+            flag::linked_changed(plan, &touched::orders_above(plan, index, starts)?, Tell::Later)?;
         }
     }
     Ok(())
@@ -189,19 +190,26 @@ fn key_columns(table: &Table, alias: &str) -> String {
         .join(", ")
 }
 
-/// The condition, over order `o`, that a row elsewhere than in the orders table still holds its personal data.
-const OPEN_ELSEWHERE: &str = "EXISTS (SELECT FROM amazon_pii.records r WHERE r.policy = o.policy AND r.order_key = o.order_key \
-     AND r.status IN ('archived', 'waiting', 'retrieved') AND r.entry <> '')";
+/// Nothing of the order is left to be done.
+const NOT_NEEDED: &str = "o.status <> 'gone' AND NOT EXISTS (SELECT FROM amazon_pii.records r \
+    WHERE r.policy = o.policy AND r.order_key = o.order_key AND r.status IN ('archived', 'waiting', 'retrieved') AND r.entry <> '')";
+
+/// What [`news::NOTE`] needs of such a statement.
+const GONE: &str = " RETURNING o.order_key, 'gone' AS news) ";
 
 /// Orders that were deleted; one whose records are elsewhere and not done goes on until they are.
 fn deleted(plan: &Plan, call: &TriggerCall) -> Result<()> {
     let keys = transition_keys(plan, plan.orders(), call, "amazon_pii_old AS new_or_old", "true")?;
     as_extension(|| {
         sql::execute(
-            &format!(
-                "UPDATE amazon_pii.order_state o SET status = 'gone', next_due_at = NULL WHERE o.policy = $1 AND o.order_key = ANY ($2) \
-                    AND o.status <> 'gone' AND NOT ({OPEN_ELSEWHERE})"
-            ),
+            &[
+                "WITH changed AS (UPDATE amazon_pii.order_state o SET status = 'gone', next_due_at = NULL \
+                    WHERE o.policy = $1 AND o.order_key = ANY ($2) AND ",
+                NOT_NEEDED,
+                GONE,
+                news::NOTE,
+            ]
+            .concat(),
             &[Arg::Text(Some(&plan.policy)), Arg::texts(&keys)],
         )
     })?;
@@ -212,10 +220,13 @@ fn truncated(plan: &Plan) -> Result<()> {
     as_extension(|| {
         // A single partition may have been truncated: the next sweep says which orders are left.
         sql::execute(
-            &format!(
-                "UPDATE amazon_pii.order_state o SET status = 'gone', next_due_at = NULL WHERE o.policy = $1 \
-                    AND o.status <> 'gone' AND NOT ({OPEN_ELSEWHERE})"
-            ),
+            &[
+                "WITH changed AS (UPDATE amazon_pii.order_state o SET status = 'gone', next_due_at = NULL WHERE o.policy = $1 AND ",
+                NOT_NEEDED,
+                GONE,
+                news::NOTE,
+            ]
+            .concat(),
             &[Arg::Text(Some(&plan.policy))],
         )?;
         sql::execute(
@@ -267,8 +278,13 @@ fn note_keys(policy: &str, alias: &str, call: &TriggerCall, error: &Error) -> Re
         if alias.is_empty() && !error.is_lock() && call.event != Event::Delete {
             // The next cycle evaluates them again; those that are no Amazon orders are dropped by then.
             sql::execute(
-                "INSERT INTO amazon_pii.order_state (policy, order_key, status, flagged_by, last_error) \
-                 SELECT $1, k, 'failed', 'failed', $3 FROM pg_catalog.unnest($2) AS k ON CONFLICT DO NOTHING",
+                &[
+                    "WITH changed AS (INSERT INTO amazon_pii.order_state (policy, order_key, status, flagged_by, last_error) \
+                        SELECT $1, k, 'failed', 'failed', $3 FROM pg_catalog.unnest($2) AS k ON CONFLICT DO NOTHING \
+                        RETURNING order_key, 'failed' AS news) ",
+                    news::NOTE,
+                ]
+                .concat(),
                 &[
                     Arg::Text(Some(policy)),
                     Arg::texts(&keys),
