@@ -144,6 +144,41 @@ def test_the_last_parcel_starts_the_clock(shop):
     assert anchor(shop) is None
 
 
+@pytest.mark.parametrize("statement, left", [
+    ("DELETE FROM shop.parcels WHERE id = 2", "2026-07-01 00:00:00"),
+    ("DELETE FROM shop.parcels", None),
+    ("TRUNCATE shop.parcels", None),
+])
+def test_parcels_that_are_deleted_set_the_clock_back(shop, statement, left):
+    """Breaks when an order goes by a parcel that is gone until the next daily sweep."""
+    shop.apply_policy(policy(LINKED, archive_after="9000 days", redact_after="9001 days"))
+    run_cycle(shop)
+    shop.sql("INSERT INTO shop.orders (id, external_no, channel) VALUES (1, 'n', 'amazon'), (2, 'n', 'amazon'); "
+             "INSERT INTO shop.parcels VALUES (1, 1, '2026-07-01'), (2, 1, '2026-07-05'), (3, 2, '2026-07-09')", user="shop_owner")
+    assert (anchor(shop), anchor(shop, 2)) == ("2026-07-05 00:00:00", "2026-07-09 00:00:00")
+    # A cycle is at this order: the DELETE does not wait for it.
+    with shop.connect(autocommit=False) as cycle, cycle.cursor() as cursor:
+        cursor.execute("SELECT FROM amazon_pii.order_state FOR UPDATE")
+        with shop.connect("shop_owner", options="-c statement_timeout=5s") as session:
+            session.cursor().execute(statement)
+    run_cycle(shop)
+    assert anchor(shop) == left
+    assert anchor(shop, 2) == ("2026-07-09 00:00:00" if "WHERE" in statement else None)
+    assert order_value(shop, 1) == ("scheduled" if left else "flagged")
+
+
+def test_an_order_whose_parcel_was_deleted_is_not_redacted(shop):
+    """Breaks when a cycle redacts before it has looked at what was deleted."""
+    shop.apply_policy(policy(LINKED))
+    run_cycle(shop)
+    add_order(shop, 1, None)
+    shop.sql("UPDATE shop.orders SET open_items = 0; INSERT INTO shop.parcels VALUES (1, 1, now() - '40 days'::interval)", user="shop_owner")
+    assert order_value(shop, 1) == "scheduled"
+    shop.sql("DELETE FROM shop.parcels", user="shop_owner")
+    assert run_cycle(shop)["redacted"] == 0
+    assert tables_with(shop, "Name1") == ["addresses"]
+
+
 def test_a_parcel_that_moves_to_another_order(shop):
     """Breaks when only the order that a row points at now is looked at."""
     shop.apply_policy(policy(LINKED))

@@ -338,11 +338,11 @@ impl Plan {
         })
     }
 
-    /// Whether rows of entry `index` can start an order's clock.
+    /// Whether rows of entry `index` can start an order's clock, or lead to rows that can.
     pub fn anchored_by(&self, index: usize) -> bool {
         self.anchors
             .iter()
-            .any(|a| matches!(a, AnchorPlan::Linked { entry, .. } if *entry == index))
+            .any(|a| matches!(a, AnchorPlan::Linked { entry, .. } if self.path(*entry).contains(&index)))
     }
 
     /// The entries that lead from the orders to entry `index`, the orders table left out.

@@ -23,8 +23,8 @@ enum Scope {
     /// Every table and each of its partitions: a parent's statement triggers do not fire for what is inserted into a
     /// partition.
     Every,
-    /// The orders table and each of its partitions.
-    Orders,
+    /// The orders table and those whose rows start clocks, and each of their partitions.
+    Clocks,
     /// Every table that holds rows, for what logical replication applies. Not a partitioned one: its row triggers are
     /// given to each new partition in the name of whoever makes that, who may not use our functions.
     Replica,
@@ -52,14 +52,14 @@ const KINDS: &[Kind] = &[
         when: "AFTER DELETE",
         after: "REFERENCING OLD TABLE AS amazon_pii_old FOR EACH STATEMENT",
         function: "on_change",
-        scope: Scope::Orders,
+        scope: Scope::Clocks,
     },
     Kind {
         suffix: "truncate",
         when: "AFTER TRUNCATE",
         after: "FOR EACH STATEMENT",
         function: "on_change",
-        scope: Scope::Orders,
+        scope: Scope::Clocks,
     },
     Kind {
         suffix: "apply",
@@ -82,7 +82,9 @@ impl Kind {
     fn belongs(&self, plan: &Plan, table: usize, holds_rows: bool) -> bool {
         match self.scope {
             Scope::Every => true,
-            Scope::Orders => table == 0,
+            Scope::Clocks => {
+                table == 0 || (0..plan.entries.len()).any(|e| plan.entries[e].table == table && plan.anchored_by(e))
+            }
             Scope::Replica => holds_rows,
             Scope::Ignoring => {
                 holds_rows

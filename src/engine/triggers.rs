@@ -9,10 +9,10 @@ use super::news::{self, Tell};
 use super::plan::{Plan, Table};
 use super::rekey;
 use super::touched;
-use super::walk::{self, key_text};
+use super::walk::{self, Values, key_text};
 use crate::pg::error::{Error, Result};
 use crate::pg::ident::Ident;
-use crate::pg::identity::{self, Identity, act_as, as_extension};
+use crate::pg::identity::{self, Identity, act_as, as_extension, on_keys};
 use crate::pg::invalidation;
 use crate::pg::sql::{self, Arg};
 use crate::pg::subxact::subtransaction;
@@ -132,21 +132,22 @@ fn note(plan: &Plan, table: usize, call: &TriggerCall) -> Result<()> {
             Event::Delete => deleted(plan, call)?,
             Event::Truncate => truncated(plan)?,
         }
+    } else if call.event == Event::Truncate {
+        // Whose clocks its rows had started cannot be told any more.
+        let entry = plan.entries.iter().find(|e| e.table == table);
+        note_all(&plan.policy, entry.map_or("", |e| &e.alias), None)?;
     }
-    if matches!(call.event, Event::Insert | Event::Update) {
-        for (index, entry) in plan
-            .entries
-            .iter()
-            .enumerate()
-            .filter(|(_, e)| e.table == table && e.parent.is_some())
-        {
+    if call.event != Event::Truncate {
+        for (index, entry) in plan.entries.iter().enumerate().filter(|(i, e)| {
+            e.table == table && e.parent.is_some() && (call.event != Event::Delete || plan.anchored_by(*i))
+        }) {
             let links = walk::select_all(&entry.on_child);
             let filter = entry.filter.as_ref().map(|f| format!(" WHERE {f}")).unwrap_or_default();
             // A row that moved to another order may have set the clock of the one that it left.
-            let rows = if call.event == Event::Update && plan.anchored_by(index) {
-                "(TABLE amazon_pii_new UNION ALL TABLE amazon_pii_old)"
-            } else {
-                "amazon_pii_new"
+            let rows = match call.event {
+                Event::Delete => "amazon_pii_old",
+                Event::Update if plan.anchored_by(index) => "(TABLE amazon_pii_new UNION ALL TABLE amazon_pii_old)",
+                _ => "amazon_pii_new",
             };
             let name: &Ident = &plan.tables[table].relation.name;
             let query = format!("SELECT DISTINCT {} FROM {rows} AS {name}{filter}", links.join(", "),);
@@ -155,9 +156,31 @@ fn note(plan: &Plan, table: usize, call: &TriggerCall) -> Result<()> {
                 .iter()
                 .map(|r| Ok((0, r.texts(0..links.len())?)))
                 .collect::<Result<Vec<_>>>()?;
-            flag::linked_changed(plan, &touched::orders_above(plan, index, starts)?, Tell::Later)?;
+            let orders = touched::orders_above(plan, index, starts)?;
+            if call.event == Event::Delete {
+                clocks_changed(plan, &orders)?;
+            } else {
+                flag::linked_changed(plan, &orders, Tell::Later)?;
+            }
         }
     }
+    Ok(())
+}
+
+/// Orders some of whose rows that start clocks were deleted. Noted only: the next cycle sets their clocks before it does
+/// anything else.
+fn clocks_changed(plan: &Plan, orders: &[Values]) -> Result<()> {
+    if orders.is_empty() {
+        return Ok(());
+    }
+    let keys = orders.iter().map(|k| key_text(k)).collect::<Result<Vec<_>>>()?;
+    on_keys(|| {
+        sql::execute(
+            "INSERT INTO amazon_pii.touched (policy, entry, row_key) SELECT o.policy, '', o.order_key FROM amazon_pii.order_state AS o \
+             WHERE o.policy IS NOT DISTINCT FROM $1 AND o.order_key = ANY ($2) AND o.archived_at IS NULL AND o.status <> 'gone'",
+            &[Arg::Text(Some(&plan.policy)), Arg::texts(&keys)],
+        )
+    })?;
     Ok(())
 }
 
@@ -244,18 +267,7 @@ fn remember(policy: &str, alias: &str, call: &TriggerCall, error: &Error) {
         return;
     }
     // Not even the keys can be had: the next cycle looks at every order.
-    let noted = subtransaction(|| {
-        as_extension(|| {
-            sql::execute(
-                "INSERT INTO amazon_pii.touched (policy, entry, row_key, error) VALUES ($1, $2, NULL, $3)",
-                &[
-                    Arg::Text(Some(policy)),
-                    Arg::Text(Some(alias)),
-                    Arg::Text(Some(&error.stored())),
-                ],
-            )
-        })
-    });
+    let noted = subtransaction(|| note_all(policy, alias, Some(error)));
     if noted.is_err() {
         pgrx::warning!(
             "amazon_pii could not note that flagging failed for policy \"{policy}\"; the daily sweep finds the orders"
@@ -263,12 +275,28 @@ fn remember(policy: &str, alias: &str, call: &TriggerCall, error: &Error) {
     }
 }
 
+/// The next cycle looks at every order.
+fn note_all(policy: &str, alias: &str, error: Option<&Error>) -> Result<()> {
+    as_extension(|| {
+        sql::execute(
+            "INSERT INTO amazon_pii.touched (policy, entry, row_key, error) VALUES ($1, $2, NULL, $3)",
+            &[
+                Arg::Text(Some(policy)),
+                Arg::Text(Some(alias)),
+                Arg::Text(error.map(Error::stored).as_deref()),
+            ],
+        )
+    })?;
+    Ok(())
+}
+
 /// Notes the statement's rows; orders are flagged as failed where it was not just a lock that they have to wait for.
 fn note_keys(policy: &str, alias: &str, call: &TriggerCall, error: &Error) -> Result<()> {
     let from = match call.event {
         Event::Insert | Event::Update => "amazon_pii_new AS new_or_old",
-        Event::Delete => "amazon_pii_old AS new_or_old",
-        Event::Truncate => return Err(error.clone()),
+        Event::Delete if alias.is_empty() => "amazon_pii_old AS new_or_old",
+        // Of rows that are gone the keys lead to no order.
+        Event::Delete | Event::Truncate => return Err(error.clone()),
     };
     let plan = cached(policy)?;
     let entry = plan.entries.iter().find(|e| e.alias == *alias);
