@@ -402,7 +402,22 @@ pub fn upsert(plan: &Plan, facts: &[OrderFact], by: &str, touched: bool, tell: T
 /// # Errors
 /// Errors of the server.
 pub fn look_again(plan: &Plan, orders: &[String]) -> Result<()> {
+    if orders.is_empty() {
+        return Ok(());
+    }
     on_keys(|| {
+        // Most rows that are written belong to orders of other channels, or to young ones: found out without a write.
+        let known = sql::read(
+            "SELECT order_key FROM amazon_pii.order_state WHERE policy IS NOT DISTINCT FROM $1 AND order_key = ANY ($2) \
+                AND (status = 'redacted' AND (next_due_at IS NULL OR next_due_at > pg_catalog.now()) \
+                  OR status IN ('scheduled', 'archived', 'failed', 'retrieved') \
+                     AND COALESCE(retrieved_until, redact_due_at) < pg_catalog.now() + '8 days'::interval)",
+            &[Arg::Text(Some(&plan.policy)), Arg::texts(orders)],
+        )?;
+        if known.is_empty() {
+            return Ok(());
+        }
+        let known = known.iter().map(|r| r.str(0)).collect::<Result<Vec<_>>>()?;
         sql::execute(
             // One that is due soon is kept from being redacted until this transaction is over, so that its new rows are
             // seen; if a cycle is at it already, it is noted for the next.
@@ -415,10 +430,10 @@ pub fn look_again(plan: &Plan, orders: &[String]) -> Result<()> {
                 FOR KEY SHARE SKIP LOCKED) \
              INSERT INTO amazon_pii.touched (policy, entry, row_key) SELECT $1, '', order_key FROM soon \
              WHERE order_key NOT IN (SELECT order_key FROM kept)",
-            &[Arg::Text(Some(&plan.policy)), Arg::texts(orders)],
-        )
-    })?;
-    Ok(())
+            &[Arg::Text(Some(&plan.policy)), Arg::texts(&known)],
+        )?;
+        Ok(())
+    })
 }
 
 /// Orders whose linked rows changed: redacted ones are looked at again, clocks that linked rows set are set anew.

@@ -345,6 +345,19 @@ impl Plan {
             .any(|a| matches!(a, AnchorPlan::Linked { entry, .. } if self.path(*entry).contains(&index)))
     }
 
+    /// Whether the links of an entry's rows are the keys of orders, text by text: values that are equal look the same.
+    pub fn links_are_keys(&self, index: usize) -> bool {
+        let (entry, key) = (&self.entries[index], &self.orders().key);
+        let integer = |oid| matches!(oid, pg_sys::INT2OID | pg_sys::INT4OID | pg_sys::INT8OID);
+        entry.parent == Some(0)
+            && entry.on_parent.len() == key.len()
+            && key.iter().enumerate().all(|(i, (name, oid))| {
+                let child = entry.on_child_types[i];
+                entry.on_parent[i] == Expr::column(name.bare())
+                    && (integer(child) && integer(*oid) || child == *oid && child == pg_sys::UUIDOID)
+            })
+    }
+
     /// The entries that lead from the orders to entry `index`, the orders table left out.
     pub fn path(&self, index: usize) -> Vec<usize> {
         let mut path = Vec::new();

@@ -195,6 +195,13 @@ fn settle_failed(plan: &Plan, keys: &[Values], facts: &[flag::OrderFact]) -> Res
 /// # Errors
 /// As [`walk::up`].
 pub fn orders_above(plan: &Plan, entry: usize, links: Vec<(usize, Values)>) -> Result<Vec<Values>> {
+    if plan.links_are_keys(entry) {
+        let mut orders: Vec<Values> = links.into_iter().map(|(_, link)| link).collect();
+        orders.retain(|key| key.iter().all(Option::is_some));
+        orders.sort();
+        orders.dedup();
+        return Ok(orders);
+    }
     let select = plan.orders().key_list();
     let mut orders = walk::up(plan, entry, links, &select, None)?
         .into_iter()

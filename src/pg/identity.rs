@@ -2,7 +2,7 @@
 //! The same switch that ANALYZE makes before it calls code of a table's owner.
 
 use std::cell::Cell;
-use std::ffi::CString;
+use std::ffi::{CStr, CString};
 
 use pgrx::pg_sys;
 
@@ -20,7 +20,8 @@ pub enum Identity {
     Owner(pg_sys::Oid),
 }
 
-/// Settings under which values leave and come back, whatever the session has set: the same text on both ways.
+/// Settings under which values leave and come back, whatever the session has set: the same text on both ways. Values as
+/// the server shows them, without units.
 const PINNED: &[(&str, &str)] = &[
     ("DateStyle", "ISO, YMD"),
     ("IntervalStyle", "postgres"),
@@ -38,7 +39,7 @@ const PINNED: &[(&str, &str)] = &[
     // A trigger's RAISE WARNING '%', OLD would otherwise reach the server log, or the caller.
     ("client_min_messages", "error"),
     ("log_min_messages", "fatal"),
-    ("lock_timeout", "2s"),
+    ("lock_timeout", "2000"),
     ("jit", "off"),
     ("max_parallel_workers_per_gather", "0"),
     ("plan_cache_mode", "force_custom_plan"),
@@ -89,7 +90,7 @@ fn switch<T>(role: pg_sys::Oid, search_path: &str, extra: &[(&str, &str)], f: im
             set_local(name, value)?;
         }
         if IMPATIENT.get() {
-            set_local("lock_timeout", "200ms")?;
+            set_local("lock_timeout", "200")?;
         }
         let value = f()?;
         // SAFETY: as above; `nest_level` is the level opened above.
@@ -140,10 +141,18 @@ pub fn on_keys<T>(f: impl FnOnce() -> Result<T>) -> Result<T> {
     act_as(Identity::Extension, OWN_PATH, KEYED, f)
 }
 
-/// Sets one setting for the innermost nest level.
+/// Sets one setting for the innermost nest level, whose end undoes whatever happened to it there; one that has the value
+/// already needs no setting.
 fn set_local(name: &str, value: &str) -> Result<()> {
     let text = |s: &str| CString::new(s).map_err(|_| Error::internal("a setting holds a NUL"));
     let (name, value) = (text(name)?, text(value)?);
+    // SAFETY: NUL-terminated name; the result is NULL or a string of the server's, read before anything else is done.
+    unsafe {
+        let current = pg_sys::GetConfigOption(name.as_ptr(), true, false);
+        if !current.is_null() && CStr::from_ptr(current) == value.as_c_str() {
+            return Ok(());
+        }
+    }
     // SAFETY: both strings live through the call, which copies them. PGC_SUSET because the pins must hold whatever
     // the current role may set; they end with the nest level.
     unsafe {
