@@ -3,8 +3,8 @@ is caught (P7)."""
 import pytest
 from cluster import wait_until
 from support import (
-    PLACEHOLDER, add_customer, add_invoice, add_order, number, open_shop, order_value, run_cycle, shop_policy, snapshot,
-    sweep, tables_with,
+    PLACEHOLDER, add_customer, add_invoice, add_order, fill, number, open_shop, order_number, order_value, run_cycle, shop_policy,
+    snapshot, sweep, tables_with,
 )
 
 DOCUMENTS = "SELECT count(*) FROM amazon_pii_archive.document"
@@ -280,3 +280,53 @@ def test_a_late_invoice_is_redacted_on_its_own_date(shop):
     assert tables_with(shop, "LineNote2") == []
     retrieve(shop, 1)
     assert tables_with(shop, "BillTo2") == ["invoices"]
+
+
+# Rows that come while a cycle is at their order
+
+
+def test_a_row_that_is_not_committed_yet_keeps_its_order_from_being_redacted(db):
+    """Breaks when an order is redacted behind the back of an import that adds a row to it: nobody looks at that row again."""
+    open_shop(db)
+    db.apply_policy(shop_policy())
+    add_order(db, 1)
+    add_order(db, 2)
+    with db.connect("shop_owner", autocommit=False) as session:
+        session.cursor().execute("INSERT INTO shop.addresses (order_id, name) VALUES (1, 'Late1')")
+        run_cycle(db)
+        assert [order_value(db, order) for order in (1, 2)] == ["scheduled", "redacted"]
+    session.close()
+    run_cycle(db)
+    assert order_value(db, 1) == "redacted"
+    assert tables_with(db, "Late1") == []
+
+
+def test_a_row_that_comes_while_a_cycle_is_at_its_order_is_noted(db):
+    """Breaks when a row that an import adds to an order that a cycle has locked is forgotten once that cycle is done."""
+    open_shop(db)
+    db.apply_policy(shop_policy())
+    add_order(db, 1)
+    with db.connect(autocommit=False) as cycle, cycle.cursor() as cursor:
+        cursor.execute("SELECT FROM amazon_pii.order_state WHERE order_key = '[\"1\"]' FOR UPDATE")
+        with db.connect("shop_owner", options="-c statement_timeout=5s") as session:
+            session.cursor().execute("INSERT INTO shop.addresses (order_id, name) VALUES (1, 'Late1')")
+        # As if the cycle had ended without this row.
+        cursor.execute("UPDATE amazon_pii.order_state SET status = 'redacted', archived_at = now(), next_due_at = NULL")
+    cycle.close()
+    run_cycle(db)
+    assert tables_with(db, "Late1") == []
+
+
+def test_an_order_that_is_imported_again_while_its_records_wait(db):
+    """Breaks when an order that was deleted, and is known still for a record that it shares, comes back unnoticed."""
+    fill(open_shop(db), 1, share=2)
+    fill(db, 2, first=2, share=2, age="1 day")
+    db.apply_policy(shop_policy())
+    run_cycle(db)
+    db.sql("DELETE FROM shop.addresses WHERE order_id = 1; DELETE FROM shop.orders WHERE id = 1", user="shop_owner")
+    run_cycle(db)
+    assert order_value(db, 1) == "redacted", "its customer waits for order 2"
+    db.sql("INSERT INTO shop.orders (id, external_no, channel, customer_id, shipped_at, gift_message) "
+           "VALUES (1, %s, 'amazon', 1, now() - '40 days'::interval, 'Back1')", [order_number(1)], "shop_owner")
+    run_cycle(db)
+    assert tables_with(db, "Back1") == []
