@@ -281,7 +281,11 @@ pub fn update(plan: &Plan, table: &Table, rows: &[RowWrite]) -> Result<()> {
             .collect();
         // A placeholder is the same for every row.
         let value = if texts.windows(2).all(|w| w[0] == w[1]) {
-            parameters.one(Arg::Typed(cell.type_oid, texts.first().copied().flatten()))
+            match texts.first().copied().flatten() {
+                Some(text) => parameters.one(Arg::Typed(cell.type_oid, Some(text))),
+                // A cast checks what a domain says of NULL, a parameter does not.
+                None => format!("CAST(NULL AS {})", sql::type_name(cell.type_oid)),
+            }
         } else {
             parameters.values(cell, rows.iter().map(|r| new_text(&r.cells[i])).collect())
         };

@@ -12,6 +12,8 @@ pub mod ident;
 pub mod identity;
 pub mod invalidation;
 pub mod keys;
+mod params;
+mod rows;
 mod size;
 pub mod sql;
 pub mod subxact;

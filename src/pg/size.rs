@@ -10,29 +10,39 @@ use super::error::Error;
 /// for being copied into an array.
 pub(super) const LONGEST: usize = 512 * 1024 * 1024;
 
+/// How many characters of its text form a byte of a value becomes, for the types of which its size says so.
+///
+/// # Safety
+/// Inside a transaction; `oid` is a type.
+pub(super) unsafe fn digits(oid: pg_sys::Oid) -> Option<usize> {
+    // SAFETY: the caller's.
+    match unsafe { pg_sys::getBaseType(oid) } {
+        pg_sys::TEXTOID | pg_sys::VARCHAROID | pg_sys::BPCHAROID | pg_sys::JSONOID | pg_sys::XMLOID => Some(1),
+        pg_sys::BYTEAOID => Some(2),
+        _ => None,
+    }
+}
+
 /// Whether the text form of a value can be shorter than [`LONGEST`]. Of a text or bytea that is not so the output
 /// function is never called: it might want more memory than the server gives to one value.
 ///
 /// # Safety
-/// `tuple` matches `desc`, `n` is one of its columns, an SPI session is open.
-pub(super) unsafe fn fits(tuple: pg_sys::HeapTuple, desc: pg_sys::TupleDesc, n: c_int) -> bool {
-    // SAFETY: the caller's; a value of these types is a varlena, whose header tells its size.
+/// `value` is of a type for which [`digits`] gave these.
+pub(super) unsafe fn fits(value: pg_sys::Datum, digits: usize) -> bool {
+    // SAFETY: a value of these types is a varlena, whose header tells its size; a plain one is as long as it is.
     unsafe {
-        let digits = match pg_sys::getBaseType(pg_sys::SPI_gettypeid(desc, n)) {
-            pg_sys::TEXTOID | pg_sys::VARCHAROID | pg_sys::BPCHAROID | pg_sys::JSONOID | pg_sys::XMLOID => 1,
-            pg_sys::BYTEAOID => 2,
-            _ => return true,
-        };
-        let mut is_null = false;
-        let value = pg_sys::SPI_getbinval(tuple, desc, n, &mut is_null);
-        is_null || digits * (pg_sys::toast_raw_datum_size(value) - pg_sys::VARHDRSZ) < LONGEST
+        let varlena = value.cast_mut_ptr::<pg_sys::varlena>();
+        if pgrx::varatt_is_1b(varlena) && !pgrx::varatt_is_1b_e(varlena) {
+            return true;
+        }
+        digits * (pg_sys::toast_raw_datum_size(value) - pg_sys::VARHDRSZ) < LONGEST
     }
 }
 
 /// The error that names a result column whose value is too large.
 ///
 /// # Safety
-/// As for [`fits`].
+/// Inside an SPI session; `n` is a column of `desc`.
 pub(super) unsafe fn too_large(desc: pg_sys::TupleDesc, n: c_int) -> Error {
     // SAFETY: the caller's; the name is a palloc'd C string of our own.
     unsafe {

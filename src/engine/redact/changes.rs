@@ -1,0 +1,131 @@
+//! What becomes of the records of a batch, written down.
+
+use std::collections::{HashMap, HashSet};
+
+use super::Target;
+use crate::engine::due::Due;
+use crate::engine::gather::LiveRecord;
+use crate::engine::plan::Plan;
+use crate::engine::records::{Change, Fate, Listed, Stored};
+
+/// What becomes of the records of a batch.
+#[derive(Default)]
+pub(super) struct Changes<'a> {
+    pub(super) list: Vec<Change<'a>>,
+    /// (table, key) of the shared rows that were overwritten.
+    pub(super) shared: Vec<(&'a str, &'a str)>,
+    /// How many records of an order were overwritten, and how many wait.
+    pub(super) counts: HashMap<usize, (usize, usize)>,
+    /// (order, table, key) of those that wait.
+    waits: HashSet<(usize, &'a str, &'a str)>,
+}
+
+impl<'a> Changes<'a> {
+    pub(super) fn overwritten(
+        &mut self,
+        plan: &'a Plan,
+        batch: &'a [Due],
+        stored: &Stored,
+        target: &'a Target,
+        excluded: &HashSet<usize>,
+    ) {
+        if target.orders.iter().any(|o| excluded.contains(o)) {
+            return;
+        }
+        let table = plan.tables[target.table].archived_as.as_str();
+        for (order, entry) in &target.notes {
+            self.counts.entry(*order).or_default().0 += 1;
+            if stored.fate(*order, table, &target.key_text).is_some() {
+                self.put(plan, &batch[*order], table, &target.key_text, *entry, None, None);
+            }
+        }
+        if target.shared {
+            self.shared.push((table, &target.key_text));
+        }
+    }
+
+    pub(super) fn waiting(
+        &mut self,
+        plan: &'a Plan,
+        batch: &'a [Due],
+        target: &'a Target,
+        excluded: &HashSet<usize>,
+        witness: &'a str,
+    ) {
+        let table = plan.tables[target.table].archived_as.as_str();
+        for (order, entry) in target.notes.iter().filter(|(order, _)| !excluded.contains(order)) {
+            self.counts.entry(*order).or_default().1 += 1;
+            self.waits.insert((*order, table, &target.key_text));
+            let fate = Some(Fate::Waiting);
+            self.put(
+                plan,
+                &batch[*order],
+                table,
+                &target.key_text,
+                *entry,
+                fate,
+                Some(witness),
+            );
+        }
+    }
+
+    /// Records of finished orders that had nothing to overwrite: clean, or their row is gone.
+    pub(super) fn left<'r>(
+        &mut self,
+        plan: &'a Plan,
+        batch: &'a [Due],
+        stored: &Stored,
+        done: &[usize],
+        live: impl Iterator<Item = &'r LiveRecord>,
+    ) where
+        'a: 'r,
+    {
+        let found: HashSet<(usize, &str, &str)> = live
+            .map(|r| (r.order, plan.tables[r.table].archived_as.as_str(), r.key_text.as_str()))
+            .collect();
+        for order in done {
+            let due = &batch[*order];
+            for Listed(table, key, entry, _) in due.records.iter() {
+                let place = (*order, table.as_str(), key.as_str());
+                if self.waits.contains(&place) {
+                    continue;
+                }
+                let fate = match (stored.fate(*order, table, key), found.contains(&place)) {
+                    (Some(Fate::Archived | Fate::Retrieved), true) => None,
+                    (Some(Fate::Archived | Fate::Retrieved | Fate::Waiting), false) => Some(Fate::Gone),
+                    (None, false) if due.redacted_version.is_none() => Some(Fate::Gone),
+                    _ => continue,
+                };
+                self.list.push(Change {
+                    order_key: &due.order_key,
+                    table,
+                    record_key: key,
+                    entry,
+                    fate,
+                    witness: None,
+                });
+            }
+        }
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn put(
+        &mut self,
+        plan: &'a Plan,
+        due: &'a Due,
+        table: &'a str,
+        record_key: &'a str,
+        entry: usize,
+        fate: Option<Fate>,
+        witness: Option<&'a str>,
+    ) {
+        self.list.push(Change {
+            order_key: &due.order_key,
+            table,
+            record_key,
+            entry: &plan.entries[entry].alias,
+            fate,
+            witness,
+        });
+    }
+}
