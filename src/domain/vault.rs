@@ -232,7 +232,9 @@ impl Binding<'_> {
 
 /// Each part after its length, so that no two lists of parts make the same bytes.
 fn associated<const N: usize>(domain: &[u8], parts: [&[u8]; N]) -> Vec<u8> {
-    let mut out = vec![VERSION];
+    let room = parts.iter().fold(1 + 8 + domain.len(), |n, part| n + 8 + part.len());
+    let mut out = Vec::with_capacity(room);
+    out.push(VERSION);
     for part in std::iter::once(domain).chain(parts) {
         out.extend((part.len() as u64).to_be_bytes());
         out.extend(part);
