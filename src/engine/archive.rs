@@ -1,6 +1,7 @@
 //! The first transaction of a batch: seal what is personal and store it.
 
 use std::collections::HashMap;
+use std::rc::Rc;
 
 use super::audit::{self, AuditEntry};
 use super::due::Due;
@@ -23,7 +24,7 @@ pub struct Archived {
     /// How much text the batch holds.
     pub bytes: usize,
     /// What each order of the batch lists now.
-    pub records: Vec<RecordList>,
+    pub records: Vec<Rc<RecordList>>,
 }
 
 /// A record, by the position of its order in the batch.
@@ -48,9 +49,9 @@ pub fn batch(plan: &Plan, keys: &MasterKeys, batch: &[Due]) -> Result<Archived> 
     )?;
     vault::store(&plan.archive_schema, keys, &plan.policy, &known, &documents)?;
     come_back(plan, batch, &stored, &found)?;
-    let mut records: Vec<RecordList> = batch.iter().map(|d| d.records.clone()).collect();
+    let mut records: Vec<Rc<RecordList>> = batch.iter().map(|d| d.records.clone()).collect();
     for (order, record) in found {
-        records[order].put(record);
+        Rc::make_mut(&mut records[order]).put(record);
     }
     let mut counts: HashMap<&str, usize> = HashMap::new();
     for document in &documents {
@@ -64,7 +65,7 @@ pub fn batch(plan: &Plan, keys: &MasterKeys, batch: &[Due]) -> Result<Archived> 
         }
         // One that is redacted next gets both states at once; until then its documents say that it is archived.
         if !due.redact || due.archived {
-            complete.push((due, &records[i]));
+            complete.push((due, &*records[i]));
         }
         // A check that found nothing new is no event: an interrupted batch may have stored the copy.
         let count = counts.get(due.order_key.as_str());
@@ -159,14 +160,18 @@ pub fn taken_out<'a>(
     let table = &plan.tables[record.table];
     let untouched = due.redacted_version.is_none() && due.records.lists(&table.archived_as, &record.key_text);
     let first = untouched && !table.shared && !table.delete;
+    let candidates = newest.filter(|_| first);
     record.cells.iter().enumerate().filter_map(move |(i, cell)| {
-        let archived = newest?.cells.get(table.cells[i].name.bare())?;
-        let key: Vec<String> = record.key.iter().flatten().cloned().collect();
+        let archived = candidates?.cells.get(table.cells[i].name.bare())?;
         let live = cell.as_ref()?;
+        if archived.text == live.value {
+            return None;
+        }
+        let key: Vec<String> = record.key.iter().flatten().cloned().collect();
         let outcome = table.cells[i].treatment.as_ref()?.apply(live.value.as_deref(), &key);
         let clean =
             matches!(outcome, Ok(Outcome::Keep)) || (outcome == Ok(Outcome::Sql) && live.computed == live.value);
-        (first && clean && archived.text != live.value).then_some(i)
+        clean.then_some(i)
     })
 }
 

@@ -1,6 +1,7 @@
 //! Which orders a cycle takes next.
 
 use std::collections::HashMap;
+use std::rc::Rc;
 
 use super::plan::Plan;
 use super::records::RecordList;
@@ -26,7 +27,7 @@ pub struct Due {
     /// The policy's version when it was redacted last.
     pub redacted_version: Option<i64>,
     /// The rows that hold, or held, its personal data.
-    pub records: RecordList,
+    pub records: Rc<RecordList>,
     /// This batch has stored its copy.
     pub copied: bool,
 }
@@ -110,7 +111,7 @@ pub fn take(plan: &Plan, clock: &Clock, limit: i64) -> Result<Vec<Due>> {
                 redact: r.bool(4)?,
                 attempts: u32::try_from(r.int(5)?).unwrap_or(u32::MAX),
                 redacted_version: r.text(6)?.and_then(|v| v.parse().ok()),
-                records: RecordList::parse(r.text(7)?)?,
+                records: Rc::new(RecordList::parse(r.text(7)?)?),
                 copied: false,
             })
         })

@@ -106,13 +106,17 @@ impl<'a> Parameters<'a> {
 }
 
 /// The condition that a batch's keys name the row.
-fn key_condition<'a>(table: &Table, rows: &'a [RowWrite], parameters: &mut Parameters<'a>) -> Vec<String> {
+fn key_condition<'a>(
+    table: &Table,
+    keys: impl Iterator<Item = &'a Values> + Clone,
+    parameters: &mut Parameters<'a>,
+) -> Vec<String> {
     table
         .key
         .iter()
         .enumerate()
         .map(|(i, (name, oid))| {
-            let values = rows.iter().map(|r| r.key.get(i).and_then(Option::as_deref)).collect();
+            let values = keys.clone().map(|k| k.get(i).and_then(Option::as_deref)).collect();
             format!(
                 "{}.{name} {} {}",
                 table.relation.name,
@@ -129,20 +133,18 @@ fn key_condition<'a>(table: &Table, rows: &'a [RowWrite], parameters: &mut Param
 ///
 /// # Errors
 /// Errors of the server.
-pub fn lock(plan: &Plan, table: &Table, keys: &[Values], exclusively: bool) -> Result<Vec<bool>> {
+pub fn lock<'k>(
+    plan: &Plan,
+    table: &Table,
+    keys: impl ExactSizeIterator<Item = &'k Values> + Clone,
+    exclusively: bool,
+) -> Result<Vec<bool>> {
     let mut locked = vec![false; keys.len()];
-    if keys.is_empty() {
+    if locked.is_empty() {
         return Ok(locked);
     }
-    let rows: Vec<RowWrite> = keys
-        .iter()
-        .map(|k| RowWrite {
-            key: k.clone(),
-            cells: Vec::new(),
-        })
-        .collect();
     let mut parameters = Parameters::default();
-    let condition = key_condition(table, &rows, &mut parameters);
+    let condition = key_condition(table, keys, &mut parameters);
     let strength = if exclusively { "UPDATE" } else { "NO KEY UPDATE" };
     let query = format!(
         "SELECT {ORDINAL} FROM {} JOIN {} AS {name} ON {} FOR {strength} OF {name} SKIP LOCKED",
@@ -199,7 +201,7 @@ struct Column {
     condition: String,
 }
 
-fn column<'a>(table: &Table, rows: &'a [RowWrite], i: usize, parameters: &mut Parameters<'a>) -> Column {
+fn column<'a>(table: &Table, rows: &[&'a RowWrite], i: usize, parameters: &mut Parameters<'a>) -> Column {
     let states: Vec<&str> = rows.iter().map(|r| state(&r.cells[i])).collect();
     let expected = rows
         .iter()
@@ -252,7 +254,7 @@ fn new_text(cell: &CellWrite) -> Option<&str> {
 /// # Errors
 /// A row that did not come back (changed, or gone), that the table's own triggers wrote differently, or that a
 /// constraint refused: nothing of the batch is kept.
-pub fn update(plan: &Plan, table: &Table, rows: &[RowWrite]) -> Result<()> {
+pub fn update(plan: &Plan, table: &Table, rows: &[&RowWrite]) -> Result<()> {
     let written: Vec<usize> = (0..table.cells.len())
         .filter(|i| rows.iter().any(|r| matches!(r.cells[*i], CellWrite::Write { .. })))
         .collect();
@@ -261,7 +263,7 @@ pub fn update(plan: &Plan, table: &Table, rows: &[RowWrite]) -> Result<()> {
     }
     let name = &table.relation.name;
     let mut parameters = Parameters::default();
-    let mut condition = key_condition(table, rows, &mut parameters);
+    let mut condition = key_condition(table, rows.iter().map(|r| &r.key), &mut parameters);
     let mut set = Vec::new();
     let mut check = Vec::new();
     for i in (0..table.cells.len()).filter(|i| rows.iter().any(|r| !matches!(r.cells[*i], CellWrite::Leave))) {
@@ -343,9 +345,9 @@ pub fn update(plan: &Plan, table: &Table, rows: &[RowWrite]) -> Result<()> {
 ///
 /// # Errors
 /// As [`update`].
-pub fn delete(plan: &Plan, table: &Table, rows: &[RowWrite]) -> Result<()> {
+pub fn delete(plan: &Plan, table: &Table, rows: &[&RowWrite]) -> Result<()> {
     let mut parameters = Parameters::default();
-    let mut condition = key_condition(table, rows, &mut parameters);
+    let mut condition = key_condition(table, rows.iter().map(|r| &r.key), &mut parameters);
     for i in 0..table.cells.len() {
         condition.push(column(table, rows, i, &mut parameters).condition);
     }
@@ -388,8 +390,13 @@ pub fn insert(plan: &Plan, table: &Table, rows: &[Vec<(Ident, Option<String>)>])
 
 fn run(plan: &Plan, table: &Table, rows: usize, query: &str, args: &[Arg<'_>]) -> Result<()> {
     let shown = table.relation.shown();
-    let partitions = as_extension(|| catalog::with_partitions(table.relation.oid))?;
-    let oids: Vec<_> = partitions.iter().map(|p| p.oid).collect();
+    let mut oids = vec![table.relation.oid];
+    if table.facts.kind == 'p' {
+        oids = as_extension(|| catalog::with_partitions(table.relation.oid))?
+            .iter()
+            .map(|p| p.oid)
+            .collect();
+    }
     let returned = act_as(Identity::Owner(table.owner), &plan.search_path, KEYED, || {
         let _ours = EngineWrite::begin(&oids);
         sql::write(query, args)

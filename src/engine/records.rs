@@ -2,6 +2,7 @@
 //! them; a row of `record_state` is written only for one that fares otherwise: waiting, retrieved, gone, come back.
 
 use std::collections::HashMap;
+use std::rc::Rc;
 
 use serde::{Deserialize, Serialize};
 
@@ -113,7 +114,7 @@ impl Fate {
 /// What is stored of the records of a batch; positions are into the batch.
 #[derive(Default)]
 pub struct Stored {
-    lists: Vec<(RecordList, bool)>,
+    lists: Vec<(Rc<RecordList>, bool)>,
     fates: HashMap<(usize, String, String), Fate>,
 }
 
@@ -147,11 +148,11 @@ impl Stored {
                 &[Arg::Text(Some(&plan.policy)), Arg::texts(&keys)],
             )
         })?;
-        let mut lists = vec![(RecordList::default(), false); keys.len()];
+        let mut lists = vec![(Rc::default(), false); keys.len()];
         let positions = positions(&keys);
         for row in &rows {
             if let Some(i) = positions.get(row.str(0)?) {
-                lists[*i] = (RecordList::parse(row.text(1)?)?, row.bool(2)?);
+                lists[*i] = (Rc::new(RecordList::parse(row.text(1)?)?), row.bool(2)?);
             }
         }
         Ok(Self {

@@ -264,15 +264,21 @@ fn proven(
     newest: Option<&Newest>,
 ) -> Result<Option<Vec<CellWrite>>> {
     let table = &plan.tables[record.table];
-    let mut cells = record.as_it_is();
-    for (i, outcome) in pii {
-        let live = record.cells[*i].as_ref().and_then(|c| c.value.clone());
-        let opened = newest.and_then(|n| n.cells.get(table.cells[*i].name.bare()));
+    let mut cells = Vec::with_capacity(record.cells.len());
+    let mut wanted = pii.iter().peekable();
+    for (i, live) in record.cells.iter().enumerate() {
+        let live = live.as_ref().map(|c| &c.value);
+        let Some((_, outcome)) = wanted.next_if(|(at, _)| *at == i) else {
+            cells.push(live.map_or(CellWrite::Leave, |value| CellWrite::Compare(value.clone())));
+            continue;
+        };
+        let live = live.cloned().flatten();
+        let opened = newest.and_then(|n| n.cells.get(table.cells[i].name.bare()));
         let expected = match opened {
             // What the statement compares with is the opened value, never the one that was just read.
             Some(opened) if opened.text == live => opened.text.clone(),
             // Our own output under an earlier version: what it stands for is archived.
-            Some(opened) if former.left(plan, due.redacted_version, record, *i, opened) => live,
+            Some(opened) if former.left(plan, due.redacted_version, record, i, opened) => live,
             _ if newest.is_some_and(|n| n.damaged) => {
                 return Err(Error::damaged(format!(
                     "the archived copy of a record of {} cannot be opened",
@@ -282,7 +288,7 @@ fn proven(
             _ => return Ok(None),
         };
         let new = NewValue::from(outcome);
-        cells[*i] = CellWrite::Write { expected, new };
+        cells.push(CellWrite::Write { expected, new });
     }
     Ok(Some(cells))
 }
@@ -345,10 +351,10 @@ fn wait_for_others(
 fn lock(plan: &Plan, targets: &[Target], excluded: &mut HashSet<usize>, out: &mut Redacted) -> Result<()> {
     for (index, table) in plan.tables.iter().enumerate() {
         let mine: Vec<usize> = (0..targets.len()).filter(|i| targets[*i].table == index).collect();
-        let keys: Vec<Values> = mine.iter().map(|i| targets[*i].write.key.clone()).collect();
+        let keys = mine.iter().map(|i| &targets[*i].write.key);
         for (i, locked) in mine
             .iter()
-            .zip(overwrite::lock(plan, table, &keys, table.shared || table.delete)?)
+            .zip(overwrite::lock(plan, table, keys, table.shared || table.delete)?)
         {
             if !locked {
                 for order in &targets[*i].orders {
@@ -365,13 +371,10 @@ fn lock(plan: &Plan, targets: &[Target], excluded: &mut HashSet<usize>, out: &mu
 fn write(plan: &Plan, targets: &[Target], excluded: &HashSet<usize>) -> Result<()> {
     // Children first: a row that goes would take those that refer to it along before they are compared.
     for (index, table) in plan.tables.iter().enumerate().rev() {
-        let rows: Vec<RowWrite> = targets
+        let rows: Vec<&RowWrite> = targets
             .iter()
             .filter(|t| t.table == index && t.orders.iter().all(|o| !excluded.contains(o)))
-            .map(|t| RowWrite {
-                key: t.write.key.clone(),
-                cells: t.write.cells.clone(),
-            })
+            .map(|t| &t.write)
             .collect();
         if rows.is_empty() {
             continue;

@@ -49,7 +49,7 @@ pub fn archived(plan: &Plan, batch: &[(&Due, &RecordList)]) -> Result<()> {
 /// Errors of the server.
 pub fn copied(plan: &Plan, batch: &[&Due]) -> Result<()> {
     let pending = batch.iter().filter(|d| d.copied && !d.archived);
-    archived(plan, &pending.map(|d| (*d, &d.records)).collect::<Vec<_>>())
+    archived(plan, &pending.map(|d| (*d, &*d.records)).collect::<Vec<_>>())
 }
 
 /// The policy's name once for each row of a batch. Compared with a constant, the planner would believe that few rows bear
@@ -88,7 +88,7 @@ pub fn redacted(plan: &Plan, batch: &[&Due]) -> Result<()> {
     if batch.is_empty() {
         return Ok(());
     }
-    let (keys, records) = lists(batch.iter().map(|d| (*d, &d.records)));
+    let (keys, records) = lists(batch.iter().map(|d| (*d, &*d.records)));
     on_keys(|| {
         sql::execute(
             "UPDATE amazon_pii.order_state o SET status = 'redacted', redacted_at = pg_catalog.now(), redacted_version = $3, \

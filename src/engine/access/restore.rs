@@ -139,7 +139,7 @@ fn restore_table(
     }
     restored.records = keys.len() as i64;
     overwrite::insert(plan, table, &missing)
-        .and_then(|()| overwrite::update(plan, table, &rows))
+        .and_then(|()| overwrite::update(plan, table, &rows.iter().collect::<Vec<_>>()))
         .map_err(|e| retyped(plan, table, archived, e))?;
     let entry = plan.entries.iter().find(|e| e.table == index);
     let changes: Vec<records::Change<'_>> = keys

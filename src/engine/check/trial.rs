@@ -27,8 +27,7 @@ pub(super) fn try_out(plan: &Plan, open: &[unique::Open]) -> Result<Vec<Problem>
         let records: Vec<&LiveRecord> = distinct(before.records.iter().filter(|r| r.table == index));
         let tried = trial(|| {
             let rows = rows(plan, &records)?;
-            let keys: Vec<Values> = rows.iter().map(|r| r.key.clone()).collect();
-            let locked = overwrite::lock(plan, table, &keys, false)?;
+            let locked = overwrite::lock(plan, table, rows.iter().map(|r| &r.key), false)?;
             let rows: Vec<RowWrite> = rows
                 .into_iter()
                 .zip(locked)
@@ -38,11 +37,12 @@ pub(super) fn try_out(plan: &Plan, open: &[unique::Open]) -> Result<Vec<Problem>
             if rows.is_empty() {
                 return unique::settle(plan, index, open, &[]);
             }
+            let each: Vec<&RowWrite> = rows.iter().collect();
             if table.delete {
-                overwrite::delete(plan, table, &rows)?;
+                overwrite::delete(plan, table, &each)?;
                 return Ok(Vec::new());
             }
-            overwrite::update(plan, table, &rows)?;
+            overwrite::update(plan, table, &each)?;
             let keys: Vec<Values> = rows.into_iter().map(|r| r.key).collect();
             let mut found = unique::settle(plan, index, open, &keys)?;
             found.extend(compare(plan, table, &sample, &before, &facts)?);
