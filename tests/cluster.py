@@ -24,6 +24,7 @@ def pg_config(option):
 
 
 BINDIR = Path(pg_config("bindir"))
+LIBDIR = Path(pg_config("libdir"))
 MAJOR = int(pg_config("version").split()[1].split(".")[0])
 
 
@@ -43,6 +44,8 @@ def clean_environment(home):
     """Neither the caller's libpq settings nor RUST_BACKTRACE (pgrx would put backtraces into errors) reach a server."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("PG", "RUST_", "CARGO", "LC_"))}
     kept.update(HOME=str(home), LANG="C.UTF-8", LC_ALL="C.UTF-8", TZ="UTC", PATH=f"{BINDIR}:{os.environ['PATH']}")
+    # The modules of a server that was moved would load the system's libpq, of another version.
+    kept["LD_LIBRARY_PATH"] = str(LIBDIR)
     return kept
 
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import psycopg2
 import pytest
-from cluster import wait_until
+from cluster import MAJOR, wait_until
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
 PLACEHOLDER = "[Redacted]"
+uses_merge = pytest.mark.skipif(MAJOR < 15, reason="MERGE came with PostgreSQL 15")
 
 SHOP_POLICY = {
     "policy": "shop",

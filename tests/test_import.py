@@ -7,6 +7,7 @@ from cluster import Cluster, wait_until
 from conftest import CAPABILITIES, ROLES, Database, add_extension
 from support import (
     PLACEHOLDER, add_order, hurry, number, open_shop, order_row, order_value, refused, run_cycle, shop_policy, sweep,
+    uses_merge,
 )
 
 ORDERS = shop_policy()["orders"]
@@ -213,10 +214,9 @@ def test_orders_that_become_amazons_are_flagged(applied, statement):
     assert flagged(applied) == {1: "flagged", 2: "flagged"}
 
 
+@uses_merge
 def test_merged_orders_are_flagged(applied):
     """Breaks when MERGE escapes the triggers."""
-    if applied.value("SHOW server_version_num") < "150000":
-        pytest.skip("MERGE came with PostgreSQL 15")
     add_order(applied, 1, shipped=None, channel="web")
     applied.sql("MERGE INTO shop.orders AS o USING (VALUES (1, '1'), (2, '2')) AS n (id, no) ON o.id = n.id "
                 "WHEN MATCHED THEN UPDATE SET channel = 'amazon' "

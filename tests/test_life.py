@@ -4,7 +4,7 @@ import pytest
 from cluster import wait_until
 from support import (
     PLACEHOLDER, add_customer, add_invoice, add_order, fill, number, open_shop, order_number, order_value, run_cycle, shop_policy,
-    snapshot, sweep, tables_with,
+    snapshot, sweep, tables_with, uses_merge,
 )
 
 DOCUMENTS = "SELECT count(*) FROM amazon_pii_archive.document"
@@ -165,8 +165,8 @@ COMEBACKS = {
     "update of the customer": "UPDATE shop.customers SET email = 'Comeback' WHERE id = 1",
     "upsert": """INSERT INTO shop.orders VALUES (1, '303-1234567-0000001', 'amazon', 1, now() - '40 days'::interval, 'Comeback')
         ON CONFLICT (id) DO UPDATE SET gift_message = EXCLUDED.gift_message""",
-    "merge": """MERGE INTO shop.orders AS o USING (VALUES (1::bigint)) AS s (id) ON o.id = s.id
-        WHEN MATCHED THEN UPDATE SET shop_note = 'Comeback'""",
+    "merge": pytest.param("""MERGE INTO shop.orders AS o USING (VALUES (1::bigint)) AS s (id) ON o.id = s.id
+        WHEN MATCHED THEN UPDATE SET shop_note = 'Comeback'""", marks=uses_merge),
     "delete and insert": """DELETE FROM shop.orders WHERE id = 1;
         INSERT INTO shop.orders VALUES (1, '303-1234567-0000001', 'amazon', 1, now() - '40 days'::interval, 'Comeback');
         INSERT INTO shop.addresses (order_id, name) VALUES (1, 'Comeback')""",

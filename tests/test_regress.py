@@ -15,7 +15,7 @@ DEBIAN_DRIVERS = Path("/usr/lib/postgresql/15/lib/pgxs/src/test")
 
 @functools.cache
 def driver(name):
-    """The server's own driver, or Debian's: drivers are clients, and those of the downloaded 18 crash at start."""
+    """The server's own driver, or Debian's where the server came without: drivers are clients."""
     for folder in (OWN_DRIVERS, DEBIAN_DRIVERS):
         path = folder / name
         if path.exists() and subprocess.run([path, "--version"], capture_output=True).returncode == 0:

@@ -1,8 +1,12 @@
 """Every type comes back exactly: archived, redacted, retrieved and redacted again, with each treatment, whatever the
 session's settings are."""
 import pytest
+from cluster import MAJOR
 from conftest import new_database
 from support import absent, documents, end_retrieval, number, psql_here, retrieve, run_cycle
+
+# The longest interval that can be written: before 15, hours were of 32 bits.
+LONGEST = "'-2562047788:00:54.775807'" if MAJOR >= 15 else "'-2147483647:59:59.999999'"
 
 # Settings of the sessions that run cycles and retrieve: each of them changes how some value looks as text.
 SETTINGS = (
@@ -77,7 +81,7 @@ CASES = [
     Case("time", "time", ["'24:00:00'", "'00:00:00.000001'"]),
     Case("timetz", "timetz", ["'24:00:00-15:59'", "'12:34:56.789012+05:30:15'"]),
     Case("interval", "interval", ["'1 mon'", "'30 days'", "'720:00:00'", "'-1 mon +1 day -00:00:00.000001'", "'0'",
-                                  "'178956970 years 7 mons'", "'2147483647 days'", "'-2562047788:00:54.775807'",
+                                  "'178956970 years 7 mons'", "'2147483647 days'", LONGEST,
                                   "'1 day -00:00:01'"]),
     Case("interval_sql", "interval(3)", ["'1 year -2 days 3.004'"], "1 mon", {"sql": "'1 mon'::interval"}),
     # Bits, bytes, networks.
@@ -106,7 +110,7 @@ CASES = [
     Case("char_prefix", "char(8)", ["'SW1A 1AA'", "'1 3'"], ["SW      ", "1       "], {"prefix": 2}),
     Case("bpchar", "bpchar", ["'ab'", "'ab   '"], P),
     Case("name", "name", ["'Ada \"Invented\"'", "repeat('n', 63)"], P),
-    Case("single_char", '"char"', ["'x'", "'\u00e4'"]),
+    Case("single_char", '"char"', ["'x'", *(["'\u00e4'"] if MAJOR >= 15 else [])]),
     Case("citext", "citext", ["'ADA@Example.invalid'", "'\u0130stanbul'"], P),
     Case("email", "shop.email", ["'ada@example.invalid'", "'ADA@example.invalid'"], P),
     Case("short", "shop.short", ["'Ada  '"], P),
@@ -281,6 +285,23 @@ def test_casts_of_the_owner_are_not_used(db):
     assert db.sql("SELECT mood, moods, pair FROM shop.orders") == [(None, None, None)]
     retrieve(db, number(1))
     assert db.sql("SELECT format('%s|%s|%s', mood, moods, pair) FROM shop.orders") == before
+
+
+@pytest.mark.skipif(MAJOR >= 15, reason="since PostgreSQL 15 such a value is written as an escape")
+def test_half_a_letter_is_left_alone(db):
+    """Breaks when a value whose text is not valid is overwritten although it cannot be archived, or stops other orders."""
+    psql_here(db, TYPES)
+    db.psql("""SET ROLE shop_owner; CREATE TABLE shop.bytes (id bigint PRIMARY KEY, order_id bigint, v "char"); CREATE INDEX ON shop.bytes (order_id)""")
+    db.apply_policy({"policy": "types", "enabled": True,
+                     "orders": {"table": "shop.orders", "number": "no", "anchor": "shipped_at"},
+                     "linked": [{"table": "shop.bytes", "on": {"order_id": "id"}, "redact": ["v"]}]})
+    for n, value in ((1, "\u00e4"), (2, "x")):
+        db.sql("INSERT INTO shop.orders VALUES (%s, %s, now() - '40 days'::interval)", [n, number(n)])
+        db.sql("INSERT INTO shop.bytes VALUES (%s, %s, %s)", [n, n, value])
+    run_cycle(db)
+    assert db.sql("SELECT id, encode(charsend(v), 'hex') FROM shop.bytes ORDER BY id") == [(1, "c3"), (2, None)]
+    assert db.sql("SELECT order_number, last_error FROM amazon_pii.orders WHERE status <> 'redacted'") == [
+        (number(1), "0A000: shop.bytes: a value is not valid UTF-8")]
 
 
 def test_rows_that_were_removed_come_back_whole(db):
