@@ -14,7 +14,7 @@ COMMENT ON VIEW amazon_pii.orders IS 'One row a flagged order: where it stands a
 
 CREATE VIEW amazon_pii.records WITH (security_barrier) AS
 SELECT o.policy, o.order_key, l.item->>0 AS table_name, l.item->>1 AS record_key, l.item->>2 AS entry,
-       COALESCE(r.status, CASE WHEN o.redacted_at IS NULL THEN 'archived' ELSE 'redacted' END) AS status,
+       COALESCE(r.status, CASE WHEN o.redacted_version IS NULL THEN 'archived' ELSE 'redacted' END) AS status,
        (l.item->>3)::int AS version, COALESCE(r.changed_at, o.redacted_at, o.archived_at) AS changed_at
   FROM amazon_pii.order_state AS o
  CROSS JOIN LATERAL pg_catalog.jsonb_array_elements(o.records::pg_catalog.jsonb) AS l (item)
