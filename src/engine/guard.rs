@@ -71,7 +71,8 @@ pub fn refusal(plan: &Plan, table: &Table, call: &TriggerCall) -> Result<Option<
 /// # Errors
 /// A cancel; otherwise the statement goes through, and the refusing guard has the last word.
 pub fn ignore(call: &TriggerCall) -> Result<pg_sys::Datum> {
-    let [policy, alias] = call.args.as_slice() else {
+    let args = call.args();
+    let [policy, alias] = args.as_slice() else {
         return Ok(call.new_row());
     };
     if is_engine_write(call.relation) {

@@ -28,3 +28,4 @@ pub mod trigger_ddl;
 pub mod triggers;
 pub mod vault;
 pub mod walk;
+pub mod watched;

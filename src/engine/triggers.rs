@@ -10,6 +10,7 @@ use super::plan::{Plan, Table};
 use super::rekey;
 use super::touched;
 use super::walk::{self, Values, key_text};
+use super::watched::{self, Left};
 use crate::pg::error::{Error, Result};
 use crate::pg::ident::Ident;
 use crate::pg::identity::{self, Identity, act_as, as_extension, on_keys};
@@ -22,6 +23,9 @@ thread_local! {
     /// Plans of this session's triggers, thrown away when a table or policy of theirs changes.
     static PLANS: RefCell<Vec<(u64, Rc<Plan>)>> = const { RefCell::new(Vec::new()) };
 }
+
+/// Rows of a statement that take no subtransaction to look through.
+const FEW: i64 = 1000;
 
 /// The plan of a policy, from the session's cache if nothing has changed.
 pub fn cached(policy: &str) -> Result<Rc<Plan>> {
@@ -56,14 +60,34 @@ pub fn changed(call: &TriggerCall) -> Result<()> {
     if is_engine_write(call.relation) {
         return Ok(());
     }
-    let [policy, alias] = call.args.as_slice() else {
+    // The user's statement waits for a row of ours for a moment only.
+    let _impatient = identity::impatient();
+    // Few rows are in memory, and nothing can go wrong with them: most statements end here.
+    let few = call.event == Event::Update && call.updated_rows() <= FEW;
+    let looked = if few {
+        watched::left_of(call)
+    } else {
+        Ok(Left::Everything)
+    };
+    if matches!(looked, Ok(Left::Nothing)) {
+        return Ok(());
+    }
+    let args = call.args();
+    let [policy, alias] = args.as_slice() else {
         return Err(Error::internal(
             "a trigger of amazon_pii has other arguments than it was made with",
         ));
     };
-    // The user's statement waits for a row of ours for a moment only.
-    let _impatient = identity::impatient();
     let outcome = subtransaction(|| {
+        let mut left = looked?;
+        if call.event == Event::Update && !few {
+            left = watched::left_of(call)?;
+        }
+        let call = match &left {
+            Left::Nothing => return Ok(None),
+            Left::Call(some) => some,
+            Left::Everything => call,
+        };
         let plan = cached(policy)?;
         let entry = plan
             .entries
@@ -348,7 +372,8 @@ pub fn call_key(plan: &Plan, table: &Table, call: &TriggerCall) -> Result<Vec<Op
 /// # Errors
 /// None that reach the apply worker, a cancel aside.
 pub fn applied(call: &TriggerCall) -> Result<()> {
-    let [policy, alias] = call.args.as_slice() else {
+    let args = call.args();
+    let [policy, alias] = args.as_slice() else {
         return Ok(());
     };
     let outcome = subtransaction(|| {

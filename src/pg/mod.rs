@@ -5,6 +5,7 @@
 pub mod call;
 pub mod catalog;
 mod child;
+pub mod columns;
 pub mod deadline;
 pub mod error;
 pub mod guc;
@@ -17,6 +18,7 @@ mod rows;
 mod size;
 pub mod sql;
 pub mod subxact;
+pub mod transition;
 pub mod trigger;
 pub mod unique;
 pub mod worker;

@@ -93,7 +93,7 @@ fn run(query: &str, args: &[Arg<'_>], want: Want, call: Option<&TriggerCall>) ->
 }
 
 /// SPI insists on a snapshot around its own where no portal has one: in a background worker.
-fn with_snapshot<T>(f: impl FnOnce() -> Result<T>) -> Result<T> {
+pub(super) fn with_snapshot<T>(f: impl FnOnce() -> Result<T>) -> Result<T> {
     // SAFETY: inside a transaction; popped on both ways out, by the abort if an error of the server unwinds.
     unsafe {
         if pg_sys::ActiveSnapshotSet() {

@@ -7,6 +7,7 @@ use pgrx::pg_sys;
 
 use super::call::Call;
 use super::error::{Error, Result};
+use super::transition::Rows;
 
 /// What fired.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,8 +26,10 @@ pub struct TriggerCall {
     pub event: Event,
     /// The table (a partition has triggers of its own).
     pub relation: pg_sys::Oid,
-    /// The arguments of CREATE TRIGGER.
-    pub args: Vec<String>,
+    /// The trigger.
+    pub trigger: pg_sys::Oid,
+    /// Transition tables other than the server's; they end with the call.
+    _rows: Option<Rows>,
 }
 
 impl TriggerCall {
@@ -44,14 +47,6 @@ impl TriggerCall {
                 return Err(Error::invalid("this function can only be called as a trigger"));
             }
             let data = context.cast::<pg_sys::TriggerData>();
-            let trigger = (*data).tg_trigger;
-            let args = (0..(*trigger).tgnargs)
-                .map(|i| {
-                    CStr::from_ptr(*(*trigger).tgargs.add(i as usize))
-                        .to_string_lossy()
-                        .into_owned()
-                })
-                .collect();
             let event = match (*data).tg_event & pg_sys::TRIGGER_EVENT_OPMASK {
                 pg_sys::TRIGGER_EVENT_INSERT => Event::Insert,
                 pg_sys::TRIGGER_EVENT_DELETE => Event::Delete,
@@ -62,14 +57,60 @@ impl TriggerCall {
                 data,
                 event,
                 relation: (*(*data).tg_relation).rd_id,
-                args,
+                trigger: (*(*data).tg_trigger).tgoid,
+                _rows: None,
             })
+        }
+    }
+
+    /// The arguments of CREATE TRIGGER.
+    pub fn args(&self) -> Vec<String> {
+        // SAFETY: the trigger's description lives as long as the call; its strings are NUL-terminated.
+        unsafe {
+            let trigger = (*self.data).tg_trigger;
+            (0..(*trigger).tgnargs)
+                .map(|i| {
+                    CStr::from_ptr(*(*trigger).tgargs.add(i as usize))
+                        .to_string_lossy()
+                        .into_owned()
+                })
+                .collect()
         }
     }
 
     /// For SPI, which makes the transition tables visible to a query.
     pub(super) fn data(&self) -> *mut pg_sys::TriggerData {
         self.data
+    }
+
+    /// The same call with other transition tables.
+    pub(super) fn with_rows(&self, rows: Rows) -> Self {
+        // SAFETY: the copy lives in the memory context of the trigger's call, as the original does.
+        let data = unsafe {
+            let copy = pg_sys::palloc(size_of::<pg_sys::TriggerData>()).cast::<pg_sys::TriggerData>();
+            std::ptr::copy_nonoverlapping(self.data, copy, 1);
+            (*copy).tg_oldtable = rows.old;
+            (*copy).tg_newtable = rows.new;
+            copy
+        };
+        Self {
+            data,
+            _rows: Some(rows),
+            ..*self
+        }
+    }
+
+    /// How many rows the statement's UPDATE wrote.
+    pub fn updated_rows(&self) -> i64 {
+        // SAFETY: the transition table belongs to the call.
+        unsafe {
+            let new = (*self.data).tg_newtable;
+            if new.is_null() {
+                0
+            } else {
+                pg_sys::tuplestore_tuple_count(new)
+            }
+        }
     }
 
     /// The row that an UPDATE is about to write, as a BEFORE trigger returns it.

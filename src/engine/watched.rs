@@ -1,0 +1,178 @@
+//! Which columns mean anything to a policy. An UPDATE that leaves them as they were is none of its business, and found out
+//! without a statement.
+
+use std::cell::RefCell;
+
+use pgrx::pg_sys;
+
+use super::plan::{AnchorPlan, Plan};
+use super::triggers::{cached, speaks_for};
+use crate::pg::columns;
+use crate::pg::error::{Error, Result};
+use crate::pg::ident::Expr;
+use crate::pg::identity::{Identity, act_as};
+use crate::pg::invalidation;
+use crate::pg::subxact::subtransaction;
+use crate::pg::transition::{Differing, Watch};
+use crate::pg::trigger::TriggerCall;
+
+/// What a trigger has to watch.
+enum Watched {
+    /// Every column: an expression reads the whole row, or has a subquery.
+    All,
+    These(Watch),
+    /// A partition that was detached: it is none of the policy's any more.
+    Nothing,
+}
+
+/// What is left of an UPDATE.
+pub enum Left {
+    /// Nothing that means anything.
+    Nothing,
+    /// The rows that this call shows.
+    Call(TriggerCall),
+    /// All of it.
+    Everything,
+}
+
+/// A trigger, the state of the catalog in which its columns were found, and these.
+type Known = (pg_sys::Oid, u64, Watched);
+
+thread_local! {
+    static KNOWN: RefCell<Vec<Known>> = const { RefCell::new(Vec::new()) };
+}
+
+/// The rows of an UPDATE that differ in a column that means something.
+///
+/// # Errors
+/// A cancel, or a lock that could not be had in time.
+pub fn left_of(call: &TriggerCall) -> Result<Left> {
+    let generation = invalidation::generation();
+    let known = KNOWN.with_borrow_mut(|k| {
+        let at = k.iter().position(|(trigger, _, _)| *trigger == call.trigger)?;
+        Some(k.swap_remove(at))
+    });
+    let watched = match known {
+        Some((_, at, watched)) if at == generation => watched,
+        stale => {
+            if let Some((_, _, Watched::These(watch))) = stale {
+                watch.free();
+            }
+            match subtransaction(|| find(call)) {
+                Ok(watched) => watched,
+                Err(e) if e.is_cancel() || e.is_lock() => return Err(e),
+                // Whatever it is: where it matters, the trigger meets it again, and notes it.
+                Err(_) => return Ok(Left::Everything),
+            }
+        }
+    };
+    // Taken out meanwhile: an error that unwinds from here leaves nothing behind that could be used again.
+    let left = match &watched {
+        Watched::All => Left::Everything,
+        Watched::Nothing => Left::Nothing,
+        Watched::These(watch) => match watch.differing(call) {
+            Differing::None => Left::Nothing,
+            Differing::Some(call) => Left::Call(call),
+            Differing::Unknown => Left::Everything,
+        },
+    };
+    KNOWN.with_borrow_mut(|k| k.push((call.trigger, invalidation::generation(), watched)));
+    Ok(left)
+}
+
+fn find(call: &TriggerCall) -> Result<Watched> {
+    let args = call.args();
+    let [policy, alias] = args.as_slice() else {
+        return Err(Error::internal(
+            "a trigger of amazon_pii has other arguments than it was made with",
+        ));
+    };
+    // A partition's columns have numbers of their own.
+    invalidation::watch(std::iter::once(call.relation))?;
+    let plan = cached(policy)?;
+    let entry = plan
+        .entries
+        .iter()
+        .find(|e| e.alias == *alias)
+        .ok_or_else(|| Error::undefined(format!("policy \"{policy}\" has no entry \"{alias}\"")))?;
+    if !speaks_for(&plan.tables[entry.table], call)? {
+        return Ok(Watched::Nothing);
+    }
+    match names(&plan, entry.table)? {
+        Some(names) => Ok(Watched::These(Watch::of(call, &names)?)),
+        None => Ok(Watched::All),
+    }
+}
+
+/// The columns of a table that the policy's expressions read, those of its key and those that it treats; `None` for all.
+fn names(plan: &Plan, index: usize) -> Result<Option<Vec<String>>> {
+    let table = &plan.tables[index];
+    let mut names: Vec<String> = table.key.iter().map(|(name, _)| name.bare().to_owned()).collect();
+    names.extend(table.cells.iter().map(|c| c.name.bare().to_owned()));
+    let expressions = expressions(plan, index);
+    if !expressions.is_empty() {
+        let query = format!(
+            "SELECT {} FROM {} AS {}",
+            expressions.join(", "),
+            table.relation,
+            table.relation.name
+        );
+        let read = act_as(Identity::Owner(table.owner), &plan.search_path, &[], || {
+            columns::read_by(&query)
+        })?;
+        match read {
+            Some(read) => names.extend(read),
+            None => return Ok(None),
+        }
+    }
+    Ok(Some(names))
+}
+
+/// Everything that the policy evaluates over a row of a table.
+fn expressions(plan: &Plan, index: usize) -> Vec<String> {
+    let mut out: Vec<String> = Vec::new();
+    let table = &plan.tables[index];
+    out.extend(
+        table
+            .cells
+            .iter()
+            .filter_map(|c| c.expression.as_ref())
+            .map(Expr::to_string),
+    );
+    for entry in &plan.entries {
+        if entry.table == index {
+            out.extend(entry.on_child.iter().map(Expr::to_string));
+            out.extend(entry.filter.iter().chain(&entry.number).map(Expr::to_string));
+            out.extend(entry.not_before.clone());
+        }
+        if entry.parent.is_some_and(|p| plan.entries[p].table == index) {
+            out.extend(entry.on_parent.iter().map(Expr::to_string));
+        }
+    }
+    for anchor in &plan.anchors {
+        match anchor {
+            AnchorPlan::Order(sql) if index == 0 => out.push(sql.clone()),
+            AnchorPlan::Linked {
+                entry,
+                at,
+                filter,
+                complete,
+            } => {
+                if plan.entries[*entry].table == index {
+                    out.push(at.clone());
+                    out.extend(filter.iter().map(Expr::to_string));
+                }
+                if index == 0 {
+                    out.extend(complete.iter().map(Expr::to_string));
+                }
+            }
+            AnchorPlan::Order(_) => {}
+        }
+    }
+    if index == 0 {
+        out.push(plan.amazon.to_string());
+        out.extend(plan.number.iter().chain(&plan.replaces).map(Expr::to_string));
+        out.extend(plan.placed.clone());
+    }
+    out
+}
