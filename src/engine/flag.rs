@@ -327,18 +327,19 @@ fn flagged_numbers(plan: &Plan, numbers: &[&str]) -> Result<HashSet<String>> {
     rows.iter().map(|r| r.string(0)).collect()
 }
 
-/// Rows that were there before are looked up as they were before the statement; new ones need no such look.
+/// Rows that were there before are looked up as they were before the statement; new ones need no such look. `OFFSET 0`
+/// keeps each moment from being worked out once for every column that is made of it.
 const UPSERT: &str = "WITH written AS (INSERT INTO amazon_pii.order_state AS o (policy, order_key, order_number, status, flagged_by, anchor_at, \
            archive_due_at, redact_due_at, next_due_at, stale_at) \
              SELECT $1, k, n, CASE WHEN a IS NULL THEN 'flagged' ELSE 'scheduled' END, $5, a, a + $6::interval, \
-                    a + $7::interval, a + $6::interval, CASE WHEN a IS NULL THEN p::timestamptz + $10::interval END \
-             FROM (SELECT k, n, p, CASE WHEN pg_catalog.isfinite(t::timestamptz) THEN t::timestamptz END AS a \
-                   FROM ROWS FROM (pg_catalog.unnest($2), pg_catalog.unnest($3), pg_catalog.unnest($4), \
-                        pg_catalog.unnest($9)) AS u (k, n, t, p)) AS s \
+                    a + $7::interval, a + $6::interval, CASE WHEN a IS NULL THEN p + $10::interval END \
+             FROM (SELECT k, n, p, CASE WHEN pg_catalog.isfinite(t) THEN t END AS a \
+                   FROM ROWS FROM (pg_catalog.unnest($2), pg_catalog.unnest($3), pg_catalog.unnest($4::timestamptz[]), \
+                        pg_catalog.unnest($9::timestamptz[])) AS u (k, n, t, p) OFFSET 0) AS s \
              WHERE $8 OR NOT EXISTS (SELECT FROM amazon_pii.order_state AS e WHERE e.policy = $1 AND e.order_key = s.k \
                 AND e.status <> 'gone' AND e.order_number IS NOT DISTINCT FROM s.n AND (e.archived_at IS NOT NULL \
                      OR e.anchor_at IS NOT DISTINCT FROM s.a \
-                        AND e.stale_at IS NOT DISTINCT FROM CASE WHEN s.a IS NULL THEN s.p::timestamptz + $10::interval END)) \
+                        AND e.stale_at IS NOT DISTINCT FROM CASE WHEN s.a IS NULL THEN s.p + $10::interval END)) \
              ON CONFLICT (policy, order_key) DO UPDATE SET \
                 order_number = EXCLUDED.order_number, stale_at = EXCLUDED.stale_at, \
                 status = CASE WHEN o.status IN ('flagged', 'scheduled') AND o.archived_at IS NULL OR o.status = 'gone' THEN EXCLUDED.status ELSE o.status END, \
