@@ -97,7 +97,8 @@ CREATE TABLE amazon_pii.record_state (
 COMMENT ON TABLE amazon_pii.record_state IS 'Records that do not fare as their order does: waiting, retrieved, gone, or come back after redaction';
 COMMENT ON COLUMN amazon_pii.record_state.witness IS 'The order that was last seen keeping a shared record alive';
 CREATE INDEX record_state_retrieved ON amazon_pii.record_state (table_name, record_key) WHERE status = 'retrieved';
-CREATE INDEX record_state_waiting ON amazon_pii.record_state (record_key) WHERE status = 'waiting';
+-- The newest entry of a record names the order that was last seen keeping it alive.
+CREATE INDEX record_state_waiting ON amazon_pii.record_state (record_key, table_name, changed_at) WHERE status = 'waiting';
 CREATE INDEX record_state_record ON amazon_pii.record_state (table_name, record_key);
 
 CREATE TABLE amazon_pii.touched (

@@ -1,10 +1,10 @@
 use pgrx::pg_sys;
 
-use crate::engine::cycle;
+use crate::engine::{cycle, turn};
 use crate::pg::call::{Call, export, row_of_numbers};
 use crate::pg::error::{Error, Result};
 use crate::pg::identity::{is_superuser, require_role};
-use crate::pg::xact::{self, Boundary};
+use crate::pg::xact::{self, Boundary, Mode};
 
 export!(take_turn_wrapper, pg_finfo_take_turn_wrapper, take_turn);
 export!(run_cycle_wrapper, pg_finfo_run_cycle_wrapper, run_cycle);
@@ -16,7 +16,7 @@ fn take_turn(call: Call) -> Result<pg_sys::Datum> {
     let policy = call
         .text(0)
         .ok_or_else(|| Error::invalid("the policy must not be null"))?;
-    cycle::take_turn(&policy)?;
+    turn::take(&policy, Mode::Alone)?;
     Ok(pg_sys::Datum::null())
 }
 

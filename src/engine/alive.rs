@@ -1,18 +1,23 @@
 //! Rows that several orders share: who still needs them. Decided on the source tables, by every policy that names the
 //! table; what is not tracked keeps a row alive.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 use super::due::{Clock, REDACT_DUE};
 use super::plan::{Entry, Plan, Table};
-use super::walk::{self, FIRST, Values, by_key, key_text, up};
+use super::turn;
+use super::walk::{self, FIRST, Values, by_key, key_parts, key_text, up_some};
 use crate::pg::error::Result;
 use crate::pg::ident::Expr;
-use crate::pg::identity::{as_extension, on_keys};
+use crate::pg::identity::{Identity, OWN_PATH, act_as, as_extension, on_keys};
 use crate::pg::sql::{self, Arg};
 
-/// Users of a row that are looked at before all of them are.
-const FIRST_LOOK: u32 = 200;
+/// Users of each row that are looked at first; most rows have fewer.
+const FIRST_LOOK: u32 = 50;
+
+/// Users of all rows together that a batch reads after that. A row with more of them is looked at as a whole only for an
+/// order that came back for it.
+const SECOND_LOOK: usize = 5000;
 
 /// Orders of the batch that asks.
 #[derive(Default)]
@@ -23,38 +28,69 @@ pub struct Ours {
     pub staying: Vec<String>,
 }
 
-/// For each row the key of an order that keeps it alive, if any does.
+/// What keeps a shared row alive.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Keeper {
+    /// An order of the policy that asks, tracked or not.
+    Own(String),
+    /// An order of another policy.
+    Other(String),
+    /// That it has too many users to look at here.
+    Unsure,
+}
+
+/// A row that somebody may need.
+pub struct Asked {
+    pub key: Values,
+    /// An order was taken once more: all users of the row are looked at, however many there are.
+    pub whole: bool,
+}
+
+/// For each row what keeps it alive, if anything does.
 ///
 /// # Errors
 /// Errors of the server; a row whose users cannot be found out must not be overwritten.
-pub fn witnesses(
+pub fn keepers(
     plan: &Plan,
     others: &[Plan],
     table: usize,
-    rows: &[Values],
+    rows: &[Asked],
     ours: &Ours,
     clock: &Clock,
-) -> Result<Vec<Option<String>>> {
+) -> Result<Vec<Option<Keeper>>> {
     let relation = plan.tables[table].relation.oid;
-    let amazon_only = plan.tables[table].amazon_only;
-    let mut out: Vec<Option<String>> = vec![None; rows.len()];
+    let mut out: Vec<Option<Keeper>> = vec![None; rows.len()];
+    let none = Ours::default();
     for user in std::iter::once(plan).chain(others) {
-        let none = Ours::default();
         let own = std::ptr::eq(user, plan);
-        let ours = if own { ours } else { &none };
         let Some(theirs) = user.tables.iter().position(|t| t.relation.oid == relation) else {
             continue;
         };
-        for limit in [Some(FIRST_LOOK), None] {
-            let open: Vec<usize> = (0..rows.len()).filter(|i| out[*i].is_none()).collect();
-            let keys: Vec<Values> = open.iter().map(|i| rows[*i].clone()).collect();
-            let users = users(user, theirs, &keys, limit)?;
-            let full = limit.is_some_and(|l| users.len() >= l as usize);
-            for (input, order) in alive(user, users, ours, own, clock, amazon_only)? {
-                out[open[input]].get_or_insert(order);
-            }
-            if !full {
-                break;
+        let mut look = Look {
+            plan: user,
+            table: theirs,
+            own,
+            ours: if own { ours } else { &none },
+            clock,
+            amazon_only: plan.tables[table].amazon_only,
+            rows,
+            out: &mut out,
+        };
+        let open = (0..rows.len()).filter(|i| look.out[*i].is_none()).collect();
+        let mut large = look.at(open, Some(FIRST_LOOK))?.1;
+        if own && !large.is_empty() {
+            large = look.at_last_seen(large)?;
+        }
+        let each = u32::try_from(SECOND_LOOK / large.len().max(1)).unwrap_or(u32::MAX);
+        if each > FIRST_LOOK && !large.is_empty() {
+            large = look.at(large, Some(each))?.1;
+        }
+        let mut read = 0;
+        for row in large {
+            if rows[row].whole && read < SECOND_LOOK {
+                read += look.at(vec![row], None)?.0;
+            } else {
+                look.out[row] = Some(Keeper::Unsure);
             }
         }
     }
@@ -64,17 +100,77 @@ pub fn witnesses(
 /// A user of a row: which row, the order's key, whether it is an Amazon order.
 type User = (usize, String, bool);
 
-/// The orders of a policy that use rows of one of its tables.
-fn users(plan: &Plan, table: usize, rows: &[Values], limit: Option<u32>) -> Result<Vec<User>> {
+/// A search among the orders of one policy.
+struct Look<'a> {
+    plan: &'a Plan,
+    table: usize,
+    /// It is the policy that asks.
+    own: bool,
+    ours: &'a Ours,
+    clock: &'a Clock,
+    amazon_only: bool,
+    rows: &'a [Asked],
+    out: &'a mut [Option<Keeper>],
+}
+
+impl Look<'_> {
+    /// Looks at some users of each of these rows. Returns how many it read, and the rows that have more of them and of
+    /// which nobody was found.
+    fn at(&mut self, open: Vec<usize>, limit: Option<u32>) -> Result<(usize, Vec<usize>)> {
+        let keys: Vec<Values> = open.iter().map(|i| self.rows[*i].key.clone()).collect();
+        let (users, cut) = users(self.plan, self.table, &keys, limit)?;
+        let read = users.len();
+        self.note(&open, users)?;
+        let more = |n: &usize| cut.contains(n) && self.out[open[*n]].is_none();
+        Ok((read, (0..open.len()).filter(more).map(|n| open[n]).collect()))
+    }
+
+    /// Asks the order that was last seen keeping a row alive. Returns the rows of which it is no user any more, or lets go.
+    fn at_last_seen(&mut self, open: Vec<usize>) -> Result<Vec<usize>> {
+        let keys = open
+            .iter()
+            .map(|i| key_text(&self.rows[*i].key))
+            .collect::<Result<Vec<_>>>()?;
+        let seen = last_seen(self.plan, self.table, &keys)?;
+        let users = still_users(self.plan, self.table, &keys, &seen)?;
+        self.note(&open, users)?;
+        Ok(open.into_iter().filter(|i| self.out[*i].is_none()).collect())
+    }
+
+    /// Notes for each row the one of its living users that will probably go last: it is asked first the next time.
+    fn note(&mut self, open: &[usize], users: Vec<User>) -> Result<()> {
+        let mut best: HashMap<usize, (i64, String)> = HashMap::new();
+        for (row, order, goes) in alive(self.plan, users, self.ours, self.own, self.clock, self.amazon_only)? {
+            match best.get(&row) {
+                Some((known, _)) if *known >= goes => {}
+                _ => _ = best.insert(row, (goes, order)),
+            }
+        }
+        for (row, (_, order)) in best {
+            let keeper = if self.own {
+                Keeper::Own(order)
+            } else {
+                Keeper::Other(order)
+            };
+            self.out[open[row]].get_or_insert(keeper);
+        }
+        Ok(())
+    }
+}
+
+/// The orders of a policy that use rows of one of its tables, that many at most for each link; and the rows that may have
+/// more.
+fn users(plan: &Plan, table: usize, rows: &[Values], limit: Option<u32>) -> Result<(Vec<User>, HashSet<usize>)> {
     let orders = plan.orders();
     let mut select = orders.key_list();
     select.push(plan.amazon.to_string());
     let mut out = Vec::new();
+    let mut cut = HashSet::new();
     for (index, entry) in plan.entries.iter().enumerate().filter(|(_, e)| e.table == table) {
         let found = if entry.parent.is_none() {
             by_key(plan, orders, rows, &select)?
         } else if let Some(starts) = own_keys(&plan.tables[table], entry, rows) {
-            up(plan, index, starts, &select, limit)?
+            up_some(plan, index, starts, &select, limit, &mut cut)?
         } else {
             let mut links = walk::select_all(&entry.on_child);
             links.extend(entry.filter.as_ref().map(ToString::to_string));
@@ -83,11 +179,65 @@ fn users(plan: &Plan, table: usize, rows: &[Values], limit: Option<u32>) -> Resu
                 .filter(|f| entry.filter.is_none() || f.row.bool(FIRST + entry.on_child.len()).unwrap_or(false))
                 .map(|f| Ok((f.input, f.row.texts(FIRST..FIRST + entry.on_child.len())?)))
                 .collect::<Result<Vec<_>>>()?;
-            up(plan, index, starts, &select, limit)?
+            up_some(plan, index, starts, &select, limit, &mut cut)?
         };
         for f in found {
             let key = key_text(&f.row.texts(FIRST..FIRST + orders.key.len())?)?;
             out.push((f.input, key, f.row.bool(FIRST + orders.key.len())?));
+        }
+    }
+    Ok((out, cut))
+}
+
+/// The index has the newest entry of a record last.
+const NEWEST: &[(&str, &str)] = &[
+    ("enable_seqscan", "off"),
+    ("enable_bitmapscan", "off"),
+    ("enable_sort", "off"),
+    ("enable_hashjoin", "off"),
+    ("enable_mergejoin", "off"),
+];
+
+/// For each row the order that was last seen keeping it alive: (position, order).
+fn last_seen(plan: &Plan, table: usize, rows: &[String]) -> Result<Vec<(usize, String)>> {
+    let found = act_as(Identity::Extension, OWN_PATH, NEWEST, || {
+        sql::read(
+            "SELECT n.i - 1, w.witness FROM pg_catalog.unnest($1) WITH ORDINALITY AS n (k, i) CROSS JOIN LATERAL ( \
+                SELECT r.witness FROM amazon_pii.record_state r WHERE r.status = 'waiting' AND r.record_key = n.k \
+                   AND r.table_name = $2 AND r.policy = $3 AND r.witness IS NOT NULL ORDER BY r.changed_at DESC LIMIT 1) AS w",
+            &[
+                Arg::texts(rows),
+                Arg::Text(Some(&plan.tables[table].archived_as)),
+                Arg::Text(Some(&plan.policy)),
+            ],
+        )
+    })?;
+    found
+        .iter()
+        .map(|r| Ok((usize::try_from(r.int(0)?).unwrap_or(usize::MAX), r.string(1)?)))
+        .collect()
+}
+
+/// Those of the orders that use their row today.
+fn still_users(plan: &Plan, table: usize, rows: &[String], seen: &[(usize, String)]) -> Result<Vec<User>> {
+    let orders = seen.iter().map(|s| key_parts(&s.1)).collect::<Result<Vec<_>>>()?;
+    let amazon = by_key(plan, plan.orders(), &orders, &[plan.amazon.to_string()])?
+        .into_iter()
+        .map(|f| Ok((f.input, f.row.bool(FIRST)?)))
+        .collect::<Result<HashMap<_, _>>>()?;
+    let select = plan.tables[table].key_list();
+    let mut out = Vec::new();
+    for (index, entry) in plan.entries.iter().enumerate().filter(|(_, e)| e.table == table) {
+        let reached = if entry.parent.is_none() {
+            by_key(plan, plan.orders(), &orders, &select)?
+        } else {
+            walk::down(plan, &orders, index, &select, None)?
+        };
+        for f in reached {
+            let (row, order) = &seen[f.input];
+            if key_text(&f.row.texts(FIRST..FIRST + select.len())?)? == rows[*row] {
+                out.push((*row, order.clone(), amazon.get(&f.input).copied().unwrap_or(false)));
+            }
         }
     }
     Ok(out)
@@ -107,11 +257,14 @@ fn own_keys(table: &Table, entry: &Entry, rows: &[Values]) -> Option<Vec<(usize,
     Some(rows.iter().enumerate().map(|(i, row)| (i, link(row))).collect())
 }
 
-/// Those users that still need the row.
+/// An order of the policy that asks lets go of shared rows once it is redacted and has nothing new to archive: a copy that
+/// was made earlier may be out of date by now.
+const LET_GO: &str = "(o.status = 'purged' OR (o.status = 'redacted' AND (o.next_due_at IS NULL OR o.next_due_at > pg_catalog.clock_timestamp())))";
+
+/// Those users that still need the row, with the second in which they will let go at the earliest.
 ///
-/// An order of the policy that asks lets go once it is redacted and has nothing new to archive: a copy that was made
-/// earlier may be out of date by now. Orders of other policies let go when they are due: their cycles take no turns
-/// with this one, and two that waited for each other would leave the row behind.
+/// Orders of other policies let go when they are due: their cycles take no turns with this one, and two that waited for
+/// each other would leave the row behind.
 fn alive(
     plan: &Plan,
     users: Vec<User>,
@@ -119,10 +272,11 @@ fn alive(
     own: bool,
     clock: &Clock,
     amazon_only: bool,
-) -> Result<Vec<(usize, String)>> {
+) -> Result<Vec<(usize, String, i64)>> {
+    let leaving: HashSet<&str> = ours.leaving.iter().map(String::as_str).collect();
     let users: Vec<User> = users
         .into_iter()
-        .filter(|(_, key, amazon)| (*amazon || !amazon_only) && !ours.leaving.contains(key))
+        .filter(|(_, key, amazon)| (*amazon || !amazon_only) && !leaving.contains(key.as_str()))
         .collect();
     if users.is_empty() {
         return Ok(Vec::new());
@@ -131,11 +285,9 @@ fn alive(
     let rows = on_keys(|| {
         sql::read(
             &format!(
-                "SELECT o.order_key FROM amazon_pii.order_state o \
-                 WHERE o.policy IS NOT DISTINCT FROM $1 AND o.order_key = ANY ($3) \
-                   AND (o.status = 'purged' \
-                    OR (o.status = 'redacted' AND (NOT $5 OR o.next_due_at IS NULL OR o.next_due_at > pg_catalog.clock_timestamp())) \
-                    OR (o.status = 'archived' AND NOT $5 AND {REDACT_DUE}))"
+                "SELECT o.order_key, {LET_GO} OR (NOT $5 AND (o.status = 'redacted' OR (o.status = 'archived' AND {REDACT_DUE}))), \
+                    pg_catalog.date_part('epoch', GREATEST(o.redact_due_at, o.retrieved_until, o.held_until))::bigint \
+                 FROM amazon_pii.order_state o WHERE o.policy IS NOT DISTINCT FROM $1 AND o.order_key = ANY ($3)"
             ),
             &[
                 Arg::Text(Some(&plan.policy)),
@@ -146,10 +298,102 @@ fn alive(
             ],
         )
     })?;
-    let done = rows.iter().map(|r| r.string(0)).collect::<Result<HashSet<_>>>()?;
-    // What is not tracked needs its rows.
-    let needs = |key: &String| ours.staying.contains(key) || !done.contains(key);
-    Ok(users.into_iter().filter(|u| needs(&u.1)).map(|u| (u.0, u.1)).collect())
+    // What is not tracked needs its rows for good, and what is not dispatched for long.
+    let mut known = HashMap::new();
+    for row in &rows {
+        let goes = row.text(2)?.and_then(|t| t.parse().ok()).unwrap_or(i64::MAX);
+        known.insert(row.str(0)?, (row.bool(1)?, goes));
+    }
+    let mut out = Vec::new();
+    for (row, key, _) in users {
+        let (done, goes) = known.get(key.as_str()).copied().unwrap_or((false, i64::MAX));
+        if !done || ours.staying.contains(&key) {
+            out.push((row, key, goes));
+        }
+    }
+    Ok(out)
+}
+
+/// A shared row that was left alone, with the first order of the batch that waits for it.
+#[derive(Debug)]
+pub struct Waiting {
+    pub order_key: String,
+    pub keeper: Keeper,
+}
+
+/// Last look of a batch at the rows that it left alone, when everything is written. Two transactions that redact two orders
+/// of one customer at the same time each see the other as not redacted yet: the one that commits later sees it here, and
+/// its order comes back for the row. Returns the orders that come back at the end of the cycle, for rows with many users.
+///
+/// # Errors
+/// Errors of the server.
+pub fn settle(plan: &Plan, clock: &Clock, waiting: &[Waiting], together: bool) -> Result<Vec<String>> {
+    let mut by_keeper: HashMap<&str, Vec<&str>> = HashMap::new();
+    let mut unsure = Vec::new();
+    for row in waiting {
+        match &row.keeper {
+            // Who works alone saw everything that there is.
+            Keeper::Own(keeper) if together => by_keeper.entry(keeper).or_default().push(&row.order_key),
+            Keeper::Unsure => unsure.push(row.order_key.clone()),
+            Keeper::Own(_) | Keeper::Other(_) => {}
+        }
+    }
+    if !unsure.is_empty() {
+        on_keys(|| {
+            sql::execute(
+                // Later than what this cycle takes, or it would take nothing else; a cycle that never ends leaves it to the next.
+                "UPDATE amazon_pii.order_state o SET next_due_at = GREATEST($3::timestamptz, $4::timestamptz) + '1 millisecond'::interval \
+                 WHERE o.policy IS NOT DISTINCT FROM $1 AND o.order_key = ANY ($2) AND o.status = 'redacted'",
+                &[
+                    Arg::Text(Some(&plan.policy)),
+                    Arg::texts(&unsure),
+                    Arg::Text(Some(&clock.now)),
+                    Arg::Text(Some(&clock.redact)),
+                ],
+            )
+        })?;
+    }
+    if !by_keeper.is_empty() {
+        turn::before_commit(&plan.policy)?;
+        let keepers: Vec<&str> = by_keeper.keys().copied().collect();
+        let gone = on_keys(|| {
+            sql::read(
+                &format!(
+                    "SELECT o.order_key FROM amazon_pii.order_state o WHERE o.policy IS NOT DISTINCT FROM $1 \
+                     AND o.order_key = ANY ($2) AND {LET_GO}"
+                ),
+                &[Arg::Text(Some(&plan.policy)), Arg::texts(&keepers)],
+            )
+        })?;
+        let mut back = Vec::new();
+        for row in &gone {
+            back.extend(by_keeper.remove(row.str(0)?).unwrap_or_default());
+        }
+        come_back(plan, clock, &back)?;
+    }
+    Ok(unsure)
+}
+
+/// Redacted orders that this cycle takes once more.
+///
+/// # Errors
+/// Errors of the server.
+pub fn come_back(plan: &Plan, clock: &Clock, orders: &[impl AsRef<str>]) -> Result<()> {
+    if orders.is_empty() {
+        return Ok(());
+    }
+    on_keys(|| {
+        sql::execute(
+            "UPDATE amazon_pii.order_state o SET next_due_at = $3::timestamptz \
+             WHERE o.policy IS NOT DISTINCT FROM $1 AND o.order_key = ANY ($2) AND o.status = 'redacted'",
+            &[
+                Arg::Text(Some(&plan.policy)),
+                Arg::texts(orders),
+                Arg::Text(Some(&clock.now)),
+            ],
+        )
+    })?;
+    Ok(())
 }
 
 /// The other policies that name a table of this one, ready.

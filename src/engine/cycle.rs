@@ -1,38 +1,28 @@
 //! One pass over what is due: flag, archive, redact, batch by batch, each batch two transactions. The same code
 //! serves the worker, `CALL run_cycle()` and the tests.
 
-use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
-use sha2::{Digest, Sha256};
+use serde::{Deserialize, Serialize};
 
-use super::alive;
-use super::archive;
-use super::audit;
-use super::due::{self, Clock, Due};
+use super::batch::Batches;
+use super::due::{Clock, Share};
 use super::news;
-use super::overwrite;
 use super::plan::Plan;
-use super::redact;
 use super::rekey;
 use super::state;
 use super::sweep;
 use super::touched;
 use super::trigger_ddl;
+use super::turn;
 use crate::domain::clock::horizons;
-use crate::domain::vault::MasterKeys;
 use crate::pg::error::{Error, Result};
 use crate::pg::identity::{as_extension, session_user};
 use crate::pg::sql::{self, Arg};
 use crate::pg::subxact::subtransaction;
-use crate::pg::xact::{self, Boundary};
+use crate::pg::xact::{self, Boundary, Mode};
 use crate::pg::{deadline, guc, keys};
-
-/// A batch of which nothing is known yet may hold scanned invoices.
-const FIRST_BATCH: i64 = 16;
-
-/// Text in one batch above which the next one is smaller; a batch needs several times as much memory.
-const MUCH_TEXT: usize = 16 * 1024 * 1024;
+use crate::worker::helper::Team;
 
 /// How often a long run says how far it is.
 const TELL_EVERY: Duration = Duration::from_secs(10);
@@ -49,7 +39,8 @@ pub struct Counts {
 }
 
 impl Counts {
-    fn add(&mut self, other: Self) {
+    /// Adds what another did.
+    pub fn add(&mut self, other: Self) {
         self.flagged += other.flagged;
         self.archived += other.archived;
         self.redacted += other.redacted;
@@ -113,37 +104,20 @@ fn note_error(policy: &str, error: &Error) -> Result<()> {
     Ok(())
 }
 
-/// Two cycles of one policy take turns, batch by batch; correctness rests on the row locks in `order_state`. Who holds
-/// the turn keeps them waiting until the transaction ends.
-///
-/// # Errors
-/// 55P03 when the session's `lock_timeout` is over.
-pub fn take_turn(policy: &str) -> Result<()> {
-    let class = as_extension(|| {
-        let rows = sql::read("SELECT 'amazon_pii.policy'::pg_catalog.regclass::pg_catalog.oid", &[])?;
-        rows.first().ok_or_else(|| Error::internal("no row"))?.oid(0)
-    })?;
-    // Outside of the pins: the wait for the other cycle has no limit but the session's own.
-    let digest = Sha256::digest(policy.as_bytes());
-    xact::take_turn(class, u32::from_be_bytes([digest[0], digest[1], digest[2], digest[3]]))
-}
-
 struct Run<'a> {
     plan: &'a Plan,
-    keys: MasterKeys,
-    clock: Clock,
     boundary: Boundary,
-    counts: Counts,
+    batches: Batches<'a>,
+    /// Other processes that work on the same cycle.
+    team: Option<Team>,
+    /// Had a team: once a cycle is enough.
+    helped: bool,
     /// Of its row in `run`, once it has one.
     id: Option<i64>,
-    /// Orders in the next batch: few at first, and fewer where they hold much.
-    limit: i64,
     /// What went wrong with flagging.
     trouble: Option<Error>,
     /// When the caller was last told how far it is.
     told: Instant,
-    /// Orders that were already archived again in this cycle: a second time they wait.
-    set_back: HashSet<String>,
 }
 
 fn run_policy(policy: &str, sweep: bool, boundary: Boundary) -> Result<Counts> {
@@ -152,7 +126,7 @@ fn run_policy(policy: &str, sweep: bool, boundary: Boundary) -> Result<Counts> {
         // They stay for the next cycle; what is due does not wait for that.
         _ => boundary.commit()?,
     }
-    take_turn(policy)?;
+    turn::take(policy, Mode::Alone)?;
     let plan = Plan::load(policy)?;
     if !plan.enabled || plan.suspended.is_some() {
         let counts = Counts {
@@ -170,29 +144,67 @@ fn run_policy(policy: &str, sweep: bool, boundary: Boundary) -> Result<Counts> {
     boundary.commit()?;
     let mut run = Run {
         plan: &plan,
-        keys,
-        clock,
         boundary,
-        counts: Counts::default(),
+        batches: Batches::new(&plan, keys, clock, boundary),
+        team: None,
+        helped: false,
         id: None,
-        limit: FIRST_BATCH,
         trouble: None,
         told: Instant::now(),
-        set_back: HashSet::new(),
     };
     run.flag(sweep)?;
     // What flagging has just found due belongs to this cycle.
-    run.clock = self::clock(&plan)?;
-    while run.batch()? {
-        run.report()?;
-    }
-    run.counts.overdue = overdue(policy)?;
-    if run.counts.overdue > 0 {
-        announce_overdue(policy, run.counts.overdue)?;
+    run.batches.clock = self::clock(&plan)?;
+    run.work()?;
+    run.batches.counts.overdue = overdue(policy)?;
+    if run.batches.counts.overdue > 0 {
+        announce_overdue(policy, run.batches.counts.overdue)?;
     }
     run.finish()?;
     boundary.commit()?;
-    Ok(run.counts)
+    Ok(run.batches.counts)
+}
+
+/// What a helper is told.
+#[derive(Serialize, Deserialize)]
+pub struct Task {
+    pub policy: String,
+    version: i64,
+    clock: Clock,
+    pub share: Share,
+    /// In whose name it works.
+    pub user: String,
+    pub actor: Option<String>,
+}
+
+/// Works on a share of another process's cycle, until nothing of it is due. Called with an open transaction, leaves one
+/// open.
+///
+/// # Errors
+/// As [`run`]; the other process does what is left then.
+pub fn help(task: Task, tell: impl Fn(&Counts)) -> Result<()> {
+    let _limited = deadline::limit();
+    let boundary = Boundary::Worker;
+    boundary.commit()?;
+    let plan = Plan::load(&task.policy)?;
+    if plan.version != task.version {
+        return Ok(());
+    }
+    let keys = keys::master_keys()?;
+    let mut batches = Batches::new(&plan, keys, task.clock, boundary);
+    batches.share = task.share;
+    batches.mode = Mode::Shared;
+    loop {
+        let batch = batches.take()?;
+        if batch.is_empty() {
+            if !batches.last_looks()? {
+                return Ok(());
+            }
+        } else {
+            batches.work(batch)?;
+        }
+        tell(&batches.counts);
+    }
 }
 
 /// The instants of a cycle that begins now.
@@ -208,12 +220,12 @@ impl Run<'_> {
         self.step(|run| trigger_ddl::ensure(run.plan))?;
         self.step(|run| {
             let (flagged, trouble) = touched::settle(run.plan)?;
-            run.counts.flagged += flagged;
+            run.batches.counts.flagged += flagged;
             run.trouble = trouble.or(run.trouble.take());
             Ok(())
         })?;
         self.step(|run| {
-            for (order, error) in rekey::settle(run.plan, &run.keys)? {
+            for (order, error) in rekey::settle(run.plan, &run.batches.keys)? {
                 state::troubled(run.plan, &order, &error)?;
             }
             Ok(())
@@ -225,8 +237,8 @@ impl Run<'_> {
         while more {
             more = false;
             self.step(|run| {
-                if let Some(slice) = sweep::slice(run.plan, &run.clock)? {
-                    run.counts.flagged += slice.flagged;
+                if let Some(slice) = sweep::slice(run.plan, &run.batches.clock)? {
+                    run.batches.counts.flagged += slice.flagged;
                     run.trouble = slice.trouble.or(run.trouble.take());
                     run.start()?;
                     more = true;
@@ -250,123 +262,77 @@ impl Run<'_> {
         self.boundary.commit()
     }
 
-    /// One batch; false when nothing is due any more.
-    fn batch(&mut self) -> Result<bool> {
-        take_turn(&self.plan.policy)?;
-        let batch = due::take(self.plan, &self.clock, self.limit.min(guc::batch_size()))?;
-        if batch.is_empty() {
-            self.boundary.commit()?;
-            return Ok(false);
-        }
-        self.start()?;
-        let (copy, ready): (Vec<Due>, Vec<Due>) = batch.into_iter().partition(Due::needs_copy);
-        let mut to_redact = ready;
-        let mut bytes = 0;
-        for (mut orders, archived) in self.contained(copy, |run, orders| archive::batch(run.plan, &run.keys, orders))? {
-            self.counts.archived += archived.orders;
-            bytes += archived.bytes;
-            for (due, records) in orders.iter_mut().zip(archived.records) {
-                due.records = records;
-                due.copied = true;
+    /// All that is due. Calls others for help when that is much, and takes over from those that end too early.
+    fn work(&mut self) -> Result<()> {
+        loop {
+            if let Some(team) = &self.team {
+                self.batches.share.parts = std::iter::once(0).chain(team.left_alone()).collect();
             }
-            to_redact.extend(orders.into_iter().filter(|d| d.redact));
-        }
-        self.boundary.commit()?;
-
-        take_turn(&self.plan.policy)?;
-        to_redact.retain(|d| d.redact);
-        let locked = due::relock(self.plan, &self.clock, to_redact)?;
-        if !locked.is_empty() {
-            let others = alive::other_policies(self.plan)?;
-            let results = self.contained(locked, |run, orders| {
-                redact::batch(run.plan, &others, &run.keys, &run.clock, orders)
-            })?;
-            for (orders, outcome) in results {
-                bytes = bytes.max(outcome.bytes);
-                self.settle(&orders, &outcome)?;
+            let batch = self.batches.take()?;
+            if !batch.is_empty() {
+                self.start()?;
+                self.batches.work(batch)?;
+                self.report()?;
+                if self.team.is_none() && !self.helped && self.batches.is_backlog() && guc::workers() > 1 {
+                    self.call_help()?;
+                }
+                continue;
+            }
+            if self.batches.last_looks()? {
+                continue;
+            }
+            match &self.team {
+                None => return Ok(()),
+                Some(team) if team.is_done() => self.go_on_alone(),
+                Some(team) => {
+                    team.wait();
+                    self.report()?;
+                    self.boundary.commit()?;
+                }
             }
         }
-        self.limit = if bytes > MUCH_TEXT {
-            (self.limit / 4).max(1)
-        } else {
-            (self.limit * 4).min(guc::batch_size())
-        };
-        self.boundary.commit()?;
-        Ok(true)
     }
 
-    /// Orders that were not redacted in their batch go back, each for its reason.
-    fn settle(&mut self, orders: &[Due], outcome: &redact::Redacted) -> Result<()> {
-        self.counts.redacted += outcome.done;
-        let wait = i64::try_from(guc::naptime()).unwrap_or(60);
-        let locked: Vec<&Due> = outcome.locked.iter().map(|i| &orders[*i]).collect();
-        state::set_back(self.plan, &locked, wait, false)?;
-        let (again, stubborn): (Vec<&Due>, Vec<&Due>) = outcome
-            .unproven
-            .iter()
-            .map(|i| &orders[*i])
-            .partition(|d| self.set_back.insert(d.order_key.clone()));
-        state::set_back(self.plan, &again, 0, true)?;
-        for due in stubborn {
-            self.fail(
-                due,
-                &Error::not_overwritten("its personal data differs from its archived copy again and again"),
-            )?;
+    fn call_help(&mut self) -> Result<()> {
+        self.helped = true;
+        // Another cycle of this policy may have helpers: that one first.
+        let right = turn::hold_help(&self.plan.policy)?;
+        let of = u32::try_from(guc::workers()).unwrap_or(1);
+        let team = Team::call(right, of, |share| Task {
+            policy: self.plan.policy.clone(),
+            version: self.plan.version,
+            clock: self.batches.clock.clone(),
+            share,
+            user: session_user(),
+            actor: guc::actor(),
+        })?;
+        self.batches.share = Share { of, parts: vec![0] };
+        self.batches.mode = Mode::Shared;
+        self.team = Some(team);
+        // With nobody to be had this takes all parts back at once.
+        if self.team.as_ref().is_some_and(Team::is_done) {
+            self.go_on_alone();
         }
         Ok(())
     }
 
-    /// Runs a step for a whole batch in one subtransaction; only when that fails, order by order, so that one bad
-    /// order stops nobody else.
-    fn contained<T>(
-        &mut self,
-        batch: Vec<Due>,
-        step: impl Fn(&Self, &[Due]) -> Result<T>,
-    ) -> Result<Vec<(Vec<Due>, T)>> {
-        let mut out = Vec::new();
-        if batch.is_empty() {
-            return Ok(out);
+    /// The team has ended. What it may have left is looked for once more.
+    fn go_on_alone(&mut self) {
+        if let Some(team) = self.team.take() {
+            self.batches.counts.add(team.counts());
+            team.dismiss();
         }
-        let whole = subtransaction(|| step(self, &batch));
-        match whole {
-            Ok(result) => out.push((batch, result)),
-            Err(e) if e.is_cancel() => return Err(e),
-            // A whole table is locked: each order alone would wait for it as long as the batch did.
-            Err(e) if e.is_lock() && overwrite::is_locked(self.plan)? => {
-                let all: Vec<&Due> = batch.iter().collect();
-                state::copied(self.plan, &all)?;
-                state::set_back(self.plan, &all, i64::try_from(guc::naptime()).unwrap_or(60), false)?;
-            }
-            Err(_) => {
-                for due in batch {
-                    let alone = [due];
-                    match subtransaction(|| step(self, &alone)) {
-                        Ok(result) => out.push((alone.into(), result)),
-                        Err(e) if e.is_cancel() => return Err(e),
-                        Err(e) => self.fail(&alone[0], &e)?,
-                    }
-                }
-            }
-        }
-        Ok(out)
+        self.batches.share = Share::whole();
+        self.batches.mode = Mode::Alone;
     }
 
-    /// Sets an order back with its error; a lock that was not to be had is nobody's fault.
-    fn fail(&mut self, due: &Due, error: &Error) -> Result<()> {
-        state::copied(self.plan, &[due])?;
-        if error.is_lock() {
-            return state::set_back(self.plan, &[due], i64::try_from(guc::naptime()).unwrap_or(60), false);
+    /// What was done so far, by all.
+    fn counts(&self) -> Counts {
+        let mut counts = self.batches.counts;
+        if let Some(team) = &self.team {
+            counts.add(team.counts());
         }
-        self.counts.failed += 1;
-        state::failed(self.plan, due, error)?;
-        audit::insert_under(
-            Some(&self.keys),
-            &[audit::AuditEntry {
-                detail: Some(error.stored()),
-                ..archive::entry("failed", self.plan, due)?
-            }],
-        )?;
-        state::announce(self.plan, "failed", &[due])
+        counts
     }
 
     /// The run's row, once there is something to do: an idle cycle leaves none.
@@ -386,7 +352,7 @@ impl Run<'_> {
 
     /// Progress, for whoever watches and for the run's row.
     fn report(&mut self) -> Result<()> {
-        let c = self.counts;
+        let c = self.counts();
         if self.told.elapsed() > TELL_EVERY {
             self.told = Instant::now();
             pgrx::notice!(
@@ -403,7 +369,7 @@ impl Run<'_> {
     /// The counts so far, or at the end.
     fn record(&self, finished: bool) -> Result<()> {
         let Some(id) = self.id else { return Ok(()) };
-        let c = self.counts;
+        let c = self.counts();
         as_extension(|| {
             sql::execute(
                 "UPDATE amazon_pii.run SET flagged = $2, archived = $3, redacted = $4, failed = $5, overdue = $6, \

@@ -3,6 +3,8 @@
 use std::collections::HashMap;
 use std::rc::Rc;
 
+use serde::{Deserialize, Serialize};
+
 use super::plan::Plan;
 use super::records::RecordList;
 use super::walk::{Values, key_parts};
@@ -40,7 +42,7 @@ impl Due {
 }
 
 /// The instants of one cycle, fixed at its start so that it ends.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Clock {
     pub now: String,
     pub archive: Option<String>,
@@ -57,6 +59,25 @@ impl Clock {
         }
     }
 }
+
+/// Which of a policy's orders one process of a cycle takes. Each order is in one part only: between the two transactions
+/// of a batch nobody else of the same cycle takes it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Share {
+    /// How many parts there are.
+    pub of: u32,
+    pub parts: Vec<u32>,
+}
+
+impl Share {
+    /// All orders.
+    pub fn whole() -> Self {
+        Self { of: 1, parts: vec![0] }
+    }
+}
+
+/// The condition that an order is in one of the parts $8 of $7.
+const IN_SHARE: &str = "($7::bigint = 1 OR (pg_catalog.hashtextextended(o.order_key, 0) & 9223372036854775807) % $7::bigint = ANY ($8::bigint[]))";
 
 /// The condition under which an order's overwrite is due, over `o` with $2 = now and $4 = the redaction horizon.
 pub const REDACT_DUE: &str = "(o.held_until IS NULL OR o.held_until <= $2::timestamptz) AND (o.status = 'redacted' \
@@ -78,7 +99,7 @@ const IN_ORDER: &[(&str, &str)] = &[
 ///
 /// # Errors
 /// Errors of the server.
-pub fn take(plan: &Plan, clock: &Clock, limit: i64) -> Result<Vec<Due>> {
+pub fn take(plan: &Plan, clock: &Clock, share: &Share, limit: i64) -> Result<Vec<Due>> {
     let rows = act_as(Identity::Extension, OWN_PATH, IN_ORDER, || {
         sql::write(
             &format!(
@@ -87,7 +108,7 @@ pub fn take(plan: &Plan, clock: &Clock, limit: i64) -> Result<Vec<Due>> {
                  FROM amazon_pii.order_state o \
                  WHERE o.policy = $1 AND o.next_due_at <= GREATEST($2::timestamptz, $4::timestamptz) \
                    AND (o.next_attempt_at IS NULL OR o.next_attempt_at <= $2::timestamptz) \
-                   AND ((o.archived_at IS NULL AND o.archive_due_at <= $3::timestamptz) OR ({REDACT_DUE})) AND {IN_FORCE} \
+                   AND ((o.archived_at IS NULL AND o.archive_due_at <= $3::timestamptz) OR ({REDACT_DUE})) AND {IN_FORCE} AND {IN_SHARE} \
                  ORDER BY o.next_due_at LIMIT $6 FOR UPDATE OF o SKIP LOCKED"
             ),
             &[
@@ -97,6 +118,8 @@ pub fn take(plan: &Plan, clock: &Clock, limit: i64) -> Result<Vec<Due>> {
                 Arg::Text(Some(&clock.redact)),
                 Arg::Int(plan.version),
                 Arg::Int(limit),
+                Arg::Int(i64::from(share.of)),
+                Arg::Ints(share.parts.iter().map(|p| i64::from(*p)).collect()),
             ],
         )
     })?;

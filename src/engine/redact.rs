@@ -5,7 +5,7 @@ mod changes;
 use changes::Changes;
 use std::collections::{BTreeMap, HashMap, HashSet};
 
-use super::alive;
+use super::alive::{self, Keeper};
 use super::archive::{line, settle_gone, taken_out};
 use super::audit;
 use super::due::{Clock, Due};
@@ -33,6 +33,8 @@ pub struct Redacted {
     pub unproven: Vec<usize>,
     /// Somebody else has a row locked.
     pub locked: Vec<usize>,
+    /// Shared rows that were left alone.
+    pub waiting: Vec<alive::Waiting>,
 }
 
 /// A row to be overwritten, for all orders of the batch that reach it.
@@ -75,25 +77,31 @@ pub fn batch(plan: &Plan, others: &[Plan], keys: &MasterKeys, clock: &Clock, bat
 
     // Deferred triggers of the caller fire as the caller, not as a table's owner.
     xact::fire_deferred()?;
-    let mut waiting = wait_for_others(plan, others, clock, &order_keys, &excluded, &mut targets)?;
+    let mut waiting = wait_for_others(plan, others, clock, batch, &excluded, &mut targets)?;
     lock(plan, &targets, &mut excluded, &mut out)?;
     // What began to use a shared row before it was locked is seen by this second look.
-    waiting.extend(wait_for_others(
-        plan,
-        others,
-        clock,
-        &order_keys,
-        &excluded,
-        &mut targets,
-    )?);
+    waiting.extend(wait_for_others(plan, others, clock, batch, &excluded, &mut targets)?);
     write(plan, &targets, &excluded)?;
 
     let mut changes = Changes::default();
     for target in &targets {
         changes.overwritten(plan, batch, &stored, target, &excluded);
     }
-    for (target, witness) in &waiting {
+    for (target, keeper) in &waiting {
+        let Some((first, _)) = target.notes.iter().find(|(order, _)| !excluded.contains(order)) else {
+            continue;
+        };
+        let order_key = &batch[*first].order_key;
+        let witness = match keeper {
+            Keeper::Own(order) | Keeper::Other(order) => order,
+            // It is the one that comes back for the row.
+            Keeper::Unsure => order_key,
+        };
         changes.waiting(plan, batch, target, &excluded, witness);
+        out.waiting.push(alive::Waiting {
+            order_key: order_key.clone(),
+            keeper: keeper.clone(),
+        });
     }
     let done: Vec<usize> = (0..batch.len()).filter(|i| !excluded.contains(i)).collect();
     changes.left(plan, batch, &stored, &done, live.records.iter().chain(&set_aside));
@@ -298,12 +306,12 @@ fn wait_for_others(
     plan: &Plan,
     others: &[Plan],
     clock: &Clock,
-    order_keys: &[String],
+    batch: &[Due],
     excluded: &HashSet<usize>,
     targets: &mut Vec<Target>,
-) -> Result<Vec<(Target, String)>> {
-    let (staying, leaving): (Vec<_>, Vec<_>) = order_keys.iter().enumerate().partition(|(i, _)| excluded.contains(i));
-    let keys = |list: Vec<(usize, &String)>| list.into_iter().map(|(_, k)| k.clone()).collect::<Vec<_>>();
+) -> Result<Vec<(Target, Keeper)>> {
+    let (staying, leaving): (Vec<_>, Vec<_>) = batch.iter().enumerate().partition(|(i, _)| excluded.contains(i));
+    let keys = |list: Vec<(usize, &Due)>| list.into_iter().map(|(_, d)| d.order_key.clone()).collect::<Vec<_>>();
     let ours = alive::Ours {
         leaving: keys(leaving),
         staying: keys(staying),
@@ -320,24 +328,23 @@ fn wait_for_others(
             target.shared = every || target.stored;
         }
         let asked = |t: &Target| t.table == table && t.shared;
-        let rows: Vec<Values> = targets
+        let rows: Vec<alive::Asked> = targets
             .iter()
             .filter(|t| asked(t))
-            .map(|t| t.write.key.clone())
+            .map(|t| alive::Asked {
+                key: t.write.key.clone(),
+                whole: t.orders.iter().any(|o| batch[*o].status == "redacted"),
+            })
             .collect();
         if rows.is_empty() {
             continue;
         }
-        let mut witnesses = alive::witnesses(plan, others, table, &rows, &ours, clock)?.into_iter();
+        let mut keepers = alive::keepers(plan, others, table, &rows, &ours, clock)?.into_iter();
         let (mut keep, mut wait) = (Vec::new(), Vec::new());
         for target in targets.drain(..) {
-            let witness = if asked(&target) {
-                witnesses.next().flatten()
-            } else {
-                None
-            };
-            match witness {
-                Some(witness) => wait.push((target, witness)),
+            let keeper = if asked(&target) { keepers.next().flatten() } else { None };
+            match keeper {
+                Some(keeper) => wait.push((target, keeper)),
                 None => keep.push(target),
             }
         }

@@ -1,6 +1,8 @@
 //! Ways along a policy's links, one statement a link, each as the owner of the table that it reads. Values cross
 //! between owners as text in arrays; nothing is joined across them.
 
+use std::collections::HashSet;
+
 use pgrx::pg_sys;
 
 use super::plan::{Plan, Table};
@@ -78,6 +80,14 @@ pub fn columns<'a>(types: &[pg_sys::Oid], rows: impl Iterator<Item = &'a Values>
         .collect()
 }
 
+/// [`KEYED`], where a few of many rows are wanted: a bitmap is made of all of them first.
+const FIRST_FEW: &[(&str, &str)] = &[
+    ("enable_seqscan", "off"),
+    ("enable_hashjoin", "off"),
+    ("enable_mergejoin", "off"),
+    ("enable_bitmapscan", "off"),
+];
+
 /// Runs one hop for all inputs. Inputs with a NULL find nothing, as a join would not.
 ///
 /// # Errors
@@ -122,7 +132,11 @@ pub fn hop(plan: &Plan, hop: &Hop<'_>, inputs: &[Values]) -> Result<Vec<Found>> 
             names.iter().map(|n| format!(", {n}")).collect::<String>(),
         ),
     };
-    let pins = if table.has_index(hop.on) { KEYED } else { &[] };
+    let pins: &[_] = match (table.has_index(hop.on), hop.limit) {
+        (false, _) => &[],
+        (true, None) => KEYED,
+        (true, Some(_)) => FIRST_FEW,
+    };
     let rows = act_as(Identity::Owner(table.owner), &plan.search_path, pins, || {
         sql::read(&query, &columns(hop.types, usable.iter().map(|i| &inputs[*i])))
     })
@@ -221,7 +235,8 @@ pub fn down(
     Ok(Vec::new())
 }
 
-/// Follows the links from values of entry `from`'s child side up to the orders, selecting `select` there.
+/// Follows the links from values of entry `from`'s child side up to the orders, selecting `select` there; with a limit,
+/// that many orders at most of each row below them.
 ///
 /// # Errors
 /// As [`hop`].
@@ -231,6 +246,40 @@ pub fn up(
     links: Vec<(usize, Values)>,
     select: &[String],
     limit: Option<u32>,
+) -> Result<Vec<Found>> {
+    climb(
+        plan,
+        from,
+        links,
+        select,
+        |top| limit.filter(|_| top),
+        &mut HashSet::new(),
+    )
+}
+
+/// [`up`], looking at that many rows at most for each row of each step; the inputs for which there may be more are added
+/// to `cut`.
+///
+/// # Errors
+/// As [`hop`].
+pub fn up_some(
+    plan: &Plan,
+    from: usize,
+    links: Vec<(usize, Values)>,
+    select: &[String],
+    limit: Option<u32>,
+    cut: &mut HashSet<usize>,
+) -> Result<Vec<Found>> {
+    climb(plan, from, links, select, |_| limit, cut)
+}
+
+fn climb(
+    plan: &Plan,
+    from: usize,
+    links: Vec<(usize, Values)>,
+    select: &[String],
+    limit: impl Fn(bool) -> Option<u32>,
+    cut: &mut HashSet<usize>,
 ) -> Result<Vec<Found>> {
     let mut at = links;
     let mut index = from;
@@ -252,10 +301,15 @@ pub fn up(
                 types: &entry.on_child_types,
                 filter: parent.filter.as_ref(),
                 select: if top { select } else { &next },
-                limit: if top { limit } else { None },
+                limit: limit(top),
             },
             &inputs,
         )?;
+        if let Some(limit) = limit(top) {
+            let mut counts = vec![0; inputs.len()];
+            found.iter().for_each(|f| counts[f.input] += 1);
+            cut.extend((0..inputs.len()).filter(|i| counts[*i] >= limit).map(|i| origins[i]));
+        }
         if top {
             return Ok(found
                 .into_iter()

@@ -1,7 +1,7 @@
 //! Acting as somebody: as a table's owner on the user's tables, as the extension's owner on our own.
 //! The same switch that ANALYZE makes before it calls code of a table's owner.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::ffi::{CStr, CString};
 
 use pgrx::pg_sys;
@@ -186,6 +186,7 @@ impl Drop for Impatient {
 }
 
 thread_local! {
+    static HELPED: RefCell<Option<String>> = const { RefCell::new(None) };
     static IMPATIENT: Cell<bool> = const { Cell::new(false) };
     /// (extension, its owner): looked up once a backend, again after DROP and CREATE EXTENSION.
     static OWNER: Cell<(pg_sys::Oid, pg_sys::Oid)> = const { Cell::new((pg_sys::InvalidOid, pg_sys::InvalidOid)) };
@@ -256,8 +257,15 @@ pub fn require_role(roles: &[&str], what: &str) -> Result<()> {
         .detail(format!("It needs the privileges of {}.", roles.join(" or "))))
 }
 
-/// The name that the session logged in under, or took with SET SESSION AUTHORIZATION.
+/// The name that the session logged in under, or took with SET SESSION AUTHORIZATION; in a process that helps another, the
+/// other's.
 pub fn session_user() -> String {
     // SAFETY: plain getter.
-    super::error::role_name(unsafe { pg_sys::GetSessionUserId() })
+    let own = || super::error::role_name(unsafe { pg_sys::GetSessionUserId() });
+    HELPED.with_borrow(|helped| helped.clone().unwrap_or_else(own))
+}
+
+/// This process works for somebody else's session from now on. That is a name in records, no right.
+pub fn work_for(session_user: String) {
+    HELPED.set(Some(session_user));
 }

@@ -89,6 +89,28 @@ pub fn register(kind: Kind, restart_after: Duration) {
 #[derive(Debug)]
 pub struct Handle(*mut pg_sys::BackgroundWorkerHandle);
 
+/// A worker with the segment that it works on. It ends when this is dropped, or when this process ends.
+#[derive(Debug)]
+pub struct Member {
+    // Dropped before the handle, which it refers to.
+    pub segment: segment::Segment,
+    pub handle: Handle,
+}
+
+impl Member {
+    /// Asks for a worker that is told `request`; `None` when the server has no room for one.
+    pub fn start(kind: Kind, request: &[u8]) -> Option<Self> {
+        let segment = segment::Segment::create(request)?;
+        let errand = Errand {
+            database: current_database(),
+            number: segment.handle(),
+        };
+        let handle = Handle::start(kind, errand)?;
+        segment.outlive_transactions(&handle);
+        Some(Self { segment, handle })
+    }
+}
+
 impl Handle {
     /// Asks the postmaster for a worker; `None` when no slot is free.
     pub fn start(kind: Kind, errand: Errand) -> Option<Self> {
@@ -209,6 +231,18 @@ fn set(name: &CStr, value: &CStr) {
             pg_sys::GucContext::PGC_SUSET,
             pg_sys::GucSource::PGC_S_OVERRIDE,
         );
+    }
+}
+
+/// Lets this session wait for locks for as long as it lives: somebody else ends it.
+pub fn wait_for_locks() {
+    set(c"lock_timeout", c"0");
+}
+
+/// The application's own user in whose name this session works.
+pub fn set_actor(actor: &str) {
+    if let Ok(actor) = CString::new(actor) {
+        set(c"amazon_pii.actor", &actor);
     }
 }
 

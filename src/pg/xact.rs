@@ -188,22 +188,74 @@ pub fn timestamp_text(at: chrono::DateTime<chrono::Utc>) -> String {
     at.format("%Y-%m-%d %H:%M:%S%.6f+00").to_string()
 }
 
-/// Waits for a turn of our own kind: no SQL of anybody else's can take this lock, as it could an advisory one. Held
-/// until the transaction ends, so that nothing a failed call leaves behind can stop redaction.
-///
-/// # Errors
-/// 55P03 when the session's `lock_timeout` is over.
-pub fn take_turn(class: pg_sys::Oid, object: u32) -> Result<()> {
-    subtransaction(|| {
-        // SAFETY: inside a transaction; the tag is of this database and of a relation of ours, and is released with it.
-        unsafe {
-            pg_sys::LockDatabaseObject(
-                class,
-                pg_sys::Oid::from(object),
-                0,
-                pg_sys::ExclusiveLock as pg_sys::LOCKMODE,
-            );
+/// A lock of our own kind: no SQL of anybody else's can take it, as it could an advisory one.
+#[derive(Debug, Clone, Copy)]
+pub struct Own {
+    /// One of our tables.
+    pub class: pg_sys::Oid,
+    pub object: u32,
+    /// Tells several locks of one object apart.
+    pub kind: u16,
+}
+
+/// Whether others may have the lock at the same time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    Alone,
+    Shared,
+}
+
+impl Own {
+    /// Takes it until the transaction ends, so that nothing a failed call leaves behind can stop redaction.
+    ///
+    /// # Errors
+    /// 55P03 when the session's `lock_timeout` is over.
+    pub fn take(self, mode: Mode) -> Result<()> {
+        let mode = match mode {
+            Mode::Alone => pg_sys::ExclusiveLock,
+            Mode::Shared => pg_sys::ShareLock,
+        };
+        subtransaction(|| {
+            // SAFETY: inside a transaction; the tag is of this database and of a relation of ours, and is released with it.
+            unsafe {
+                pg_sys::LockDatabaseObject(
+                    self.class,
+                    pg_sys::Oid::from(self.object),
+                    self.kind,
+                    mode as pg_sys::LOCKMODE,
+                );
+            }
+            Ok(())
+        })
+    }
+
+    /// Takes it for several transactions: until [`Own::release`], or until one of them is rolled back.
+    ///
+    /// # Errors
+    /// As [`Own::take`].
+    pub fn hold(self) -> Result<()> {
+        subtransaction(|| {
+            // SAFETY: a complete tag; a rollback of the transaction releases this too, so a failed cycle leaves nothing.
+            unsafe { pg_sys::LockAcquire(&self.tag(), pg_sys::ExclusiveLock as pg_sys::LOCKMODE, true, false) };
+            Ok(())
+        })
+    }
+
+    /// Gives back what [`Own::hold`] took.
+    pub fn release(self) {
+        // SAFETY: a complete tag.
+        unsafe { pg_sys::LockRelease(&self.tag(), pg_sys::ExclusiveLock as pg_sys::LOCKMODE, true) };
+    }
+
+    fn tag(self) -> pg_sys::LOCKTAG {
+        pg_sys::LOCKTAG {
+            // SAFETY: plain variable.
+            locktag_field1: unsafe { pg_sys::MyDatabaseId }.to_u32(),
+            locktag_field2: self.class.to_u32(),
+            locktag_field3: self.object,
+            locktag_field4: self.kind,
+            locktag_type: pg_sys::LockTagType::LOCKTAG_OBJECT as u8,
+            locktag_lockmethodid: pg_sys::DEFAULT_LOCKMETHOD as u8,
         }
-        Ok(())
-    })
+    }
 }

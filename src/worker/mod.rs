@@ -1,8 +1,9 @@
 //! Background workers: a launcher that is connected to no database, a short-lived worker for each database that is due,
-//! and one that records accesses where a rollback cannot reach.
+//! helpers for its cycles, and one that records accesses where a rollback cannot reach.
 
 pub mod database;
 pub mod evidence;
+pub mod helper;
 pub mod launcher;
 
 use crate::pg::worker::board;

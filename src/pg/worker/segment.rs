@@ -1,17 +1,24 @@
-//! A piece of memory that a backend shares with one worker: a request goes in, an answer comes out.
+//! A piece of memory that a backend shares with one worker: a request goes in, an answer comes out, and numbers while the
+//! worker is at it.
 
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicU32, Ordering};
 
-use pgrx::pg_sys;
+use pgrx::prelude::*;
+
+use super::Handle;
 
 /// Room for the words of a failure.
 const ANSWER_ROOM: usize = 512;
+
+/// Numbers that a worker can tell.
+pub const NUMBERS: usize = 3;
 
 #[repr(C)]
 struct Header {
     state: AtomicU32,
     request_length: u32,
     answer_length: AtomicU32,
+    numbers: [AtomicI64; NUMBERS],
     answer: [u8; ANSWER_ROOM],
 }
 
@@ -49,6 +56,7 @@ impl Segment {
                 state: AtomicU32::new(0),
                 request_length: length,
                 answer_length: AtomicU32::new(0),
+                numbers: [const { AtomicI64::new(0) }; NUMBERS],
                 answer: [0; ANSWER_ROOM],
             });
             segment.body().copy_from_nonoverlapping(request.as_ptr(), request.len());
@@ -61,6 +69,32 @@ impl Segment {
         // SAFETY: a handle that is no longer known gives NULL.
         let raw = unsafe { pg_sys::dsm_attach(handle) };
         (!raw.is_null()).then(|| Self(raw))
+    }
+
+    /// Keeps the segment over the end of the transaction. Whenever it is let go of then, be it because this process ends,
+    /// the worker is told to end too.
+    pub fn outlive_transactions(&self, worker: &Handle) {
+        // SAFETY: mapped until dropped; the handle is freed after the segment, see the callback.
+        unsafe {
+            pg_sys::dsm_pin_mapping(self.0);
+            pg_sys::on_dsm_detach(self.0, Some(end_worker), pg_sys::Datum::from(worker.0));
+        }
+    }
+
+    /// The numbers so far.
+    pub fn numbers(&self) -> [i64; NUMBERS] {
+        let header = self.header();
+        // SAFETY: mapped until dropped, written before anybody else knew the segment; atomics.
+        std::array::from_fn(|i| unsafe { (&(*header).numbers)[i].load(Ordering::Relaxed) })
+    }
+
+    /// Tells the numbers so far.
+    pub fn tell(&self, numbers: [i64; NUMBERS]) {
+        let header = self.header();
+        for (i, number) in numbers.into_iter().enumerate() {
+            // SAFETY: as above.
+            unsafe { (&(*header).numbers)[i].store(number, Ordering::Relaxed) };
+        }
     }
 
     /// What another process attaches by.
@@ -125,6 +159,14 @@ impl Segment {
             }
         }
     }
+}
+
+/// Called when a segment is let go of. A worker that has ended is not told twice: its place in the server's list has
+/// moved on.
+#[pg_guard]
+unsafe extern "C-unwind" fn end_worker(_segment: *mut pg_sys::dsm_segment, handle: pg_sys::Datum) {
+    // SAFETY: the handle outlives the segment: whoever has both drops the segment first.
+    unsafe { pg_sys::TerminateBackgroundWorker(handle.cast_mut_ptr()) }
 }
 
 impl Drop for Segment {

@@ -1,0 +1,218 @@
+//! The batches of a cycle: each takes the next orders that are due, copies them to the archive in one transaction and
+//! overwrites them in the next. Several processes may do this for one policy, each with its share of the orders.
+
+use std::collections::HashSet;
+
+use super::alive;
+use super::archive;
+use super::audit;
+use super::cycle::Counts;
+use super::due::{self, Clock, Due, Share};
+use super::overwrite;
+use super::plan::Plan;
+use super::redact;
+use super::state;
+use super::turn;
+use crate::domain::vault::MasterKeys;
+use crate::pg::error::{Error, Result};
+use crate::pg::guc;
+use crate::pg::subxact::subtransaction;
+use crate::pg::xact::{Boundary, Mode};
+
+/// A batch of which nothing is known yet may hold scanned invoices.
+const FIRST_BATCH: i64 = 16;
+
+/// Text in one batch above which the next one is smaller; a batch needs several times as much memory.
+const MUCH_TEXT: usize = 16 * 1024 * 1024;
+
+/// Full batches in a row after which there is probably work for more than one.
+const BACKLOG: u32 = 2;
+
+/// One process's way through what is due.
+pub struct Batches<'a> {
+    pub plan: &'a Plan,
+    pub keys: MasterKeys,
+    pub clock: Clock,
+    pub boundary: Boundary,
+    /// What this process did.
+    pub counts: Counts,
+    pub share: Share,
+    /// Other processes of the same cycle have the same turn.
+    pub mode: Mode,
+    /// Orders in the next batch: few at first, and fewer where they hold much.
+    limit: i64,
+    full: u32,
+    /// Orders that were already archived again in this cycle: a second time they wait.
+    set_back: HashSet<String>,
+    /// Orders that come back for a shared row when nothing else is due.
+    last: Vec<String>,
+}
+
+impl<'a> Batches<'a> {
+    /// Of a cycle that has all orders to itself.
+    pub fn new(plan: &'a Plan, keys: MasterKeys, clock: Clock, boundary: Boundary) -> Self {
+        Self {
+            plan,
+            keys,
+            clock,
+            boundary,
+            counts: Counts::default(),
+            share: Share::whole(),
+            mode: Mode::Alone,
+            limit: FIRST_BATCH,
+            full: 0,
+            set_back: HashSet::new(),
+            last: Vec::new(),
+        }
+    }
+
+    /// Whether there is probably more to do than one process should do alone.
+    pub fn is_backlog(&self) -> bool {
+        self.full >= BACKLOG
+    }
+
+    /// The next batch, locked; empty when nothing is due.
+    ///
+    /// # Errors
+    /// Errors of the server.
+    pub fn take(&mut self) -> Result<Vec<Due>> {
+        turn::take(&self.plan.policy, self.mode)?;
+        let limit = self.limit.min(guc::batch_size());
+        let batch = due::take(self.plan, &self.clock, &self.share, limit)?;
+        self.full = if i64::try_from(batch.len()) == Ok(limit) {
+            self.full + 1
+        } else {
+            0
+        };
+        Ok(batch)
+    }
+
+    /// Nothing is due: orders that come back for rows with many users are now; whether there are any. Ends the transaction.
+    ///
+    /// # Errors
+    /// Errors of the server.
+    pub fn last_looks(&mut self) -> Result<bool> {
+        let last = std::mem::take(&mut self.last);
+        alive::come_back(self.plan, &self.clock, &last)?;
+        self.boundary.commit()?;
+        Ok(!last.is_empty())
+    }
+
+    /// Copies and overwrites what [`Batches::take`] took. Ends the transaction.
+    ///
+    /// # Errors
+    /// A cancel, or errors of our own tables; what concerns one order alone sets that order back.
+    pub fn work(&mut self, batch: Vec<Due>) -> Result<()> {
+        let (copy, ready): (Vec<Due>, Vec<Due>) = batch.into_iter().partition(Due::needs_copy);
+        let mut to_redact = ready;
+        let mut bytes = 0;
+        for (mut orders, archived) in self.contained(copy, |run, orders| archive::batch(run.plan, &run.keys, orders))? {
+            self.counts.archived += archived.orders;
+            bytes += archived.bytes;
+            for (due, records) in orders.iter_mut().zip(archived.records) {
+                due.records = records;
+                due.copied = true;
+            }
+            to_redact.extend(orders.into_iter().filter(|d| d.redact));
+        }
+        self.boundary.commit()?;
+
+        turn::take(&self.plan.policy, self.mode)?;
+        to_redact.retain(|d| d.redact);
+        let locked = due::relock(self.plan, &self.clock, to_redact)?;
+        if !locked.is_empty() {
+            let others = alive::other_policies(self.plan)?;
+            let results = self.contained(locked, |run, orders| {
+                redact::batch(run.plan, &others, &run.keys, &run.clock, orders)
+            })?;
+            let mut waiting = Vec::new();
+            for (orders, outcome) in results {
+                bytes = bytes.max(outcome.bytes);
+                self.settle(&orders, &outcome)?;
+                waiting.extend(outcome.waiting);
+            }
+            let last = alive::settle(self.plan, &self.clock, &waiting, self.mode == Mode::Shared)?;
+            self.last.extend(last);
+        }
+        self.limit = if bytes > MUCH_TEXT {
+            (self.limit / 4).max(1)
+        } else {
+            (self.limit * 4).min(guc::batch_size())
+        };
+        self.boundary.commit()
+    }
+
+    /// Orders that were not redacted in their batch go back, each for its reason.
+    fn settle(&mut self, orders: &[Due], outcome: &redact::Redacted) -> Result<()> {
+        self.counts.redacted += outcome.done;
+        let wait = i64::try_from(guc::naptime()).unwrap_or(60);
+        let locked: Vec<&Due> = outcome.locked.iter().map(|i| &orders[*i]).collect();
+        state::set_back(self.plan, &locked, wait, false)?;
+        let (again, stubborn): (Vec<&Due>, Vec<&Due>) = outcome
+            .unproven
+            .iter()
+            .map(|i| &orders[*i])
+            .partition(|d| self.set_back.insert(d.order_key.clone()));
+        state::set_back(self.plan, &again, 0, true)?;
+        for due in stubborn {
+            self.fail(
+                due,
+                &Error::not_overwritten("its personal data differs from its archived copy again and again"),
+            )?;
+        }
+        Ok(())
+    }
+
+    /// Runs a step for a whole batch in one subtransaction; only when that fails, order by order, so that one bad
+    /// order stops nobody else.
+    fn contained<T>(
+        &mut self,
+        batch: Vec<Due>,
+        step: impl Fn(&Self, &[Due]) -> Result<T>,
+    ) -> Result<Vec<(Vec<Due>, T)>> {
+        let mut out = Vec::new();
+        if batch.is_empty() {
+            return Ok(out);
+        }
+        let whole = subtransaction(|| step(self, &batch));
+        match whole {
+            Ok(result) => out.push((batch, result)),
+            Err(e) if e.is_cancel() => return Err(e),
+            // A whole table is locked: each order alone would wait for it as long as the batch did.
+            Err(e) if e.is_lock() && overwrite::is_locked(self.plan)? => {
+                let all: Vec<&Due> = batch.iter().collect();
+                state::copied(self.plan, &all)?;
+                state::set_back(self.plan, &all, i64::try_from(guc::naptime()).unwrap_or(60), false)?;
+            }
+            Err(_) => {
+                for due in batch {
+                    let alone = [due];
+                    match subtransaction(|| step(self, &alone)) {
+                        Ok(result) => out.push((alone.into(), result)),
+                        Err(e) if e.is_cancel() => return Err(e),
+                        Err(e) => self.fail(&alone[0], &e)?,
+                    }
+                }
+            }
+        }
+        Ok(out)
+    }
+
+    /// Sets an order back with its error; a lock that was not to be had is nobody's fault.
+    fn fail(&mut self, due: &Due, error: &Error) -> Result<()> {
+        state::copied(self.plan, &[due])?;
+        if error.is_lock() {
+            return state::set_back(self.plan, &[due], i64::try_from(guc::naptime()).unwrap_or(60), false);
+        }
+        self.counts.failed += 1;
+        state::failed(self.plan, due, error)?;
+        audit::insert_under(
+            Some(&self.keys),
+            &[audit::AuditEntry {
+                detail: Some(error.stored()),
+                ..archive::entry("failed", self.plan, due)?
+            }],
+        )?;
+        state::announce(self.plan, "failed", &[due])
+    }
+}
