@@ -255,6 +255,25 @@ def stopped(db):
     return wait_until(lambda: db.sql(stuck), interval=0.01)[0][0]
 
 
+def report_statistics(db, *users):
+    """What the sessions of these users counted can be read when this returns."""
+    if MAJOR >= 15:
+        for user in (*users, "postgres"):
+            db.sql("SELECT pg_stat_force_next_flush()", user=user)
+        db.sql("SELECT pg_stat_clear_snapshot()")
+        return
+    # Before 15 a session reports for certain only when it ends, and what a reader is given may be older. Reports arrive in
+    # order: when the row that the last session wrote is counted, all is.
+    db.sql("CREATE TABLE IF NOT EXISTS public.reports ()")
+    for user in (*users, "postgres"):
+        if user == "postgres":
+            db.sql("INSERT INTO public.reports DEFAULT VALUES")
+        pid = db.value("SELECT pg_backend_pid()", user=user)
+        db.session(user).close()
+        wait_until(lambda: not db.sql("SELECT FROM pg_stat_activity WHERE pid = %s", [pid]))
+    wait_until(lambda: db.value("SELECT n_tup_ins = (SELECT count(*) FROM public.reports) FROM pg_stat_user_tables WHERE relname = 'reports'"))
+
+
 # The archive, and values bit by bit.
 
 

@@ -2,9 +2,10 @@
 import time
 
 import pytest
-from cluster import MAJOR, wait_until
+from cluster import wait_until
 from support import (
-    Background, between_archiving_and_redacting, fill, go_on, open_shop, order_number, order_row, run_cycle, shop_policy, states, stop_at, stopped,
+    Background, between_archiving_and_redacting, fill, go_on, open_shop, order_number, order_row, report_statistics, run_cycle, shop_policy,
+    states, stop_at, stopped,
 )
 
 ORDERS = 40
@@ -183,27 +184,8 @@ def test_order_that_fails_again_after_it_was_redacted(shop):
 TOUCHED = """SELECT relname, seq_scan, COALESCE(idx_scan, 0), n_tup_upd FROM pg_stat_user_tables WHERE schemaname = 'shop' ORDER BY 1"""
 
 
-def report(db, *users):
-    """What the sessions of these users counted can be read when this returns."""
-    if MAJOR >= 15:
-        for user in (*users, "postgres"):
-            db.sql("SELECT pg_stat_force_next_flush()", user=user)
-        db.sql("SELECT pg_stat_clear_snapshot()")
-        return
-    # Before 15 a session reports for certain only when it ends, and what a reader is given may be older. Reports arrive in
-    # order: when the row that the last session wrote is counted, all is.
-    db.sql("CREATE TABLE IF NOT EXISTS public.reports ()")
-    for user in (*users, "postgres"):
-        if user == "postgres":
-            db.sql("INSERT INTO public.reports DEFAULT VALUES")
-        pid = db.value("SELECT pg_backend_pid()", user=user)
-        db.session(user).close()
-        wait_until(lambda: not db.sql("SELECT FROM pg_stat_activity WHERE pid = %s", [pid]))
-    wait_until(lambda: db.value("SELECT n_tup_ins = (SELECT count(*) FROM public.reports) FROM pg_stat_user_tables WHERE relname = 'reports'"))
-
-
 def scans(db, *users):
-    report(db, *users)
+    report_statistics(db, *users)
     return db.sql(TOUCHED)
 
 
@@ -226,10 +208,10 @@ def test_cost_follows_what_is_due(shop):
     run_cycle(shop)
     fill(shop, 2000, first=2000)
     reads = "SELECT sum(seq_tup_read) FROM pg_stat_user_tables WHERE schemaname = 'shop'"
-    report(shop, "shop_owner", "pii_admin")
+    report_statistics(shop, "shop_owner", "pii_admin")
     before = shop.value(reads)
     assert run_cycle(shop)["redacted"] == 1
-    report(shop, "pii_admin")
+    report_statistics(shop, "pii_admin")
     assert shop.value(reads) == before
 
 
@@ -258,9 +240,8 @@ def test_overdue_shows_until_it_is_done(db, state):
     listener.cursor().execute("LISTEN amazon_pii")
     if state != "waiting for a cycle":
         assert run_cycle(db) == {"flagged": 0, "archived": 0, "redacted": 0, "failed": 0, "overdue": ORDERS}
-        wait_until(lambda: listener.poll() or any('"overdue"' in n.payload for n in listener.notifies), message="nothing is announced")
-        told = [n.payload for n in listener.notifies if '"overdue"' in n.payload]
-        assert [f'"count":{ORDERS}' in payload for payload in told] == [True]
+        wait_until(lambda: listener.poll() or listener.notifies, message="nothing is announced")
+        assert ['"overdue"' in n.payload and f'"count":{ORDERS}' in n.payload for n in listener.notifies] == [True]
         assert overdue(db) == (ORDERS, True)
         db.sql("UPDATE amazon_pii.policy SET suspended = NULL")
         db.sql("SELECT amazon_pii.enable_policy('shop')", user="pii_admin")
