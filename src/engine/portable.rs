@@ -65,7 +65,7 @@ impl Portable {
     /// Reads more orders after those that were read before; `first` is the position of the first of them.
     ///
     /// # Errors
-    /// As [`gather`].
+    /// As [`gather::gather`].
     pub fn extend(&mut self, plan: &Plan, orders: &[Values], first: usize) -> Result<()> {
         self.append(gather(plan, orders)?, first);
         Ok(())
