@@ -274,6 +274,36 @@ def report_statistics(db, *users):
     wait_until(lambda: db.value("SELECT n_tup_ins = (SELECT count(*) FROM public.reports) FROM pg_stat_user_tables WHERE relname = 'reports'"))
 
 
+# Updates of addresses wait here, whoever makes them, while the gate is closed for their order and those after it.
+GATE = """
+CREATE TABLE shop.gate (closed_from bigint);
+CREATE FUNCTION shop.wait_at_gate() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    WHILE EXISTS (SELECT FROM shop.gate WHERE closed_from <= NEW.order_id) LOOP
+        PERFORM pg_catalog.pg_sleep(0.01);
+    END LOOP;
+    RETURN NEW;
+END $$;
+CREATE TRIGGER gate BEFORE UPDATE ON shop.addresses FOR EACH ROW EXECUTE FUNCTION shop.wait_at_gate();
+"""
+
+
+def close_gate(db, order):
+    """From this order on, batches wait before they commit until open_gate()."""
+    db.sql(GATE, user="shop_owner")
+    db.sql("INSERT INTO shop.gate VALUES (%s)", [order], "shop_owner")
+
+
+def open_gate(db):
+    db.sql("DELETE FROM shop.gate", user="shop_owner")
+
+
+def at_gate(db, processes=1):
+    """Until that many processes have looked at what their batches share, and have come to the gate."""
+    asleep = "SELECT count(DISTINCT pid) FROM pg_stat_activity WHERE datname = current_database() AND wait_event = 'PgSleep'"
+    wait_until(lambda: db.value(asleep) == processes, 120, 0.002)
+
+
 # The archive, and values bit by bit.
 
 

@@ -8,7 +8,7 @@ import pytest
 from cluster import Cluster, wait_until
 from conftest import new_database, prepare
 from support import (
-    Background, fill, go_on, open_shop, run_cycle, shop_policy, states, stop_at,
+    Background, at_gate, close_gate, fill, go_on, open_gate, open_shop, run_cycle, shop_policy, states, stop_at,
 )
 
 CALL = "CALL amazon_pii.run_cycle()"
@@ -118,38 +118,17 @@ def test_one_customer_of_all_orders(db):
     assert_done(db, 1200)
 
 
-# Updates of addresses wait here, whoever makes them, while the gate is closed.
-GATE = """
-CREATE TABLE shop.gate (closed_for int4range);
-CREATE FUNCTION shop.wait_at_gate() RETURNS trigger LANGUAGE plpgsql AS $$
-BEGIN
-    WHILE EXISTS (SELECT FROM shop.gate WHERE closed_for @> NEW.order_id::int) LOOP
-        PERFORM pg_catalog.pg_sleep(0.01);
-    END LOOP;
-    RETURN NEW;
-END $$;
-CREATE TRIGGER gate BEFORE UPDATE ON shop.addresses FOR EACH ROW EXECUTE FUNCTION shop.wait_at_gate();
-"""
-
-
-def at_gate(db, processes):
-    """Until that many processes have looked at what their batches share, and have come to the gate."""
-    asleep = "SELECT count(DISTINCT pid) FROM pg_stat_activity WHERE datname = current_database() AND wait_event = 'PgSleep'"
-    wait_until(lambda: db.value(asleep) == processes, interval=0.002)
-
-
 @pytest.mark.parametrize("workers", [2, 3])
 def test_orders_of_a_customer_in_two_processes_at_the_same_time(db, workers):
     """P5. Both see the other's order as one that needs the row. Breaks when the one that commits later does not look again:
     the row would be left behind."""
     fill(db, 240, share=2)
-    db.sql(GATE, user="shop_owner")
     db.apply_policy(shop_policy())
-    db.sql("INSERT INTO shop.gate VALUES ('[100,)')", user="shop_owner")
+    close_gate(db, 100)
     set_up(db.cluster, workers=workers)
     call = Background(db, CALL)
     at_gate(db, workers)
-    db.sql("DELETE FROM shop.gate", user="shop_owner")
+    open_gate(db)
     assert call.result()[0][2] > 240, "no order came back for its customer"
     assert_done(db, 240)
 
