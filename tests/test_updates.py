@@ -1,11 +1,12 @@
-"""Whatever way an UPDATE changes what a policy reads, it is seen; and where it changes nothing of that, it costs no statement."""
+"""Whatever way an UPDATE changes what a policy reads, and whatever way rows come late, it is seen; what concerns no order costs no
+statement."""
 import io
 from pathlib import Path
 
 import pytest
 from cluster import Cluster, pg_config
 from conftest import new_database, prepare
-from support import PLACEHOLDER, add_order, fill, number, open_shop, order_value, refused, retrieve, run_cycle, shop_policy
+from support import PLACEHOLDER, add_customer, add_order, fill, number, open_shop, order_value, refused, retrieve, run_cycle, shop_policy
 
 ORDERS = shop_policy()["orders"]
 
@@ -163,6 +164,59 @@ def test_the_guard_lets_pass_what_is_none_of_its_business(shop):
     with refused("55000", "read-only"):
         update(shop, "UPDATE shop.orders SET gift_message = 'other'")
     assert shop.sql("SELECT gift_message, total FROM shop.orders") == [("Gift7", shop.value("SELECT 11.10::numeric"))]
+
+
+# Rows that come to orders that were there before
+
+@pytest.mark.parametrize("chosen", [range(1, 2001), range(5, 3000, 3), [*range(3000, 0, -2), *range(3000, 0, -2)]], ids=["first", "third", "second"])
+def test_many_late_rows_reach_the_orders_that_are_done_and_no_others(shop, chosen):
+    """Their orders are redacted, young, or not Amazon's; their keys are of several lengths."""
+    fill(shop, 1500)
+    fill(shop, 2500, first=1501, age="5 days")
+    fill(shop, 3000, first=2501, channel="web")
+    assert run_cycle(shop)["redacted"] == 1500
+    shop.sql("INSERT INTO shop.addresses (order_id, name) SELECT i, 'Late' || i FROM unnest(%s) AS i", [list(chosen)], "shop_owner")
+    late = {order for order in chosen if order <= 1500}
+    assert {int(k) for (k,) in shop.sql("SELECT (order_key::jsonb)->>0 FROM amazon_pii.order_state WHERE status = 'redacted' "
+                                        "AND next_due_at <= now()")} == late
+    run_cycle(shop)
+    assert {order for (order,) in shop.sql("SELECT order_id FROM shop.addresses WHERE name = %s GROUP BY order_id HAVING count(*) > 1",
+                                           [PLACEHOLDER])} == late
+    assert {order for (order,) in shop.sql("SELECT order_id FROM shop.addresses WHERE name LIKE 'Late%'")} == set(chosen) - late
+
+
+FOREIGN_KEYS = {
+    "none": "",
+    "one that was not checked": "ADD FOREIGN KEY (customer_id) REFERENCES shop.customers NOT VALID",
+    "one that is switched off": "ADD FOREIGN KEY (customer_id) REFERENCES shop.customers NOT VALID; "
+                                "UPDATE pg_constraint SET convalidated = true WHERE conrelid = 'shop.orders'::regclass; "
+                                "ALTER TABLE shop.customers DISABLE TRIGGER ALL; ALTER TABLE shop.customers ENABLE TRIGGER USER",
+}
+
+
+@pytest.mark.parametrize("key", FOREIGN_KEYS)
+def test_a_customer_that_comes_after_its_order_is_redacted(shop, key):
+    """Only a foreign key that holds at every moment proves that nobody refers to a new row."""
+    update(shop, "ALTER TABLE shop.orders DROP CONSTRAINT orders_customer_id_fkey")
+    add_order(shop, 7, customer=5)
+    if FOREIGN_KEYS[key]:
+        shop.sql(f"ALTER TABLE shop.orders {FOREIGN_KEYS[key]}")
+    assert run_cycle(shop)["redacted"] == 1
+    update(shop, "INSERT INTO shop.customers (id, first_name) VALUES (5, 'Late')")
+    run_cycle(shop)
+    assert shop.value("SELECT first_name FROM shop.customers") == PLACEHOLDER
+
+
+def test_a_customer_that_comes_with_its_order_is_redacted(shop):
+    """The foreign key is checked at the end of the transaction."""
+    update(shop, "ALTER TABLE shop.orders ALTER CONSTRAINT orders_customer_id_fkey DEFERRABLE")
+    add_customer(shop, 5)
+    add_order(shop, 7, customer=5)
+    assert run_cycle(shop)["redacted"] == 1
+    update(shop, "BEGIN; SET CONSTRAINTS ALL DEFERRED; DELETE FROM shop.customers; "
+                 "INSERT INTO shop.customers (id, first_name) VALUES (5, 'Late'); COMMIT")
+    run_cycle(shop)
+    assert shop.value("SELECT first_name FROM shop.customers") == PLACEHOLDER
 
 
 # What it costs

@@ -1,6 +1,7 @@
 //! Statements and batches: what happens to orders, in which order, as whom.
 
 pub mod access;
+pub mod again;
 pub mod alive;
 pub mod apply;
 pub mod archive;

@@ -358,6 +358,23 @@ impl Plan {
             })
     }
 
+    /// The column of an entry's rows that holds the key of their order, where that is one whole number.
+    pub fn order_column(&self, index: usize) -> Option<&Ident> {
+        let entry = &self.entries[index];
+        let integer = |oid: &pg_sys::Oid| matches!(*oid, pg_sys::INT2OID | pg_sys::INT4OID | pg_sys::INT8OID);
+        let ([link], [oid]) = (entry.on_child.as_slice(), entry.on_child_types.as_slice()) else {
+            return None;
+        };
+        if !integer(oid) || entry.filter.is_some() || !self.links_are_keys(index) {
+            return None;
+        }
+        let columns = &self.tables[entry.table].facts.columns;
+        columns
+            .iter()
+            .map(|c| &c.name)
+            .find(|name| *link == Expr::column(name.bare()))
+    }
+
     /// The entries that lead from the orders to entry `index`, the orders table left out.
     pub fn path(&self, index: usize) -> Vec<usize> {
         let mut path = Vec::new();

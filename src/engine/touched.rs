@@ -1,6 +1,7 @@
 //! Keys that triggers could only note: rows that logical replication applied, rows whose flagging failed or had to wait.
 //! One that still fails waits by itself.
 
+use super::again;
 use super::flag;
 use super::news::Tell;
 use super::plan::Plan;
@@ -148,7 +149,7 @@ fn evaluate(plan: &Plan, notes: &[&Note]) -> Result<i64> {
             let facts = flag::by_keys(plan, &keys)?;
             flagged += settle_failed(plan, &keys, &facts)?;
             flagged += flag::upsert(plan, &facts, "import", true, Tell::Now)?;
-            flag::look_again(plan, &keys.iter().map(|k| key_text(k)).collect::<Result<Vec<_>>>()?)?;
+            again::look_again(plan, &keys.iter().map(|k| key_text(k)).collect::<Result<Vec<_>>>()?)?;
         }
         for (at, entry) in plan
             .entries
@@ -161,7 +162,7 @@ fn evaluate(plan: &Plan, notes: &[&Note]) -> Result<i64> {
                 .into_iter()
                 .map(|f| Ok((f.input, f.row.texts(FIRST..FIRST + links.len())?)))
                 .collect::<Result<Vec<_>>>()?;
-            flag::linked_changed(plan, &orders_above(plan, at, starts)?, Tell::Now)?;
+            again::linked_changed(plan, &orders_above(plan, at, starts)?, Tell::Now)?;
         }
     }
     Ok(flagged)

@@ -3,6 +3,7 @@
 use std::cell::RefCell;
 use std::rc::Rc;
 
+use super::again;
 use super::flag;
 use super::guard;
 use super::news::{self, Tell};
@@ -17,6 +18,7 @@ use crate::pg::identity::{self, Identity, act_as, as_extension, on_keys};
 use crate::pg::invalidation;
 use crate::pg::sql::{self, Arg};
 use crate::pg::subxact::subtransaction;
+use crate::pg::transition;
 use crate::pg::trigger::{Event, TriggerCall, engine_is_writing, is_engine_write};
 
 thread_local! {
@@ -150,7 +152,7 @@ fn note(plan: &Plan, table: usize, call: &TriggerCall) -> Result<()> {
                 if call.event == Event::Update {
                     // One that is tracked stays so, whatever an import calls it now.
                     let keys = transition_keys(plan, plan.orders(), call, "amazon_pii_new AS new_or_old", "true")?;
-                    flag::look_again(plan, &keys)?;
+                    again::look_again(plan, &keys)?;
                 }
             }
             Event::Delete => deleted(plan, call)?,
@@ -165,6 +167,14 @@ fn note(plan: &Plan, table: usize, call: &TriggerCall) -> Result<()> {
         for (index, entry) in plan.entries.iter().enumerate().filter(|(i, e)| {
             e.table == table && e.parent.is_some() && (call.event != Event::Delete || plan.anchored_by(*i))
         }) {
+            let only_new = call.event == Event::Insert || call.event == Event::Update && !plan.anchored_by(index);
+            if let Some(column) = plan.order_column(index).filter(|_| only_new) {
+                again::numbered_changed(plan, &transition::integers(call, column.bare())?, Tell::Later)?;
+                continue;
+            }
+            if call.event == Event::Insert && watched::is_referred_to_later(plan, index)? {
+                continue;
+            }
             let links = walk::select_all(&entry.on_child);
             let filter = entry.filter.as_ref().map(|f| format!(" WHERE {f}")).unwrap_or_default();
             // A row that moved to another order may have set the clock of the one that it left.
@@ -184,7 +194,7 @@ fn note(plan: &Plan, table: usize, call: &TriggerCall) -> Result<()> {
             if call.event == Event::Delete {
                 clocks_changed(plan, &orders)?;
             } else {
-                flag::linked_changed(plan, &orders, Tell::Later)?;
+                again::linked_changed(plan, &orders, Tell::Later)?;
             }
         }
     }

@@ -5,13 +5,14 @@ use std::cell::RefCell;
 
 use pgrx::pg_sys;
 
-use super::plan::{AnchorPlan, Plan};
+use super::plan::{AnchorPlan, Plan, Table};
 use super::triggers::{cached, speaks_for};
 use crate::pg::columns;
 use crate::pg::error::{Error, Result};
 use crate::pg::ident::Expr;
-use crate::pg::identity::{Identity, act_as};
+use crate::pg::identity::{Identity, act_as, as_extension};
 use crate::pg::invalidation;
+use crate::pg::sql::{self, Arg};
 use crate::pg::subxact::subtransaction;
 use crate::pg::transition::{Differing, Watch};
 use crate::pg::trigger::TriggerCall;
@@ -35,11 +36,65 @@ pub enum Left {
     Everything,
 }
 
+/// A table and its column that refers to a table and its column.
+type Link = (pg_sys::Oid, String, pg_sys::Oid, String);
+
 /// A trigger, the state of the catalog in which its columns were found, and these.
 type Known = (pg_sys::Oid, u64, Watched);
 
 thread_local! {
     static KNOWN: RefCell<Vec<Known>> = const { RefCell::new(Vec::new()) };
+    static REFERRED: RefCell<Vec<(u64, Link, bool)>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Whether no row can refer to a new one of this entry yet: a foreign key, checked at once, wants it to be there before.
+///
+/// # Errors
+/// Errors of the server.
+pub fn is_referred_to_later(plan: &Plan, index: usize) -> Result<bool> {
+    let entry = &plan.entries[index];
+    let (Some(parent), [from], [to]) = (entry.parent, entry.on_parent.as_slice(), entry.on_child.as_slice()) else {
+        return Ok(false);
+    };
+    let (child, parent) = (&plan.tables[entry.table], &plan.tables[plan.entries[parent].table]);
+    let column = |table: &Table, link: &Expr| {
+        let mut columns = table.facts.columns.iter().map(|c| c.name.bare());
+        columns.find(|name| *link == Expr::column(name)).map(str::to_owned)
+    };
+    let (Some(from), Some(to)) = (column(parent, from), column(child, to)) else {
+        return Ok(false);
+    };
+    let generation = invalidation::generation();
+    let link = (parent.relation.oid, from, child.relation.oid, to);
+    let known = REFERRED.with_borrow(|r| {
+        r.iter()
+            .find(|(g, l, _)| *g == generation && *l == link)
+            .map(|(_, _, is)| *is)
+    });
+    if let Some(known) = known {
+        return Ok(known);
+    }
+    let rows = as_extension(|| {
+        sql::read(
+            "SELECT true FROM pg_catalog.pg_constraint AS c WHERE c.contype = 'f' AND c.convalidated AND NOT c.condeferrable \
+                AND c.conrelid = $1 AND c.confrelid = $3 \
+                AND c.conkey = ARRAY(SELECT a.attnum FROM pg_catalog.pg_attribute AS a WHERE a.attrelid = $1 AND a.attname = $2) \
+                AND c.confkey = ARRAY(SELECT a.attnum FROM pg_catalog.pg_attribute AS a WHERE a.attrelid = $3 AND a.attname = $4) \
+                AND NOT EXISTS (SELECT FROM pg_catalog.pg_trigger AS t WHERE t.tgconstraint = c.oid AND t.tgenabled NOT IN ('O', 'A'))",
+            &[
+                Arg::Oid(link.0),
+                Arg::Text(Some(&link.1)),
+                Arg::Oid(link.2),
+                Arg::Text(Some(&link.3)),
+            ],
+        )
+    })?;
+    let is = !rows.is_empty();
+    REFERRED.with_borrow_mut(|r| {
+        r.retain(|(g, l, _)| *g == generation && *l != link);
+        r.push((generation, link, is));
+    });
+    Ok(is)
 }
 
 /// The rows of an UPDATE that differ in a column that means something.

@@ -169,6 +169,51 @@ impl Watch {
     }
 }
 
+/// The distinct values of an integer column in the rows that a statement wrote, in order, without NULL.
+///
+/// # Errors
+/// It is no integer column; errors of the server unwind to the next subtransaction.
+pub fn integers(call: &TriggerCall, column: &str) -> Result<Vec<i64>> {
+    let name = CString::new(column).map_err(|_| Error::internal("a column name holds a NUL"))?;
+    let mut found: Vec<i64> = Vec::new();
+    // SAFETY: as in `differing`; the list is outside of the guard, and consistent whenever an error can jump.
+    unsafe {
+        let desc = (*(*call.data()).tg_relation).rd_att;
+        let table = (*call.data()).tg_newtable;
+        let number = pg_sys::SPI_fnumber(desc, name.as_ptr());
+        let Some(at) = usize::try_from(number).ok().and_then(|n| n.checked_sub(1)) else {
+            return Err(Error::undefined("a column of the policy no longer exists"));
+        };
+        let number_of: fn(pg_sys::Datum) -> i64 = match pg_sys::SPI_gettypeid(desc, number) {
+            // The rest of the datum is undefined.
+            pg_sys::INT2OID => |d| i64::from(d.value() as i16),
+            pg_sys::INT4OID => |d| i64::from(d.value() as i32),
+            pg_sys::INT8OID => |d| d.value() as i64,
+            _ => return Err(Error::unsupported("a column of the policy has another type now")),
+        };
+        if table.is_null() {
+            return Err(Error::internal("a trigger has no transition table"));
+        }
+        found.reserve(usize::try_from(pg_sys::tuplestore_tuple_count(table)).unwrap_or(0));
+        let slot = pg_sys::MakeSingleTupleTableSlot(desc, &pg_sys::TTSOpsMinimalTuple);
+        let list = &mut found;
+        pg_sys::ffi::pg_guard_ffi_boundary(|| {
+            raw::tuplestore_select_read_pointer(table, 0);
+            raw::tuplestore_rescan(table);
+            while raw::tuplestore_gettupleslot(table, true, false, slot) {
+                raw::slot_getsomeattrs_int(slot, number);
+                if !*(*slot).tts_isnull.add(at) {
+                    list.push(number_of(*(*slot).tts_values.add(at)));
+                }
+            }
+        });
+        pg_sys::ExecDropSingleTupleTableSlot(slot);
+    }
+    found.sort_unstable();
+    found.dedup();
+    Ok(found)
+}
+
 /// What [`Watch::differing`] found.
 pub enum Differing {
     None,
