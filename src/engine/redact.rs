@@ -25,7 +25,7 @@ use crate::pg::xact;
 /// What one transaction did; positions are into the batch.
 #[derive(Debug, Default)]
 pub struct Redacted {
-    /// How many orders are redacted now that were not, or not wholly.
+    /// How many orders are redacted now that were not, or whose personal data had come back.
     pub done: i64,
     /// How much text the batch holds.
     pub bytes: usize,
@@ -122,6 +122,11 @@ pub fn batch(plan: &Plan, others: &[Plan], keys: &MasterKeys, clock: &Clock, bat
         };
         lines.push(line(&batch[*i], detail));
     }
+    // An order that came back for a row it had to leave was counted before.
+    let counted = overwritten
+        .iter()
+        .filter(|i| batch[**i].status != "redacted" || changes.anew.contains(i));
+    out.done = counted.count() as i64;
     let dues = |list: Vec<usize>| list.into_iter().map(|i| &batch[i]).collect::<Vec<_>>();
     let (overwritten, clean) = (dues(overwritten), dues(clean));
     state::redacted(plan, &overwritten)?;
@@ -133,7 +138,6 @@ pub fn batch(plan: &Plan, others: &[Plan], keys: &MasterKeys, clock: &Clock, bat
     state::copied(plan, &set_back)?;
     audit::insert_batch(keys, "redact", plan, lines)?;
     state::announce(plan, "redacted", &overwritten)?;
-    out.done = overwritten.len() as i64;
     out.bytes = live.bytes();
     Ok(out)
 }

@@ -16,6 +16,8 @@ pub(super) struct Changes<'a> {
     pub(super) shared: Vec<(&'a str, &'a str)>,
     /// How many records of an order were overwritten, and how many wait.
     pub(super) counts: HashMap<usize, (usize, usize)>,
+    /// Orders of which a record was overwritten that had not been waiting for others.
+    pub(super) anew: HashSet<usize>,
     /// (order, table, key) of those that wait.
     waits: HashSet<(usize, &'a str, &'a str)>,
 }
@@ -35,7 +37,11 @@ impl<'a> Changes<'a> {
         let table = plan.tables[target.table].archived_as.as_str();
         for (order, entry) in &target.notes {
             self.counts.entry(*order).or_default().0 += 1;
-            if stored.fate(*order, table, &target.key_text).is_some() {
+            let fate = stored.fate(*order, table, &target.key_text);
+            if fate != Some(Fate::Waiting) {
+                self.anew.insert(*order);
+            }
+            if fate.is_some() {
                 self.put(plan, &batch[*order], table, &target.key_text, *entry, None, None);
             }
         }
