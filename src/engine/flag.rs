@@ -11,6 +11,7 @@ use crate::pg::catalog::{self, Compare};
 use crate::pg::error::Result;
 use crate::pg::identity::{Identity, act_as, as_extension, on_keys};
 use crate::pg::sql::{self, Arg, Row};
+use crate::pg::subxact::subtransaction;
 use crate::pg::trigger::TriggerCall;
 
 /// A row of the orders table that is to be flagged.
@@ -327,19 +328,27 @@ fn flagged_numbers(plan: &Plan, numbers: &[&str]) -> Result<HashSet<String>> {
     rows.iter().map(|r| r.string(0)).collect()
 }
 
-/// Rows that were there before are looked up as they were before the statement; new ones need no such look. `OFFSET 0`
-/// keeps each moment from being worked out once for every column that is made of it.
-const UPSERT: &str = "WITH written AS (INSERT INTO amazon_pii.order_state AS o (policy, order_key, order_number, status, flagged_by, anchor_at, \
+/// The rows that orders get when they are flagged. `OFFSET 0` keeps each moment from being worked out once for every column
+/// that is made of it.
+const ROWS: &str = "INSERT INTO amazon_pii.order_state AS o (policy, order_key, order_number, status, flagged_by, anchor_at, \
            archive_due_at, redact_due_at, next_due_at, stale_at) \
              SELECT $1, k, n, CASE WHEN a IS NULL THEN 'flagged' ELSE 'scheduled' END, $5, a, a + $6::interval, \
-                    a + $7::interval, a + $6::interval, CASE WHEN a IS NULL THEN p + $10::interval END \
+                    a + $7::interval, a + $6::interval, CASE WHEN a IS NULL THEN p + $9::interval END \
              FROM (SELECT k, n, p, CASE WHEN pg_catalog.isfinite(t) THEN t END AS a \
                    FROM ROWS FROM (pg_catalog.unnest($2), pg_catalog.unnest($3), pg_catalog.unnest($4::timestamptz[]), \
-                        pg_catalog.unnest($9::timestamptz[])) AS u (k, n, t, p) OFFSET 0) AS s \
-             WHERE $8 OR NOT EXISTS (SELECT FROM amazon_pii.order_state AS e WHERE e.policy = $1 AND e.order_key = s.k \
+                        pg_catalog.unnest($8::timestamptz[])) AS u (k, n, t, p) OFFSET 0) AS s ";
+
+/// Of orders none of which is known. An index that finds one ends it.
+const INSERT: &[&str] = &["WITH changed AS (", ROWS, "RETURNING order_key, 'flagged' AS news) "];
+
+/// Rows that were there before are looked up as they were before the statement; new ones need no such look.
+const UPSERT: &[&str] = &[
+    "WITH written AS (",
+    ROWS,
+    "WHERE $10 OR NOT EXISTS (SELECT FROM amazon_pii.order_state AS e WHERE e.policy = $1 AND e.order_key = s.k \
                 AND e.status <> 'gone' AND e.order_number IS NOT DISTINCT FROM s.n AND (e.archived_at IS NOT NULL \
                      OR e.anchor_at IS NOT DISTINCT FROM s.a \
-                        AND e.stale_at IS NOT DISTINCT FROM CASE WHEN s.a IS NULL THEN s.p + $10::interval END)) \
+                        AND e.stale_at IS NOT DISTINCT FROM CASE WHEN s.a IS NULL THEN s.p + $9::interval END)) \
              ON CONFLICT (policy, order_key) DO UPDATE SET \
                 order_number = EXCLUDED.order_number, stale_at = EXCLUDED.stale_at, \
                 status = CASE WHEN o.status IN ('flagged', 'scheduled') AND o.archived_at IS NULL OR o.status = 'gone' THEN EXCLUDED.status ELSE o.status END, \
@@ -349,15 +358,16 @@ const UPSERT: &str = "WITH written AS (INSERT INTO amazon_pii.order_state AS o (
                 archived_at = CASE WHEN o.status = 'gone' THEN NULL ELSE o.archived_at END, \
                 redacted_at = CASE WHEN o.status = 'gone' THEN NULL ELSE o.redacted_at END, \
                 next_due_at = CASE WHEN o.status IN ('flagged', 'scheduled') AND o.archived_at IS NULL OR o.status = 'gone' THEN EXCLUDED.next_due_at \
-                    WHEN o.status = 'redacted' AND $8 THEN pg_catalog.now() ELSE o.next_due_at END \
+                    WHEN o.status = 'redacted' AND $10 THEN pg_catalog.now() ELSE o.next_due_at END \
              WHERE o.status = 'gone' OR o.order_number IS DISTINCT FROM EXCLUDED.order_number \
                 OR (o.archived_at IS NULL AND o.anchor_at IS DISTINCT FROM EXCLUDED.anchor_at) \
                 OR (o.archived_at IS NULL AND o.stale_at IS DISTINCT FROM EXCLUDED.stale_at) \
-                OR ($8 AND o.status = 'redacted' AND (o.next_due_at IS NULL OR o.next_due_at > pg_catalog.now())) \
+                OR ($10 AND o.status = 'redacted' AND (o.next_due_at IS NULL OR o.next_due_at > pg_catalog.now())) \
              RETURNING o.order_key, o.status, o.xmax = 0 AS is_new), \
      changed AS (SELECT w.order_key, CASE WHEN w.is_new THEN 'flagged' ELSE (SELECT CASE WHEN b.status = 'gone' THEN 'flagged' \
             WHEN b.status = 'flagged' AND w.status = 'scheduled' THEN 'scheduled' END FROM amazon_pii.order_state AS b \
-         WHERE b.policy = $1 AND b.order_key = w.order_key) END AS news FROM written AS w) ";
+         WHERE b.policy = $1 AND b.order_key = w.order_key) END AS news FROM written AS w) ",
+];
 
 /// Writes what was found: new orders are flagged, clocks of those that are not archived yet follow their anchor, and
 /// with `touched` redacted ones are looked at again by the next cycle. Returns the number of newly flagged orders, where
@@ -369,31 +379,61 @@ pub fn upsert(plan: &Plan, facts: &[OrderFact], by: &str, touched: bool, tell: T
     if facts.is_empty() {
         return Ok(0);
     }
-    // A conflict locks its row even where nothing changes, and waits for whoever has it: a sweep leaves out what is up to
-    // date. Not so a trigger, which must see what a cycle is doing to the order.
     let end = match tell {
         Tell::Now => "SELECT order_key, news FROM changed WHERE news IS NOT NULL",
         Tell::Later => news::NOTE,
     };
-    let rows = on_keys(|| {
-        sql::write(
-            &[UPSERT, end].concat(),
-            &[
-                Arg::Text(Some(&plan.policy)),
-                Arg::Texts(facts.iter().map(|f| Some(f.key_text.as_str())).collect()),
-                Arg::Texts(facts.iter().map(|f| f.number.as_deref()).collect()),
-                Arg::Texts(facts.iter().map(|f| f.anchor.as_deref()).collect()),
-                Arg::Text(Some(by)),
-                Arg::Text(Some(&plan.document.archive_after)),
-                Arg::Text(Some(&plan.document.redact_after)),
-                Arg::Bool(touched),
-                Arg::Texts(facts.iter().map(|f| f.placed.as_deref()).collect()),
-                Arg::Text(plan.document.orders.stale_after.as_deref()),
-            ],
-        )
-    })?;
+    let args = |with_touched| {
+        let mut args = vec![
+            Arg::Text(Some(&plan.policy)),
+            Arg::Texts(facts.iter().map(|f| Some(f.key_text.as_str())).collect()),
+            Arg::Texts(facts.iter().map(|f| f.number.as_deref()).collect()),
+            Arg::Texts(facts.iter().map(|f| f.anchor.as_deref()).collect()),
+            Arg::Text(Some(by)),
+            Arg::Text(Some(&plan.document.archive_after)),
+            Arg::Text(Some(&plan.document.redact_after)),
+            Arg::Texts(facts.iter().map(|f| f.placed.as_deref()).collect()),
+            Arg::Text(plan.document.orders.stale_after.as_deref()),
+        ];
+        if with_touched {
+            args.push(Arg::Bool(touched));
+        }
+        args
+    };
+    if facts.len() >= MANY && matches!(tell, Tell::Later) && !any_known(plan, facts)? {
+        let statement = [INSERT.concat().as_str(), end].concat();
+        match subtransaction(|| on_keys(|| sql::execute(&statement, &args(false)))) {
+            Ok(_) => return Ok(0),
+            // One was known after all.
+            Err(e) if e.is_duplicate() => {}
+            Err(e) => return Err(e),
+        }
+    }
+    // A conflict locks its row even where nothing changes, and waits for whoever has it: a sweep leaves out what is up to
+    // date. Not so a trigger, which must see what a cycle is doing to the order.
+    let rows = on_keys(|| sql::write(&[UPSERT.concat().as_str(), end].concat(), &args(true)))?;
     match tell {
         Tell::Now => news::tell(&plan.policy, &rows),
         Tell::Later => Ok(0),
     }
+}
+
+/// From this many orders on it pays to try whether all of them are new: a row that may conflict costs a second look at the
+/// index, and a second record in the log.
+const MANY: usize = 1000;
+
+/// Whether any of some of these orders is known.
+fn any_known(plan: &Plan, facts: &[OrderFact]) -> Result<bool> {
+    let some: Vec<&str> = facts
+        .iter()
+        .step_by(facts.len().div_ceil(20))
+        .map(|f| f.key_text.as_str())
+        .collect();
+    let rows = on_keys(|| {
+        sql::read(
+            "SELECT true FROM amazon_pii.order_state WHERE policy IS NOT DISTINCT FROM $1 AND order_key = ANY ($2) LIMIT 1",
+            &[Arg::Text(Some(&plan.policy)), Arg::texts(&some)],
+        )
+    })?;
+    Ok(!rows.is_empty())
 }

@@ -250,6 +250,11 @@ impl Error {
         self.cancel
     }
 
+    /// A row is there already.
+    pub fn is_duplicate(&self) -> bool {
+        self.code == Code::ERRCODE_UNIQUE_VIOLATION
+    }
+
     /// A lock that was not to be had in time, or a deadlock: the order waits for the next batch, it has not failed.
     pub fn is_lock(&self) -> bool {
         matches!(
