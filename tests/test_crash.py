@@ -99,9 +99,9 @@ def test_server_killed_at_many_points_of_a_cycle(by):
         for kill in range(1, kills + 1):
             call = Background(db, "CALL amazon_pii.run_cycle()") if by == "call" else None
             # Nearer to the end with each kill; then at any moment of the next few transactions.
-            goal = 2 * orders * kill // (kills + 2)
+            goal = 2 * orders * kill // (kills + 4)
             wait_until(lambda goal=goal: db.value(MOVED) >= goal, interval=0.005, message=f"no cycle gets to {goal}")
-            threading.Event().wait(rng.random() * 0.12)
+            threading.Event().wait(rng.random() * 0.06)
             server.kill9()
             if call:
                 with pytest.raises(psycopg2.Error):

@@ -45,7 +45,8 @@ def set_on(db, name, value):
     quoted = value.replace("\\", "\\\\")
     db.cluster.configure(f"{name} = '{quoted}'")
     db.cluster.reload()
-    wait_until(lambda: db.value(f"SHOW {name}") == value)
+    # A session in which nobody has called us yet knows the setting from the file alone, once that was read again.
+    wait_until(lambda: db.value("SELECT current_setting(%s, true)", [name]) == value)
 
 
 def enable(db):
