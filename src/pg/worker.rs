@@ -1,6 +1,7 @@
 //! Background workers, as far as the server is concerned: registering, starting, signals, sleeping, transactions.
 
 pub mod board;
+pub mod desk;
 pub mod segment;
 
 use std::ffi::{CStr, CString, c_char, c_int};
@@ -126,6 +127,10 @@ impl Handle {
             pg_sys::MemoryContextSwitchTo(context);
             started
         };
+        if !started {
+            // Whoever asks again finds room.
+            desk::dismiss();
+        }
         // Not `then_some`: a handle that was never given must not be made, and so not dropped.
         started.then(|| Self(handle))
     }
@@ -135,14 +140,6 @@ impl Handle {
         let mut pid = 0;
         // SAFETY: the handle is valid until it is dropped.
         unsafe { pg_sys::GetBackgroundWorkerPid(self.0, &mut pid) == pg_sys::BgwHandleStatus::BGWH_STOPPED }
-    }
-
-    /// Waits for the worker's end; a cancel of the waiting backend gets through.
-    pub fn wait(self) {
-        // SAFETY: the handle is valid until it is dropped; this process is the one that is notified.
-        unsafe {
-            pg_sys::WaitForBackgroundWorkerShutdown(self.0);
-        }
     }
 }
 

@@ -1,10 +1,13 @@
 //! Accesses are recorded by another process, which commits before anything is opened: the caller's ROLLBACK does not
 //! reach the entry. Works without preloading.
 
+use std::time::{Duration, Instant};
+
 use pgrx::prelude::*;
 
 use crate::engine::audit::{self, AuditEntry};
 use crate::pg::error::{Error, Result};
+use crate::pg::worker::desk;
 use crate::pg::worker::segment::{Answer, Segment};
 use crate::pg::worker::{self, Connection, Errand, Handle, Kind};
 use crate::pg::xact;
@@ -14,6 +17,18 @@ const EVIDENCE: Kind = Kind {
     name: "amazon_pii evidence",
     function: "amazon_pii_evidence_main",
 };
+
+/// How long a worker waits for the next access when it has recorded one. DROP DATABASE has more patience.
+const LINGER: Duration = Duration::from_secs(2);
+
+/// What a caller waits for wakes it; this is for a worker that was killed.
+const POLL: Duration = Duration::from_millis(100);
+
+/// How long a caller waits for a slot that others are leaving.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// The slot of a worker that has just ended is free when the postmaster has noticed.
+const BRIEFLY: Duration = Duration::from_millis(50);
 
 /// Records an access for good, whatever becomes of the caller's transaction.
 ///
@@ -29,16 +44,49 @@ pub fn record(entry: &AuditEntry) -> Result<()> {
     }
     let request = serde_json::to_vec(entry).map_err(|_| Error::internal("an audit entry cannot be written as JSON"))?;
     let segment = Segment::create(&request).ok_or_else(refused)?;
-    let errand = Errand {
-        database: worker::current_database(),
-        number: segment.handle(),
-    };
-    Handle::start(EVIDENCE, errand).ok_or_else(refused)?.wait();
-    match segment.answered() {
+    let database = worker::current_database();
+    let mut answer = Answer::None;
+    if let Some(posted) = desk::post(database, segment.handle()) {
+        answer = wait(&segment, || !posted.pending());
+    }
+    // None waited, or it ended before it was done.
+    if answer == Answer::None {
+        let errand = Errand {
+            database,
+            number: segment.handle(),
+        };
+        let started = start(errand).ok_or_else(refused)?;
+        answer = wait(&segment, || started.stopped());
+    }
+    match answer {
         Answer::Done => Ok(()),
         Answer::Failed(words) => Err(Error::resources("the access could not be recorded, so it is refused")
             .detail(format!("The recording worker reported \"{words}\"."))),
         Answer::None => Err(refused()),
+    }
+}
+
+/// Waits until the worker has answered, or never will; a cancel of the waiting backend gets through.
+fn wait(segment: &Segment, over: impl Fn() -> bool) -> Answer {
+    loop {
+        // In this order: its last word comes before its end.
+        let over = over();
+        match segment.answered() {
+            Answer::None if !over => worker::sleep(POLL),
+            answer => return answer,
+        }
+    }
+}
+
+/// Starts a worker; where no slot is free, those that only wait make room.
+fn start(errand: Errand) -> Option<Handle> {
+    let began = Instant::now();
+    loop {
+        let started = Handle::start(EVIDENCE, errand);
+        if started.is_some() || began.elapsed() > PATIENCE || !desk::dismiss() && began.elapsed() > BRIEFLY {
+            return started;
+        }
+        worker::sleep(Duration::from_millis(5));
     }
 }
 
@@ -59,13 +107,27 @@ pub extern "C-unwind" fn amazon_pii_evidence_main(argument: pg_sys::Datum) {
     };
     worker::enter(Connection::Database(errand.database));
     worker::commit_durably();
+    serve(segment);
+    let Some(desk) = desk::Own::take(errand.database) else {
+        return;
+    };
+    while let Some(handle) = desk.next(LINGER) {
+        worker::reload_if_asked();
+        if let Some(segment) = Segment::attach(handle) {
+            serve(segment);
+        }
+        desk.done();
+    }
+}
+
+fn serve(segment: Segment) {
     worker::report_running("amazon_pii: recording an access");
     let answer = match write(&segment.request()) {
         Ok(()) => Answer::Done,
         Err(e) => Answer::Failed(e.stored()),
     };
-    segment.answer(&answer);
     worker::report_idle();
+    segment.answer(&answer);
 }
 
 fn write(request: &[u8]) -> Result<()> {

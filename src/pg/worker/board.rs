@@ -59,6 +59,7 @@ pub enum Outcome {
 )]
 pub fn request() {
     pg_shmem_init!(BOARD);
+    super::desk::request();
     THERE.store(true, Ordering::Relaxed);
 }
 

@@ -7,6 +7,8 @@ use pgrx::prelude::*;
 
 use super::Handle;
 
+use super::desk;
+
 /// Room for the words of a failure.
 const ANSWER_ROOM: usize = 512;
 
@@ -20,6 +22,8 @@ struct Header {
     answer_length: AtomicU32,
     numbers: [AtomicI64; NUMBERS],
     answer: [u8; ANSWER_ROOM],
+    /// Address of the latch of the backend that asks.
+    latch: usize,
 }
 
 /// What the worker answered.
@@ -58,6 +62,7 @@ impl Segment {
                 answer_length: AtomicU32::new(0),
                 numbers: [const { AtomicI64::new(0) }; NUMBERS],
                 answer: [0; ANSWER_ROOM],
+                latch: desk::my_latch(),
             });
             segment.body().copy_from_nonoverlapping(request.as_ptr(), request.len());
             Some(segment)
@@ -140,6 +145,7 @@ impl Segment {
                 .copy_from_nonoverlapping(words.as_ptr(), length);
             (*header).answer_length.store(length as u32, Ordering::Relaxed);
             (*header).state.store(state, Ordering::Release);
+            desk::set_latch((*header).latch);
         }
     }
 
