@@ -120,3 +120,28 @@ def test_a_batch_costs_the_same_whenever_it_comes_and_whatever_its_size(shop):
     assert {count for count, _ in larger} == statements, "a larger batch runs other statements"
     # What every batch costs is shared by more orders.
     assert max(buffers for _, buffers in larger) < 60 * 260, "buffers touched by a batch of 60 orders"
+
+
+def cost(db, call):
+    """(statements, buffers) of a call, on all levels and in all processes."""
+    spent = """SELECT sum(calls), sum(shared_blks_hit + shared_blks_read + local_blks_hit + temp_blks_read) FROM public.pg_stat_statements AS p
+        JOIN pg_database AS d ON d.oid = p.dbid WHERE d.datname = current_database() AND toplevel IS FALSE AND query NOT LIKE '%%pg_stat_statements%%'"""
+    db.sql("SELECT public.pg_stat_statements_reset()")
+    call()
+    return tuple(int(n or 0) for n in db.sql(spent)[0])
+
+
+def test_a_retrieval_costs_the_same_whatever_is_archived(shop):
+    """Breaks when one makes the policy ready anew, or reads more the more orders there are."""
+    shop.need_contrib("pg_stat_statements")
+    shop.sql("CREATE EXTENSION pg_stat_statements")
+    found = []
+    for first, last in ((1, 100), (101, 3000)):
+        fill(shop, last, first=first)
+        run_cycle(shop)
+        retrieve(shop, order_number(last))
+        found.append(cost(shop, lambda: retrieve(shop, order_number(last - 2))))
+    print(found)
+    (few, small), (many, large) = found
+    assert few == many < 60, "statements"
+    assert large < 1.3 * small and large < 700, "buffers"

@@ -3,6 +3,7 @@
 mod restore;
 
 use std::collections::BTreeMap;
+use std::rc::Rc;
 
 use super::audit::AuditEntry;
 use super::plan::Plan;
@@ -45,7 +46,7 @@ enum Lock {
 }
 
 /// Finds the orders that bear a number.
-fn resolve(target: &Target<'_>, lock: Lock) -> Result<(Plan, Vec<Order>)> {
+fn resolve(target: &Target<'_>, lock: Lock) -> Result<(Rc<Plan>, Vec<Order>)> {
     const FOUND: &str = "SELECT policy, order_key, status, archived_at IS NOT NULL, redacted_version, \
             held_until IS NOT NULL AND held_until > pg_catalog.now() FROM amazon_pii.order_state \
          WHERE order_number = $1 AND ($2::text IS NULL OR policy = $2) AND ($3::text IS NULL OR order_key = $3) \
@@ -83,7 +84,7 @@ fn resolve(target: &Target<'_>, lock: Lock) -> Result<(Plan, Vec<Order>)> {
         .into_iter()
         .next()
         .ok_or_else(|| Error::unknown_order(target.number))?;
-    Ok((Plan::load(&policy)?, orders))
+    Ok((Plan::current(&policy)?, orders))
 }
 
 /// A reason as it is stored, or why it cannot be.

@@ -127,7 +127,7 @@ fn run_policy(policy: &str, sweep: bool, boundary: Boundary) -> Result<Counts> {
         _ => boundary.commit()?,
     }
     turn::take(policy, Mode::Alone)?;
-    let plan = Plan::load(policy)?;
+    let plan = Plan::current(policy)?;
     if !plan.enabled || plan.suspended.is_some() {
         let counts = Counts {
             overdue: overdue(policy)?,

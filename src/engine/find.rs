@@ -26,7 +26,7 @@ pub fn find_orders(search: &str) -> Result<Vec<Hit>> {
     let policies = as_extension(|| sql::read("SELECT policy FROM amazon_pii.policy ORDER BY policy", &[]))?;
     let mut hits = Vec::new();
     for policy in &policies {
-        let plan = Plan::load(policy.str(0)?)?;
+        let plan = Plan::current(policy.str(0)?)?;
         let mut matches: BTreeMap<String, String> = BTreeMap::new();
         for (index, entry) in plan.entries.iter().enumerate() {
             let Some(number) = &entry.number else { continue };

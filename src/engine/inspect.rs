@@ -30,7 +30,7 @@ pub fn preview(policy: &str, as_of: &str) -> Result<Vec<Preview>> {
         &["amazon_pii_admin", "amazon_pii_operator", "amazon_pii_auditor"],
         "preview a policy",
     )?;
-    let plan = Plan::load(policy)?;
+    let plan = Plan::current(policy)?;
     // (action, table) → orders and records.
     let mut counts: BTreeMap<(usize, usize), (BTreeSet<String>, i64)> = BTreeMap::new();
     let mut after: Option<Values> = None;

@@ -1,8 +1,10 @@
 //! A policy made ready to run: its tables, their keys and types, compiled treatments, checked expressions.
 
 mod build;
+mod cache;
 
 use build::{Builder, refuse_redacted_links};
+use cache::Record;
 
 use std::fmt::Display;
 
@@ -13,8 +15,7 @@ use crate::domain::treatment::{Outcome, Shape, Treatment};
 use crate::pg::catalog::TableFacts;
 use crate::pg::error::{Error, Result};
 use crate::pg::ident::{self, Expr, Ident, Relation};
-use crate::pg::identity::{self, as_extension};
-use crate::pg::sql::{self, Arg};
+use crate::pg::identity;
 
 /// What to do about an expression that the server does not accept.
 pub const EXPRESSION_HINT: &str = "Try it in a SELECT from the table, as the table's owner; functions and types of other schemas need their schema's name.";
@@ -189,23 +190,11 @@ impl Plan {
     /// # Errors
     /// It does not exist, or no longer fits its tables (suspended: a table is missing or has another owner).
     pub fn load(policy: &str) -> Result<Self> {
-        let (row, relations) = as_extension(|| {
-            let rows = sql::read(
-                "SELECT version, document, search_path, enabled, suspended FROM amazon_pii.policy WHERE policy = $1",
-                &[Arg::Text(Some(policy))],
-            )?;
-            let row = rows.into_iter().next().ok_or_else(|| {
-                Error::undefined(format!("policy \"{policy}\" does not exist"))
-                    .hint("The view amazon_pii.policies lists the policies.")
-            })?;
-            let relations = sql::read(
-                "SELECT t.entry, t.relation::oid, t.owner, COALESCE(r.rolname, ''), t.archived_as FROM amazon_pii.policy_table t \
-                 LEFT JOIN pg_catalog.pg_class c ON c.oid = t.relation LEFT JOIN pg_catalog.pg_roles r ON r.oid = c.relowner \
-                 WHERE t.policy = $1",
-                &[Arg::Text(Some(policy))],
-            )?;
-            Ok((row, relations))
-        })?;
+        Self::from_record(policy, &Record::read(policy)?)
+    }
+
+    fn from_record(policy: &str, record: &Record) -> Result<Self> {
+        let Record { row, relations } = record;
         let document = Policy::parse(row.str(1)?).map_err(|e| Error::invalid(e.to_string()))?;
         let mut oids = Vec::new();
         for alias in std::iter::once("").chain(document.linked.iter().map(|l| l.alias.as_str())) {

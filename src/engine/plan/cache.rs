@@ -1,0 +1,85 @@
+//! Plans that a session keeps. To build one costs a dozen statements on catalogs; what can make it old is asked for in two.
+
+use std::cell::RefCell;
+use std::rc::Rc;
+
+use super::Plan;
+use crate::pg::error::{Error, Result};
+use crate::pg::identity::as_extension;
+use crate::pg::invalidation;
+use crate::pg::sql::{self, Arg, Row};
+
+/// A policy as our tables have it, and the owners that its tables have now.
+#[derive(PartialEq, Eq)]
+pub(super) struct Record {
+    /// Version, document, search path, whether it is enabled, why it is suspended.
+    pub(super) row: Row,
+    /// For each entry its table, the table's owner when it was applied and now (empty: none), and its archived name.
+    pub(super) relations: Vec<Row>,
+}
+
+impl Record {
+    pub(super) fn read(policy: &str) -> Result<Self> {
+        as_extension(|| {
+            let rows = sql::read(
+                "SELECT version, document, search_path, enabled, suspended FROM amazon_pii.policy WHERE policy = $1",
+                &[Arg::Text(Some(policy))],
+            )?;
+            let row = rows.into_iter().next().ok_or_else(|| {
+                Error::undefined(format!("policy \"{policy}\" does not exist"))
+                    .hint("The view amazon_pii.policies lists the policies.")
+            })?;
+            let relations = sql::read(
+                "SELECT t.entry, t.relation::oid, t.owner, COALESCE(r.rolname, ''), t.archived_as FROM amazon_pii.policy_table t \
+                 LEFT JOIN pg_catalog.pg_class c ON c.oid = t.relation LEFT JOIN pg_catalog.pg_roles r ON r.oid = c.relowner \
+                 WHERE t.policy = $1 ORDER BY t.entry",
+                &[Arg::Text(Some(policy))],
+            )?;
+            Ok(Self { row, relations })
+        })
+    }
+}
+
+/// A plan, what it was made of, and the generation of the catalog in which it was.
+struct Kept {
+    generation: u64,
+    record: Record,
+    plan: Rc<Plan>,
+}
+
+thread_local! {
+    static KEPT: RefCell<Vec<Kept>> = const { RefCell::new(Vec::new()) };
+}
+
+impl Plan {
+    /// [`Plan::load`], from what the session keeps where neither the policy nor one of its tables has changed.
+    ///
+    /// # Errors
+    /// As [`Plan::load`].
+    pub fn current(policy: &str) -> Result<Rc<Self>> {
+        let record = Record::read(policy)?;
+        let generation = invalidation::generation();
+        let known = KEPT.with_borrow(|kept| {
+            kept.iter()
+                .find(|k| k.generation == generation && k.plan.policy == policy && k.record == record)
+                .map(|k| Rc::clone(&k.plan))
+        });
+        if let Some(plan) = known {
+            return Ok(plan);
+        }
+        // Watched before it is built: what changes meanwhile makes the plan old at once.
+        let tables = record.relations.iter().map(|r| r.oid(1)).collect::<Result<Vec<_>>>()?;
+        invalidation::watch(tables.into_iter())?;
+        let generation = invalidation::generation();
+        let plan = Rc::new(Self::from_record(policy, &record)?);
+        KEPT.with_borrow_mut(|kept| {
+            kept.retain(|k| k.generation == generation && k.plan.policy != policy);
+            kept.push(Kept {
+                generation,
+                record,
+                plan: Rc::clone(&plan),
+            });
+        });
+        Ok(plan)
+    }
+}
