@@ -17,11 +17,13 @@ CREATE TABLE amazon_pii.policy (
     recheck_after   text,
     rechecked_at    timestamptz,
     cycled_at       timestamptz,
+    structure       numeric,
     last_error      text
 );
 COMMENT ON TABLE amazon_pii.policy IS 'One row a policy: the document in force';
 COMMENT ON COLUMN amazon_pii.policy.search_path IS 'The path under which expressions and code of the tables'' owners run';
 COMMENT ON COLUMN amazon_pii.policy.suspended IS 'Why cycles leave this policy alone until it is applied again';
+COMMENT ON COLUMN amazon_pii.policy.structure IS 'What the last cycle saw of the catalog; while that stays, a cycle with nothing due does nothing';
 COMMENT ON COLUMN amazon_pii.policy.sweep_after IS 'Key after which an unfinished sweep goes on';
 
 CREATE TABLE amazon_pii.policy_version (

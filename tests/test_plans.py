@@ -131,6 +131,23 @@ def cost(db, call):
     return tuple(int(n or 0) for n in db.sql(spent)[0])
 
 
+def test_a_cycle_with_nothing_due_costs_the_same_whatever_there_is(shop):
+    """Breaks when it makes the policy ready, or reads more the more orders there are."""
+    shop.need_contrib("pg_stat_statements")
+    shop.sql("CREATE EXTENSION pg_stat_statements")
+    found = []
+    for first, last in ((1, 300), (301, STORED)):
+        fill(shop, last, first=first, age="5 days", share=2)
+        run_cycle(shop)
+        run_cycle(shop)
+        found.append(cost(shop, lambda: run_cycle(shop)))
+    print(found)
+    (few, small), (many, large) = found
+    assert few == many <= 6, "statements"
+    assert large <= small + 10, "an index is a level deeper"
+    assert large < 150
+
+
 def test_a_retrieval_costs_the_same_whatever_is_archived(shop):
     """Breaks when one makes the policy ready anew, or reads more the more orders there are."""
     shop.need_contrib("pg_stat_statements")

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::batch::Batches;
 use super::due::{Clock, Share};
+use super::idle;
 use super::news;
 use super::plan::Plan;
 use super::rekey;
@@ -121,12 +122,18 @@ struct Run<'a> {
 }
 
 fn run_policy(policy: &str, sweep: bool, boundary: Boundary) -> Result<Counts> {
+    if !sweep && idle::ends(policy)? {
+        boundary.commit()?;
+        return Ok(Counts::default());
+    }
     match subtransaction(|| news::announce(policy)) {
         Err(e) if e.is_cancel() => return Err(e),
         // They stay for the next cycle; what is due does not wait for that.
         _ => boundary.commit()?,
     }
     turn::take(policy, Mode::Alone)?;
+    // As it is before anything is looked at: what changes meanwhile is looked at again.
+    let structure = idle::structure(policy)?;
     let plan = Plan::current(policy)?;
     if !plan.enabled || plan.suspended.is_some() {
         let counts = Counts {
@@ -160,7 +167,7 @@ fn run_policy(policy: &str, sweep: bool, boundary: Boundary) -> Result<Counts> {
     if run.batches.counts.overdue > 0 {
         announce_overdue(policy, run.batches.counts.overdue)?;
     }
-    run.finish()?;
+    run.finish(structure.as_deref())?;
     boundary.commit()?;
     Ok(run.batches.counts)
 }
@@ -388,13 +395,15 @@ impl Run<'_> {
         Ok(())
     }
 
-    fn finish(&self) -> Result<()> {
+    fn finish(&self, structure: Option<&str>) -> Result<()> {
         as_extension(|| {
             sql::execute(
-                "UPDATE amazon_pii.policy SET cycled_at = pg_catalog.clock_timestamp(), last_error = $2 WHERE policy = $1",
+                "UPDATE amazon_pii.policy SET cycled_at = pg_catalog.clock_timestamp(), last_error = $2, \
+                    structure = CASE WHEN $2 IS NULL THEN $3::numeric END WHERE policy = $1",
                 &[
                     Arg::Text(Some(&self.plan.policy)),
                     Arg::Text(self.trouble.as_ref().map(Error::stored).as_deref()),
+                    Arg::Text(structure),
                 ],
             )
         })?;

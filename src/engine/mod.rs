@@ -15,6 +15,7 @@ pub mod flag;
 pub mod former;
 pub mod gather;
 pub mod guard;
+pub mod idle;
 pub mod inspect;
 pub mod news;
 pub mod overwrite;
