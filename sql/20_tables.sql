@@ -14,8 +14,9 @@ CREATE TABLE amazon_pii.policy (
     sweep_started_at timestamptz,
     sweep_after     text,
     swept_at        timestamptz,
-    recheck_after   text,
     rechecked_at    timestamptz,
+    recheck_page    bigint      NOT NULL DEFAULT 0,
+    recheck_left    bigint      NOT NULL DEFAULT 0,
     cycled_at       timestamptz,
     structure       numeric,
     last_error      text
@@ -23,6 +24,8 @@ CREATE TABLE amazon_pii.policy (
 COMMENT ON TABLE amazon_pii.policy IS 'One row a policy: the document in force';
 COMMENT ON COLUMN amazon_pii.policy.search_path IS 'The path under which expressions and code of the tables'' owners run';
 COMMENT ON COLUMN amazon_pii.policy.suspended IS 'Why cycles leave this policy alone until it is applied again';
+COMMENT ON COLUMN amazon_pii.policy.recheck_page IS 'Page of order_state from which redacted orders are looked at again';
+COMMENT ON COLUMN amazon_pii.policy.recheck_left IS 'Pages that are left of today''s share';
 COMMENT ON COLUMN amazon_pii.policy.structure IS 'What the last cycle saw of the catalog; while that stays, a cycle with nothing due does nothing';
 COMMENT ON COLUMN amazon_pii.policy.sweep_after IS 'Key after which an unfinished sweep goes on';
 
@@ -103,6 +106,26 @@ CREATE INDEX record_state_retrieved ON amazon_pii.record_state (table_name, reco
 CREATE INDEX record_state_waiting ON amazon_pii.record_state (record_key, table_name, changed_at) WHERE status = 'waiting';
 CREATE INDEX record_state_record ON amazon_pii.record_state (table_name, record_key);
 
+CREATE TABLE amazon_pii.sweep_slice (
+    policy          text        COLLATE "C" NOT NULL,
+    first_after     text        COLLATE "C" NOT NULL,
+    upto            text        COLLATE "C",
+    stamp           bigint      NOT NULL,
+    orders          bigint      NOT NULL,
+    digest          numeric     NOT NULL,
+    compared_at     timestamptz NOT NULL DEFAULT pg_catalog.now(),
+    changed_at      timestamptz NOT NULL DEFAULT pg_catalog.now(),
+    seen_at         timestamptz NOT NULL DEFAULT pg_catalog.now(),
+    PRIMARY KEY (policy, first_after),
+    CHECK (upto <> first_after)
+);
+COMMENT ON TABLE amazon_pii.sweep_slice IS 'Slices of the orders table and their sums when each of their orders was last compared with its state';
+COMMENT ON COLUMN amazon_pii.sweep_slice.first_after IS 'The key after which the slice begins; empty: at the first';
+COMMENT ON COLUMN amazon_pii.sweep_slice.upto IS 'The last key that belongs to it; NULL: to the end';
+COMMENT ON COLUMN amazon_pii.sweep_slice.changed_at IS 'Since when the sum has been the same';
+COMMENT ON COLUMN amazon_pii.sweep_slice.seen_at IS 'When that was last found so, where it has been so for weeks';
+COMMENT ON COLUMN amazon_pii.sweep_slice.stamp IS 'The way in which the sum was made: others are not compared with it';
+
 CREATE TABLE amazon_pii.touched (
     touched_id      bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     policy          text        COLLATE "C" NOT NULL,
@@ -180,7 +203,7 @@ COMMENT ON TABLE amazon_pii.audit_entry IS 'Who did what to which order, under w
 COMMENT ON COLUMN amazon_pii.audit_entry.lines IS 'Where one entry speaks of a batch: JSON array of [order key, order number, detail]';
 CREATE INDEX audit_entry_order ON amazon_pii.audit_entry (policy, order_key);
 
--- Survive a dump: everything but the triggers' notes of the moment. Call by call, since each updates one row.
+-- Survive a dump: everything but the triggers' notes of the moment and the sweep's sums, which are made anew. Call by call, since each updates one row.
 DO $$
 DECLARE
     kept text;

@@ -9,6 +9,7 @@ use super::audit::AuditEntry;
 use super::plan::Plan;
 use super::rekey;
 use super::state;
+use super::sweep;
 use super::vault;
 use crate::domain::reason;
 use crate::domain::vault::MasterKeys;
@@ -367,6 +368,7 @@ pub fn unflag(target: &Target<'_>, reason: Option<&str>) -> Result<Vec<Restored>
         }
         Ok(())
     })?;
+    sweep::forget_sums(&plan.policy)?;
     state::announce_keys(&plan.policy, "unflagged", &order_keys)?;
     Ok(restored)
 }

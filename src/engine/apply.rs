@@ -296,6 +296,7 @@ pub fn drop(policy: &str) -> Result<()> {
             "DELETE FROM amazon_pii.record_state WHERE policy = $1",
             "DELETE FROM amazon_pii.touched WHERE policy = $1",
             "DELETE FROM amazon_pii.news WHERE policy = $1",
+            "DELETE FROM amazon_pii.sweep_slice WHERE policy = $1",
         ] {
             sql::execute(statement, &[Arg::Text(Some(policy))])?;
         }

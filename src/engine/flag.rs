@@ -2,12 +2,9 @@
 
 use std::collections::{BTreeMap, HashSet};
 
-use pgrx::pg_sys;
-
 use super::news::{self, Tell};
-use super::plan::{AnchorPlan, Plan, Table};
+use super::plan::{AnchorPlan, Plan};
 use super::walk::{self, Values, down, key_text};
-use crate::pg::catalog::{self, Compare};
 use crate::pg::error::Result;
 use crate::pg::identity::{Identity, act_as, as_extension, on_keys};
 use crate::pg::sql::{self, Arg, Row};
@@ -27,7 +24,7 @@ pub struct OrderFact {
 }
 
 /// The columns that decide about an order, in the order in which [`facts`] reads them.
-fn select(plan: &Plan) -> Vec<String> {
+pub(super) fn select(plan: &Plan) -> Vec<String> {
     let mut out = plan.orders().key_list();
     let or_null = |e: Option<String>| e.unwrap_or_else(|| "NULL::pg_catalog.text".to_owned());
     out.push(or_null(plan.number.as_ref().map(|n| format!("{n}::pg_catalog.text"))));
@@ -50,7 +47,7 @@ fn select(plan: &Plan) -> Vec<String> {
 }
 
 /// The rows that may have to be flagged: Amazon's own, and those that replace another.
-fn candidates(plan: &Plan) -> String {
+pub(super) fn candidates(plan: &Plan) -> String {
     match &plan.replaces {
         Some(replaces) => format!("({} OR {replaces} IS NOT NULL)", plan.amazon),
         None => plan.amazon.to_string(),
@@ -93,149 +90,8 @@ pub fn by_keys(plan: &Plan, keys: &[Values]) -> Result<Vec<OrderFact>> {
     )
 }
 
-/// A slice of a pass over the whole table.
-pub struct Page {
-    pub facts: Vec<OrderFact>,
-    /// Where the next slice begins; `None` when this was the last.
-    pub next: Option<Values>,
-}
-
-/// Evaluates the next orders of a pass over the whole table, in the order of its key.
-///
-/// # Errors
-/// As [`in_transition`].
-pub fn page(plan: &Plan, after: Option<&Values>, limit: i64) -> Result<Page> {
-    let rows = slice(
-        plan,
-        &select(plan),
-        Some(candidates(plan)),
-        After(after, End::First),
-        limit,
-    )?;
-    Ok(Page {
-        facts: facts(plan, rows.iter().map(|r| (r, 0)))?,
-        next: next(plan, &rows, limit)?,
-    })
-}
-
-/// Where a pass over the whole table begins.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum End {
-    First,
-    Last,
-}
-
-/// The key after which a slice begins, on a pass from this end.
-struct After<'a>(Option<&'a Values>, End);
-
-/// The keys of the next rows of a pass, without a look at any expression, and where the slice after them begins.
-///
-/// # Errors
-/// Errors of the server.
-pub fn page_of_keys(
-    plan: &Plan,
-    from: End,
-    after: Option<&Values>,
-    limit: i64,
-) -> Result<(Vec<Values>, Option<Values>)> {
-    let keys = plan.orders().key_list();
-    let rows = slice(plan, &keys, None, After(after, from), limit)?;
-    let all = rows.iter().map(|r| r.texts(0..keys.len())).collect::<Result<_>>()?;
-    Ok((all, next(plan, &rows, limit)?))
-}
-
-/// The key after which the next slice begins.
-fn next(plan: &Plan, rows: &[Row], limit: i64) -> Result<Option<Values>> {
-    let full = rows.len() as i64 == limit;
-    rows.last()
-        .filter(|_| full)
-        .map(|r| r.texts(0..plan.orders().key.len()))
-        .transpose()
-}
-
-/// The next rows of the orders table in the order of its key.
-fn slice(
-    plan: &Plan,
-    select: &[String],
-    condition: Option<String>,
-    After(after, from): After<'_>,
-    limit: i64,
-) -> Result<Vec<Row>> {
-    let table = plan.orders();
-    // Qualified: the number may be a column of the key, and is a result column of its name then.
-    let qualified: Vec<String> = table
-        .key_list()
-        .iter()
-        .map(|k| format!("{}.{k}", table.relation.name))
-        .collect();
-    let keys = match from {
-        End::First => qualified.join(", "),
-        End::Last => format!("{} DESC", qualified.join(" DESC, ")),
-    };
-    let mut args: Vec<Arg<'_>> = vec![Arg::Int(limit)];
-    let mut conditions: Vec<String> = condition.into_iter().collect();
-    if let Some(after) = after {
-        conditions.push(beyond(table, &qualified, from));
-        args.extend(
-            table
-                .key
-                .iter()
-                .zip(after)
-                .map(|((_, oid), v)| Arg::Typed(*oid, v.as_deref())),
-        );
-    }
-    let condition = if conditions.is_empty() {
-        String::new()
-    } else {
-        format!(" WHERE {}", conditions.join(" AND "))
-    };
-    let query = format!(
-        "SELECT {} FROM {} AS {}{condition} ORDER BY {keys} LIMIT $1",
-        select.join(", "),
-        table.relation,
-        table.relation.name,
-    );
-    // In key order by its index: sorting the table for each page would make the pass quadratic.
-    let pins = &[
-        ("enable_seqscan", "off"),
-        ("enable_sort", "off"),
-        ("enable_bitmapscan", "off"),
-    ];
-    act_as(Identity::Owner(table.owner), &plan.search_path, pins, || {
-        sql::read(&query, &args)
-    })
-}
-
-/// The condition that a row's key comes, on a pass from this end, after the one in `$2` and the parameters that follow it.
-fn beyond(table: &Table, keys: &[String], from: End) -> String {
-    let operators = |compare| -> Vec<String> {
-        let same = |(_, oid): &(_, pg_sys::Oid)| catalog::operator(compare, *oid, *oid);
-        table.key.iter().map(same).collect()
-    };
-    let further = match from {
-        End::First => Compare::Greater,
-        End::Last => Compare::Less,
-    };
-    let (equal, further) = (operators(Compare::Equal), operators(further));
-    let places: Vec<String> = (2..2 + keys.len()).map(|i| format!("${i}")).collect();
-    if further.iter().all(|f| *f == further[0]) {
-        return format!("({}) {} ({})", keys.join(", "), further[0], places.join(", "));
-    }
-    // A comparison of rows takes one operator for all columns; types of extensions bring their own.
-    let steps: Vec<String> = (0..keys.len())
-        .map(|i| {
-            let mut step: Vec<String> = (0..i)
-                .map(|j| format!("{} {} {}", keys[j], equal[j], places[j]))
-                .collect();
-            step.push(format!("{} {} {}", keys[i], further[i], places[i]));
-            step.join(" AND ")
-        })
-        .collect();
-    format!("({})", steps.join(" OR "))
-}
-
 /// Reads what [`select`] selected, and adds what linked rows say about the anchor.
-fn facts<'a>(plan: &Plan, rows: impl Iterator<Item = (&'a Row, usize)>) -> Result<Vec<OrderFact>> {
+pub(super) fn facts<'a>(plan: &Plan, rows: impl Iterator<Item = (&'a Row, usize)>) -> Result<Vec<OrderFact>> {
     struct Candidate {
         fact: OrderFact,
         amazon: bool,

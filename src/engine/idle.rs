@@ -44,7 +44,7 @@ fn nothing_to_do(policy: &str) -> Result<bool> {
         sql::read(
             "SELECT p.document, p.structure FROM amazon_pii.policy p WHERE p.policy = $1 AND p.enabled AND p.suspended IS NULL \
                 AND p.last_error IS NULL AND p.structure IS NOT NULL \
-                AND p.sweep_started_at <= p.swept_at AND p.swept_at > pg_catalog.now() - '1 day'::interval AND p.rechecked_at IS NOT NULL \
+                AND p.sweep_started_at <= p.swept_at AND p.swept_at > pg_catalog.now() - '1 day'::interval AND p.rechecked_at IS NOT NULL AND p.recheck_left = 0 \
                 AND NOT EXISTS (SELECT FROM amazon_pii.news n WHERE n.policy = $1) \
                 AND NOT EXISTS (SELECT FROM amazon_pii.touched t WHERE t.policy = $1 AND t.next_attempt_at <= pg_catalog.now()) \
                 AND NOT EXISTS (SELECT FROM amazon_pii.renamed r WHERE r.policy = $1) \

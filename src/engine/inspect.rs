@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::flag::{self, OrderFact};
+use super::paging::{self, Range};
 use super::plan::{AnchorPlan, Plan};
 use super::portable;
 use super::walk::{Values, key_parts};
@@ -35,7 +36,11 @@ pub fn preview(policy: &str, as_of: &str) -> Result<Vec<Preview>> {
     let mut counts: BTreeMap<(usize, usize), (BTreeSet<String>, i64)> = BTreeMap::new();
     let mut after: Option<Values> = None;
     loop {
-        let page = flag::page(&plan, after.as_ref(), STEP)?;
+        let range = Range {
+            after: after.as_ref(),
+            upto: None,
+        };
+        let page = paging::page(&plan, range, STEP)?;
         let actions = actions(&plan, &page.facts, as_of)?;
         for (fact, action) in page.facts.iter().zip(&actions) {
             if action.new {

@@ -1,9 +1,16 @@
 //! What triggers could not see: keys they could only note, existing orders at the first enabling, changes made while
-//! triggers were off. In slices, each a transaction of its own.
+//! triggers were off. In slices, each a transaction of its own. A slice whose sum is what it was when its orders were
+//! compared one by one is left at that.
+
+mod recheck;
+mod slices;
+
+use std::time::{Duration, Instant};
 
 use super::due::Clock;
 use super::flag;
 use super::news::Tell;
+use super::paging::{self, End, Page, Range};
 use super::plan::Plan;
 use super::state;
 use super::walk::{Values, key_parts, key_text};
@@ -12,9 +19,17 @@ use crate::pg::error::{Error, Result};
 use crate::pg::identity::as_extension;
 use crate::pg::sql::{self, Arg};
 use crate::pg::subxact::subtransaction;
+use slices::Known;
+pub use slices::forget as forget_sums;
 
-/// Orders in one slice.
-const SLICE: i64 = 2000;
+/// Orders in one slice. One that grew to twice as many is split.
+const SLICE: i64 = 10_000;
+
+/// Orders that are evaluated together where some of a slice cannot be.
+const SMALL: i64 = 1000;
+
+/// How long slices are left at their sums before what was found is committed.
+const STRETCH: Duration = Duration::from_millis(200);
 
 /// Asks for a full pass now, whatever the last one's date.
 ///
@@ -32,6 +47,7 @@ pub fn request(plan: &Plan) -> Result<()> {
 }
 
 /// What a slice did.
+#[derive(Default)]
 pub struct Slice {
     /// Orders that are new.
     pub flagged: i64,
@@ -44,13 +60,20 @@ const BAD_ROWS: usize = 20;
 
 /// The orders of the next slice. When they cannot be evaluated together they are one by one, and those that fail are
 /// noted: a bad row keeps no other from being flagged.
-fn page(plan: &Plan, after: Option<&Values>) -> Result<(flag::Page, Option<Error>)> {
-    let error = match subtransaction(|| flag::page(plan, after, SLICE)) {
-        Ok(page) => return Ok((page, None)),
-        Err(e) if e.is_cancel() || e.is_lock() => return Err(e),
-        Err(e) => e,
-    };
-    let (keys, next) = flag::page_of_keys(plan, flag::End::First, after, SLICE)?;
+///
+/// A known slice ends where it did, unless it has grown too much.
+fn page(plan: &Plan, range: Range<'_>, known: bool) -> Result<(Page, Option<Error>)> {
+    let mut error = None;
+    let most = if known { 2 * SLICE } else { SLICE };
+    for limit in [most, SLICE, SMALL] {
+        match subtransaction(|| paging::page(plan, range, limit)) {
+            Ok(page) if limit > SLICE && page.next.is_some() => {}
+            Ok(page) => return Ok((page, None)),
+            Err(e) if e.is_cancel() || e.is_lock() => return Err(e),
+            Err(e) => error = Some(e),
+        }
+    }
+    let (keys, next) = paging::page_of_keys(plan, End::First, range, SMALL)?;
     let (mut facts, mut bad) = (Vec::new(), Vec::new());
     for key in keys {
         match subtransaction(|| flag::by_keys(plan, std::slice::from_ref(&key))) {
@@ -66,11 +89,12 @@ fn page(plan: &Plan, after: Option<&Values>) -> Result<(flag::Page, Option<Error
             &[
                 Arg::Text(Some(&plan.policy)),
                 Arg::texts(&bad),
-                Arg::Text(Some(&error.stored())),
+                Arg::Text(error.as_ref().map(Error::stored).as_deref()),
             ],
         )
     })?;
-    Ok((flag::Page { facts, next }, Some(error)))
+    let page = Page { facts, next, sum: None };
+    Ok((page, error))
 }
 
 /// Does the next slice of a pass that is due or under way; `None` when there is none. Returns how many orders are new.
@@ -81,7 +105,7 @@ pub fn slice(plan: &Plan, clock: &Clock) -> Result<Option<Slice>> {
     let rows = as_extension(|| {
         sql::write(
             "SELECT COALESCE(sweep_started_at > swept_at, sweep_started_at IS NOT NULL), \
-                    swept_at IS NULL OR swept_at <= $2::timestamptz - '1 day'::interval, sweep_after, rechecked_at IS NULL \
+                    swept_at IS NULL OR swept_at <= $2::timestamptz - '1 day'::interval, sweep_after, rechecked_at IS NULL, swept_at IS NULL \
              FROM amazon_pii.policy WHERE policy = $1 FOR UPDATE",
             &[Arg::Text(Some(&plan.policy)), Arg::Text(Some(&clock.now))],
         )
@@ -91,16 +115,17 @@ pub fn slice(plan: &Plan, clock: &Clock) -> Result<Option<Slice>> {
         .ok_or_else(|| Error::undefined(format!("policy \"{}\" was dropped", plan.policy)))?;
     let (under_way, due) = (row.bool(0)?, row.bool(1)?);
     if !under_way && !due {
-        return Ok(None);
+        return recheck::step(plan, clock);
     }
-    let after = match row.text(2)? {
-        Some(text) if under_way => Some(key_parts(text)?),
-        _ => None,
+    let after = row.owned(2)?.filter(|_| under_way);
+    let trust = match (row.bool(4)?, row.bool(3)?) {
+        // On the first pass, and on the first after orders were given up as a whole, no sum says anything.
+        (true, _) => Trust::None,
+        (false, true) => Trust::Sums,
+        (false, false) => Trust::Rest,
     };
-    let (page, trouble) = page(plan, after.as_ref())?;
-    let flagged = flag::upsert(plan, &page.facts, "sweep", false, Tell::Now)?;
-    let last = page.next.as_ref().map(|k| key_text(k)).transpose()?;
-    let finished = last.is_none();
+    let (done, next) = pass(plan, after, trust)?;
+    let finished = next.is_none();
     as_extension(|| {
         sql::execute(
             "UPDATE amazon_pii.policy SET sweep_started_at = CASE WHEN $2 THEN sweep_started_at ELSE pg_catalog.clock_timestamp() END, \
@@ -111,15 +136,127 @@ pub fn slice(plan: &Plan, clock: &Clock) -> Result<Option<Slice>> {
                 Arg::Text(Some(&plan.policy)),
                 Arg::Bool(under_way),
                 Arg::Bool(finished),
-                Arg::Text(last.as_deref()),
+                Arg::Text(next.as_deref()),
             ],
         )
     })?;
     if finished {
-        recheck(plan, row.bool(3)?, clock)?;
+        recheck::begin(plan, row.bool(3)?)?;
+        slices::tidy(plan)?;
         trim()?;
     }
-    Ok(Some(Slice { flagged, trouble }))
+    Ok(Some(done))
+}
+
+/// How much a pass relies on what the last ones found.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Trust {
+    None,
+    /// Every sum is made anew.
+    Sums,
+    /// Those of slices in which nothing has changed for weeks once a week only: what is imported now is elsewhere.
+    Rest,
+}
+
+/// Goes on after a key (none: from the beginning), and says where it came to (none: to the end).
+fn pass(plan: &Plan, after: Option<String>, trust: Trust) -> Result<(Slice, Option<String>)> {
+    let stamp = paging::stamp(plan);
+    let chain = match stamp {
+        Some(stamp) => slices::chain(plan, stamp, after.as_deref())?,
+        None => Vec::new(),
+    };
+    let known = if trust == Trust::None {
+        0
+    } else {
+        unchanged(plan, after.as_deref(), &chain, trust)?
+    };
+    if let Some(last) = known.checked_sub(1).and_then(|i| chain.get(i)) {
+        return Ok((Slice::default(), last.upto.clone()));
+    }
+    // Order by order: as many known slices as make one, or whatever comes next.
+    let mut orders = 0;
+    let mut together = chain
+        .iter()
+        .take_while(|slice| {
+            orders += slice.sum.rows;
+            orders <= SLICE
+        })
+        .count()
+        .max(1);
+    let start = parts(after.as_deref())?;
+    let (page, trouble, bound) = loop {
+        let bound = chain.get(together - 1).and_then(|s| s.upto.as_deref());
+        let end = parts(bound)?;
+        let range = Range {
+            after: start.as_ref(),
+            upto: end.as_ref(),
+        };
+        let (page, trouble) = page(plan, range, !chain.is_empty())?;
+        // One that has become empty is united with the next, so that each slice leads on to greater keys.
+        if bound.is_none() || page.sum.is_none_or(|sum| sum.rows > 0) {
+            break (page, trouble, bound);
+        }
+        together += 1;
+    };
+    let covered = &chain[..together.min(chain.len())];
+    let next = match &page.next {
+        Some(key) => Some(key_text(key)?),
+        None => bound.map(str::to_owned),
+    };
+    let flagged = flag::upsert(plan, &page.facts, "sweep", false, Tell::Now)?;
+    if let Some(stamp) = stamp {
+        let after = after.as_deref();
+        let sum = page.sum.filter(|_| trouble.is_none());
+        slices::replace(plan, stamp, after, covered, next.as_deref(), sum)?;
+        // What is left of a slice still ends where it did, or all that come after it would begin elsewhere.
+        if let (Some(next), Some(bound)) = (next.as_deref(), bound)
+            && next != bound
+        {
+            slices::replace(plan, stamp, Some(next), &[], Some(bound), None)?;
+        }
+    }
+    Ok((Slice { flagged, trouble }, next))
+}
+
+/// How many of these slices, from the first on, are what they were when their orders were compared.
+fn unchanged(plan: &Plan, after: Option<&str>, chain: &[Known], trust: Trust) -> Result<usize> {
+    let began = Instant::now();
+    let (mut at, mut count, mut seen) = (after, 0, Vec::new());
+    for slice in chain {
+        if !slice.fresh || began.elapsed() > STRETCH {
+            break;
+        }
+        if !(trust == Trust::Rest && slice.settled && slice.seen) {
+            if !same(plan, at, slice)? {
+                break;
+            }
+            if slice.settled {
+                seen.push(at.unwrap_or_default());
+            }
+        }
+        at = slice.upto.as_deref();
+        count += 1;
+    }
+    slices::seen(plan, &seen)?;
+    Ok(count)
+}
+
+/// Whether the sum of a slice is what it was.
+fn same(plan: &Plan, after: Option<&str>, slice: &Known) -> Result<bool> {
+    let (after, upto) = (parts(after)?, parts(slice.upto.as_deref())?);
+    let range = Range {
+        after: after.as_ref(),
+        upto: upto.as_ref(),
+    };
+    // One that cannot be summed up has a row that cannot be evaluated, which is for the slow way to find.
+    match subtransaction(|| paging::sum(plan, range)) {
+        Err(e) if e.is_cancel() || e.is_lock() => Err(e),
+        sum => Ok(sum.is_ok_and(|s| s == Some(slice.sum))),
+    }
+}
+
+fn parts(key: Option<&str>) -> Result<Option<Values>> {
+    key.map(key_parts).transpose()
 }
 
 /// Cycles of more than thirteen months ago are nobody's business any more.
@@ -128,28 +265,6 @@ fn trim() -> Result<()> {
         sql::execute(
             "DELETE FROM amazon_pii.run WHERE started_at < pg_catalog.now() - '13 months'::interval",
             &[],
-        )
-    })?;
-    Ok(())
-}
-
-/// Marks redacted orders to be looked at again by this very cycle: a seventh of them with each daily pass, or all.
-fn recheck(plan: &Plan, all: bool, clock: &Clock) -> Result<()> {
-    as_extension(|| {
-        sql::execute(
-            "WITH part AS (SELECT o.order_key FROM amazon_pii.order_state o, amazon_pii.policy p \
-                WHERE o.policy = $1 AND p.policy = $1 AND o.status = 'redacted' AND ($2 OR p.recheck_after IS NULL OR o.order_key > p.recheck_after) \
-                ORDER BY o.order_key LIMIT CASE WHEN $2 THEN NULL ELSE (SELECT pg_catalog.count(*) / 7 + 1 FROM amazon_pii.order_state \
-                    WHERE policy = $1 AND status = 'redacted') END), \
-             marked AS (UPDATE amazon_pii.order_state o SET next_due_at = $3::timestamptz FROM part \
-                WHERE o.policy = $1 AND o.order_key = part.order_key AND o.next_due_at IS NULL) \
-             UPDATE amazon_pii.policy SET rechecked_at = pg_catalog.clock_timestamp(), recheck_after = CASE WHEN $2 THEN NULL ELSE \
-                (SELECT pg_catalog.max(order_key) FROM part) END WHERE policy = $1",
-            &[
-                Arg::Text(Some(&plan.policy)),
-                Arg::Bool(all),
-                Arg::Text(Some(&clock.now)),
-            ],
         )
     })?;
     Ok(())

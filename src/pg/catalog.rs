@@ -100,6 +100,7 @@ pub enum Compare {
     Equal,
     Greater,
     Less,
+    NotGreater,
 }
 
 /// The operator for values of these types, with its schema: one that a search path finds could be a neighbour's, and
@@ -109,6 +110,7 @@ pub fn operator(compare: Compare, left: pg_sys::Oid, right: pg_sys::Oid) -> Stri
         Compare::Equal => ("=", pg_sys::TYPECACHE_EQ_OPR),
         Compare::Greater => (">", pg_sys::TYPECACHE_GT_OPR),
         Compare::Less => ("<", pg_sys::TYPECACHE_LT_OPR),
+        Compare::NotGreater => ("<=", pg_sys::TYPECACHE_GT_OPR),
     };
     // SAFETY: catalog lookups inside a transaction; a cache entry lives as long as the session, a catalog tuple until
     // it is released.
@@ -119,6 +121,7 @@ pub fn operator(compare: Compare, left: pg_sys::Oid, right: pg_sys::Oid) -> Stri
             Compare::Equal => (*known).eq_opr,
             Compare::Greater => (*known).gt_opr,
             Compare::Less => (*known).lt_opr,
+            Compare::NotGreater => pg_sys::get_negator((*known).gt_opr),
         };
         let tuple = if left == right {
             pg_sys::SearchSysCache1(pg_sys::SysCacheIdentifier::OPEROID as i32, pg_sys::Datum::from(oid))

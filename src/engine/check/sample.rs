@@ -2,7 +2,8 @@
 //! that differ most among those on some of its pages, found without reading the others.
 
 use crate::domain::sample::{self, Sketch};
-use crate::engine::flag::{self, End};
+use crate::engine::flag;
+use crate::engine::paging::{self, End, Range};
 use crate::engine::plan::{Plan, Table};
 use crate::engine::walk::{self, FIRST, Values};
 use crate::pg::catalog::{self, Column};
@@ -58,7 +59,11 @@ fn from_end(plan: &Plan, end: End) -> Result<Vec<Values>> {
     let mut out = Vec::new();
     let mut after: Option<Values> = None;
     for limit in SLICES {
-        let (keys, next) = flag::page_of_keys(plan, end, after.as_ref(), *limit)?;
+        let range = Range {
+            after: after.as_ref(),
+            upto: None,
+        };
+        let (keys, next) = paging::page_of_keys(plan, end, range, *limit)?;
         out.extend(flag::by_keys(plan, &keys)?.into_iter().map(|f| f.key));
         after = next;
         if out.len() >= FROM_EACH_END || after.is_none() {

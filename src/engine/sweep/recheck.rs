@@ -1,0 +1,90 @@
+//! Redacted orders are looked at again, a seventh of them with each daily pass: triggers can be disabled, backups restored.
+//! The state table is read page by page, so that a step costs the same however many orders there are.
+
+use pgrx::pg_sys;
+
+use super::Slice;
+use crate::engine::due::Clock;
+use crate::engine::flag;
+use crate::engine::news::Tell;
+use crate::engine::plan::Plan;
+use crate::engine::walk::key_parts;
+use crate::pg::error::Result;
+use crate::pg::identity::{as_extension, on_keys};
+use crate::pg::sql::{self, Arg};
+
+/// Pages of the state table in one step.
+const STEP: i64 = 256;
+
+/// After a pass: as many pages as are to be read, a seventh of them, or all.
+pub(super) fn begin(plan: &Plan, all: bool) -> Result<()> {
+    as_extension(|| {
+        sql::execute(
+            "UPDATE amazon_pii.policy SET rechecked_at = pg_catalog.clock_timestamp(), \
+                recheck_page = CASE WHEN $2 THEN 0 ELSE recheck_page END, \
+                recheck_left = (SELECT CASE WHEN $2 THEN s.pages ELSE (s.pages + 6) / 7 END FROM (SELECT \
+                    pg_catalog.pg_relation_size('amazon_pii.order_state') / pg_catalog.current_setting('block_size')::int8) AS s (pages)) \
+             WHERE policy = $1",
+            &[Arg::Text(Some(&plan.policy)), Arg::Bool(all)],
+        )
+    })?;
+    Ok(())
+}
+
+/// Marks the redacted orders on the next pages to be looked at by this very cycle. `None` when all is done.
+pub(super) fn step(plan: &Plan, clock: &Clock) -> Result<Option<Slice>> {
+    let rows = as_extension(|| {
+        sql::write(
+            "UPDATE amazon_pii.policy AS p SET recheck_left = GREATEST(n.left - $2, 0), \
+                recheck_page = CASE WHEN n.page + LEAST(n.left, $2) >= n.pages THEN 0 ELSE n.page + LEAST(n.left, $2) END \
+             FROM (SELECT q.recheck_left, CASE WHEN q.recheck_page < s.pages THEN q.recheck_page ELSE 0 END, s.pages \
+                FROM amazon_pii.policy AS q, (SELECT pg_catalog.pg_relation_size('amazon_pii.order_state') \
+                    / pg_catalog.current_setting('block_size')::int8) AS s (pages) WHERE q.policy = $1) AS n (\"left\", page, pages) \
+             WHERE p.policy = $1 AND n.left > 0 RETURNING n.page, n.page + LEAST(n.left, $2)",
+            &[Arg::Text(Some(&plan.policy)), Arg::Int(STEP)],
+        )
+    })?;
+    let Some(row) = rows.first() else { return Ok(None) };
+    // A part of the table, by its place: this is our own, and an order that moves meanwhile was just looked at.
+    let found = as_extension(|| {
+        sql::read(
+            "SELECT o.order_key, o.status = 'gone' FROM amazon_pii.order_state AS o WHERE o.ctid >= $2 AND o.ctid < $3 AND o.policy = $1 \
+                AND (o.status = 'redacted' AND o.next_due_at IS NULL OR o.status = 'gone')",
+            &[
+                Arg::Text(Some(&plan.policy)),
+                Arg::Typed(pg_sys::TIDOID, Some(&place(row.int(0)?))),
+                Arg::Typed(pg_sys::TIDOID, Some(&place(row.int(1)?))),
+            ],
+        )
+    })?;
+    let (mut redacted, mut gone) = (Vec::new(), Vec::new());
+    for row in &found {
+        if row.bool(1)? {
+            gone.push(key_parts(row.str(0)?)?);
+        } else {
+            redacted.push(row.str(0)?);
+        }
+    }
+    on_keys(|| {
+        sql::execute(
+            "UPDATE amazon_pii.order_state SET next_due_at = $3::timestamptz WHERE policy IS NOT DISTINCT FROM $1 AND order_key = ANY ($2) \
+                AND status = 'redacted' AND next_due_at IS NULL",
+            &[
+                Arg::Text(Some(&plan.policy)),
+                Arg::texts(&redacted),
+                Arg::Text(Some(&clock.now)),
+            ],
+        )
+    })?;
+    // One that was deleted and came back while triggers were off looks to the sums as if it had never been away.
+    let back = flag::by_keys(plan, &gone)?;
+    Ok(Some(Slice {
+        flagged: flag::upsert(plan, &back, "sweep", false, Tell::Now)?,
+        ..Slice::default()
+    }))
+}
+
+/// Where a page begins.
+fn place(page: i64) -> String {
+    format!("({page},0)")
+}

@@ -1,0 +1,177 @@
+"""The sweep: what it leaves at a sum, and what it still finds. Nothing here counts on a clock."""
+import pytest
+from support import add_order, fill, open_shop, order_value, run_cycle, shop_policy, sweep
+
+FAR = {"archive_after": "3000 days", "redact_after": "3001 days"}
+# Orders that one slice holds when it is new.
+SLICE = 10_000
+
+
+def slices(db):
+    """[(upto, orders)] in the order of a pass."""
+    known = dict((first, (upto, orders)) for first, upto, orders in
+                 db.sql("SELECT first_after, upto, orders FROM amazon_pii.sweep_slice WHERE policy = 'shop'"))
+    found, at = [], ""
+    while at is not None:
+        found.append(known.pop(at))
+        at = found[-1][0]
+    assert not known, "slices that no pass comes to"
+    return found
+
+
+def unseen(db, statement):
+    """Something that no trigger notices."""
+    db.sql(f"ALTER TABLE shop.orders DISABLE TRIGGER USER; {statement}; ALTER TABLE shop.orders ENABLE TRIGGER USER", user="shop_owner")
+
+
+def fresh(db):
+    """How many slices were compared order by order since the last call."""
+    count = db.value("SELECT count(*) FROM amazon_pii.sweep_slice WHERE compared_at > now() - '1 day'::interval")
+    db.sql("UPDATE amazon_pii.sweep_slice SET compared_at = now() - '2 days'::interval")
+    return count
+
+
+@pytest.fixture
+def swept(db):
+    """Two full slices and the beginning of a third, all known."""
+    open_shop(db)
+    db.apply_policy(shop_policy(**FAR))
+    db.sql("INSERT INTO shop.orders (id, external_no, channel, shipped_at) SELECT 10 * i, 'n' || i, 'amazon', now() - i * '1 s'::interval "
+           "FROM generate_series(1, %s) AS i", [2 * SLICE + 100], "shop_owner")
+    sweep(db)
+    assert [orders for _, orders in slices(db)] == [SLICE, SLICE, 100]
+    assert fresh(db) == 3
+    return db
+
+
+def test_what_has_not_changed_is_left_at_its_sum(swept):
+    """Breaks when a sweep compares orders one by one of which it knows all."""
+    assert sweep(swept)["flagged"] == 0
+    assert fresh(swept) == 0
+    # What a sum leaves out may change.
+    unseen(swept, "UPDATE shop.orders SET shop_note = 'new', total = 7")
+    assert sweep(swept)["flagged"] == 0
+    assert fresh(swept) == 0
+
+
+@pytest.mark.parametrize("statement, order, column, expected", [
+    ("INSERT INTO shop.orders (id, external_no, channel) VALUES (15, 'x', 'amazon')", 15, "status", "flagged"),
+    ("UPDATE shop.orders SET channel = 'amazon' WHERE id = 5", 5, "status", "flagged"),
+    ("UPDATE shop.orders SET shipped_at = NULL WHERE id = 20", 20, "status", "flagged"),
+    ("UPDATE shop.orders SET shipped_at = '2026-01-01 00:00+00' WHERE id = 20", 20, "to_char(anchor_at, 'YYYY-MM-DD')", "2026-01-01"),
+    ("UPDATE shop.orders SET external_no = NULL WHERE id = 20", 20, "order_number IS NULL", True),
+    ("UPDATE shop.orders SET external_no = 'n' || 5 - id / 10 WHERE id IN (20, 30)", 20, "order_number", "n3"),
+])
+def test_what_no_trigger_saw_is_found(swept, statement, order, column, expected):
+    """Breaks when a sum does not see what the state of an order depends on; when two orders swap something, too."""
+    unseen(swept, "INSERT INTO shop.orders (id, external_no, channel) VALUES (5, 'web', 'web')")
+    assert order_value(swept, order, column) != expected
+    unseen(swept, statement)
+    sweep(swept)
+    assert order_value(swept, order, column) == expected
+    assert fresh(swept) == 1, "the other slices are as they were"
+    sweep(swept)
+    assert fresh(swept) == 0
+
+
+def test_slices_grow_split_and_unite(swept):
+    """Breaks when a slice that changed lets all that follow begin elsewhere, or slices become ever smaller."""
+    unseen(swept, f"INSERT INTO shop.orders (id, external_no, channel) SELECT 10 * i + 1, 'm' || i, 'amazon' FROM generate_series(1, {SLICE - 500}) AS i")
+    assert sweep(swept)["flagged"] == SLICE - 500
+    assert [orders for _, orders in slices(swept)] == [2 * SLICE - 500, SLICE, 100]
+    assert fresh(swept) == 1
+    unseen(swept, f"INSERT INTO shop.orders (id, external_no, channel) SELECT 10 * i + 2, 'l' || i, 'amazon' FROM generate_series(1, {SLICE - 500}) AS i")
+    assert sweep(swept)["flagged"] == SLICE - 500
+    assert [orders for _, orders in slices(swept)] == [SLICE, 2 * SLICE - 1000, SLICE, 100]
+    assert fresh(swept) == 2
+    # Appended to the last, as an import does.
+    fill_from = 10 * (2 * SLICE + 200)
+    unseen(swept, f"INSERT INTO shop.orders (id, external_no, channel) SELECT {fill_from} + i, 'k' || i, 'amazon' FROM generate_series(1, {2 * SLICE}) AS i")
+    assert sweep(swept)["flagged"] == 2 * SLICE
+    assert [orders for _, orders in slices(swept)][-3:] == [SLICE, SLICE, 100]
+    fresh(swept)
+    unseen(swept, f"DELETE FROM shop.orders WHERE id <= {10 * SLICE} AND id % 10 > 0")
+    sweep(swept)
+    small = [orders for _, orders in slices(swept)]
+    assert sum(small[:2]) == SLICE and len(small) == 6
+    assert fresh(swept) == 2
+    unseen(swept, "UPDATE shop.orders SET shipped_at = NULL WHERE id = 20")
+    sweep(swept)
+    assert [orders for _, orders in slices(swept)] == [SLICE, *small[2:]]
+    assert fresh(swept) == 1
+    unseen(swept, f"DELETE FROM shop.orders WHERE id <= {10 * SLICE}")
+    sweep(swept)
+    assert [orders for _, orders in slices(swept)] == small[2:], "an empty slice is united with the next"
+    assert fresh(swept) == 1
+    assert swept.value("SELECT sum(orders) FROM amazon_pii.sweep_slice") == swept.value("SELECT count(*) FROM shop.orders")
+
+
+def test_a_bad_row_is_noted_and_the_rest_is_known(swept):
+    """Breaks when a row that cannot be evaluated lets each sweep compare all that follows it."""
+    swept.apply_policy({**shop_policy(**FAR), "orders": {**shop_policy()["orders"], "amazon": "channel = 'amazon' AND 1 / (id - 15) < 2"}})
+    sweep(swept)
+    fresh(swept)
+    unseen(swept, "INSERT INTO shop.orders (id, external_no, channel) VALUES (15, 'x', 'amazon'), (17, 'y', 'amazon')")
+    for expected in (1, 0):
+        assert sweep(swept)["flagged"] == expected
+        assert order_value(swept, 17) == "flagged"
+        assert swept.value("SELECT count(*) FROM amazon_pii.touched WHERE row_key = '[\"15\"]'") == 1
+        # Its neighbours are looked at one by one each time, the rest of its slice together, once.
+        assert fresh(swept) == expected
+    assert [orders for _, orders in slices(swept)][-2:] == [SLICE, 100]
+
+
+def test_sums_are_of_one_version_of_the_policy(swept):
+    """Breaks when a new policy is believed to have been compared already."""
+    swept.apply_policy(shop_policy(archive_after="2000 days", redact_after="2001 days"))
+    run_cycle(swept)
+    assert fresh(swept) == 3
+    assert slices(swept)
+
+
+def test_a_daily_sweep_rests_where_nothing_has_changed_for_weeks(swept):
+    """Breaks when the daily sweep reads all there ever was, or leaves out a part of it for more than a week."""
+    def days(n):
+        swept.sql("UPDATE amazon_pii.policy SET swept_at = swept_at - %s::interval, sweep_started_at = sweep_started_at - %s::interval", [f"{n} days"] * 2)
+        swept.sql("UPDATE amazon_pii.sweep_slice SET changed_at = changed_at - %s::interval, seen_at = seen_at - %s::interval", [f"{n} days"] * 2)
+        return run_cycle(swept)["flagged"]
+
+    swept.sql("UPDATE amazon_pii.sweep_slice SET changed_at = changed_at - '40 days'::interval WHERE first_after = ''")
+    unseen(swept, "INSERT INTO shop.orders (id, external_no, channel) VALUES (15, 'x', 'amazon'), (10000000, 'y', 'amazon')")
+    assert days(1) == 1, "only what came last is looked at"
+    assert [days(1) for _ in range(5)] == [0] * 5
+    assert days(1) == 1
+    assert [order_value(swept, order) for order in (15, 10000000)] == ["flagged"] * 2
+
+
+def test_an_order_that_came_back_unseen_is_found_within_a_week(db):
+    """Breaks when an order that was deleted and restored while triggers were off stays gone: to a sum nothing happened."""
+    open_shop(db)
+    db.apply_policy(shop_policy(**FAR))
+    add_order(db, 1)
+    sweep(db)
+    db.sql("CREATE TABLE public.backup AS SELECT * FROM shop.orders WHERE id = 1")
+    db.sql("DELETE FROM shop.orders", user="shop_owner")
+    assert order_value(db, 1) == "gone"
+    db.sql("SET session_replication_role = replica; INSERT INTO shop.orders SELECT * FROM public.backup; RESET session_replication_role")
+    for _ in range(7):
+        db.sql("UPDATE amazon_pii.policy SET swept_at = swept_at - '1 day'::interval, sweep_started_at = sweep_started_at - '1 day'::interval")
+        run_cycle(db)
+    assert order_value(db, 1) == "scheduled"
+
+
+def test_every_redacted_order_is_looked_at_within_a_week(db):
+    """Breaks when the re-check leaves a part of the state table out, whatever its size."""
+    open_shop(db)
+    db.apply_policy(shop_policy())
+    fill(db, 2000)
+    assert run_cycle(db)["redacted"] == 2000
+    assert db.value("SELECT pg_relation_size('amazon_pii.order_state') / 8192") > 14
+    unseen(db, "UPDATE shop.orders SET gift_message = 'back again'")
+    found = []
+    for _ in range(7):
+        db.sql("UPDATE amazon_pii.policy SET swept_at = swept_at - '1 day'::interval, sweep_started_at = sweep_started_at - '1 day'::interval")
+        run_cycle(db)
+        found.append(db.value("SELECT count(*) FROM shop.orders WHERE gift_message = '[Redacted]'"))
+    assert found[-1] == 2000
+    assert 0 < found[0] < 1000, "a part a day"
