@@ -122,6 +122,19 @@ impl Row {
     }
 }
 
+impl PartialEq for Row {
+    fn eq(&self, other: &Self) -> bool {
+        let columns = self.block.columns;
+        columns == other.block.columns
+            && (0..columns).all(|i| match (self.cell(i), other.cell(i)) {
+                (Some(Cell::Bytes { .. }), Some(Cell::Bytes { .. })) => self.bytes(i).ok() == other.bytes(i).ok(),
+                _ => matches!((self.text(i), other.text(i)), (Ok(a), Ok(b)) if a == b),
+            })
+    }
+}
+
+impl Eq for Row {}
+
 /// How columns of type bytea come out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Want {
