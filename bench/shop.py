@@ -93,7 +93,7 @@ ROWS = (
     "INSERT INTO shop.customers SELECT i, first, last, 'buyer' || i || '@example.invalid', '+49 555 ' || lpad(i::text, 8, '0') FROM "
     + PEOPLE,
     """INSERT INTO shop.orders SELECT {id},
-        CASE WHEN i % 2 = 1 THEN (300 + i / 10000000) || '-' || lpad((i * 7919 % 10000000)::text, 7, '0') || '-'
+        CASE WHEN i % 2 = 1 THEN (300 + i / 10000000) || '-' || lpad((i::bigint * 7919 % 10000000)::text, 7, '0') || '-'
                                  || lpad((i % 10000000)::text, 7, '0')
              ELSE 'W' || i END,
         CASE WHEN i % 2 = 1 THEN 'amazon' ELSE 'web' END, i,
