@@ -93,7 +93,6 @@ CREATE TABLE amazon_pii.record_state (
     order_key       text        COLLATE "C" NOT NULL,
     table_name      text        COLLATE "C" NOT NULL,
     record_key      text        COLLATE "C" NOT NULL,
-    entry           text        NOT NULL,
     status          text        NOT NULL CHECK (status IN ('archived', 'waiting', 'retrieved', 'gone')),
     changed_at      timestamptz NOT NULL DEFAULT pg_catalog.now(),
     witness         text,

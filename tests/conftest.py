@@ -122,10 +122,9 @@ def db(cluster):
     database.drop()
 
 
-@pytest.fixture(scope="module")
-def preloaded():
-    """A server with the background worker, for one module. The worker looks often."""
-    server = Cluster(preload=True, conf=["amazon_pii.naptime = '1s'"])
+def server_with(**options):
+    """A running server with the logins of the tests, and no database yet: one with a worker could not be copied from."""
+    server = Cluster(**options)
     try:
         server.start()
         server.sql(ROLES)
@@ -133,9 +132,18 @@ def preloaded():
         add_extension(server, "roles")
         server.sql(CAPABILITIES)
         server.drop_database("roles")
-        yield server
-    finally:
+    except BaseException:
         server.destroy()
+        raise
+    return server
+
+
+@pytest.fixture(scope="module")
+def preloaded():
+    """A server with the background worker, for one module. The worker looks often."""
+    server = server_with(preload=True, conf=["amazon_pii.naptime = '1s'"])
+    yield server
+    server.destroy()
 
 
 @pytest.fixture

@@ -1,13 +1,14 @@
 """What several test files need: the shop of fixtures/shop.sql with many orders, and statements in the background."""
 import copy
 import re
+import shutil
 import threading
 from contextlib import contextmanager
 from pathlib import Path
 
 import psycopg2
 import pytest
-from cluster import MAJOR, wait_until
+from cluster import MAJOR, Cluster, wait_until
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
 PLACEHOLDER = "[Redacted]"
@@ -361,3 +362,18 @@ def between_archiving_and_redacting(db, turn):
     waiter.join(30)
     wait_until(lambda: db.value(waiting, [call.pid]) == 1)
     return call
+
+
+@contextmanager
+def standby_of(primary, **options):
+    """A running standby of a cluster."""
+    standby = Cluster(**options)
+    try:
+        shutil.rmtree(standby.data)
+        where = ["-h", primary.base, "-p", primary.port, "-U", "postgres"]
+        standby.run("pg_basebackup", *where, "-D", standby.data, "-R", "-c", "fast")
+        standby.configure(f"unix_socket_directories = '{standby.base}'")
+        standby.start()
+        yield standby
+    finally:
+        standby.destroy()

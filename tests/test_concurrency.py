@@ -4,8 +4,8 @@ import time
 
 import psycopg2
 import pytest
-from cluster import Cluster, wait_until
-from conftest import CAPABILITIES, ROLES, add_extension, new_database
+from cluster import wait_until
+from conftest import add_extension, new_database, server_with
 from support import (
     Background, between_archiving_and_redacting, fill, go_on, open_shop, order_number, order_row, refused, run_cycle,
     shop_policy, states, stop_at, stopped,
@@ -18,13 +18,9 @@ COPIES = "SELECT count(*), max(version) FROM amazon_pii_archive.document"
 @pytest.fixture(scope="module")
 def small_batches():
     """The worker is there, but does nothing until a test switches it on."""
-    server = Cluster(preload=True, conf=["amazon_pii.batch_size = 10", "amazon_pii.naptime = '1s'", "amazon_pii.enabled = off"])
-    server.start()
-    server.sql(ROLES)
-    server.create_database("roles")
-    add_extension(server, "roles")
-    server.sql(CAPABILITIES)
-    server.drop_database("roles")
+    server = server_with(
+        preload=True, conf=["amazon_pii.batch_size = 10", "amazon_pii.naptime = '1s'", "amazon_pii.enabled = off"],
+    )
     yield server
     server.destroy()
 

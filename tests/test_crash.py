@@ -5,8 +5,8 @@ import threading
 
 import psycopg2
 import pytest
-from cluster import Cluster, wait_until
-from conftest import CAPABILITIES, ROLES, add_extension, new_database
+from cluster import wait_until
+from conftest import add_extension, new_database, server_with
 from support import (
     Background, between_archiving_and_redacting, cells_of, fill, go_on, open_shop, order_number, run_cycle, shop_policy, states,
     stop_at, stopped,
@@ -20,21 +20,6 @@ MOVED = "SELECT count(archived_at) + count(redacted_at) FROM amazon_pii.orders"
 
 def documents_of(orders):
     return sum(3 + 3 * (order % 3 == 0) for order in orders)
-
-
-def server_with(**options):
-    server = Cluster(**options)
-    try:
-        server.start()
-        server.sql(ROLES)
-        server.create_database("roles")
-        add_extension(server, "roles")
-        server.sql(CAPABILITIES)
-        server.drop_database("roles")
-    except BaseException:
-        server.destroy()
-        raise
-    return server
 
 
 def shop_of(server, orders):

@@ -6,8 +6,8 @@ import time
 
 import psycopg2
 import pytest
-from cluster import Cluster, alive, wait_until
-from conftest import CAPABILITIES, ROLES, add_extension, new_database
+from cluster import alive, wait_until
+from conftest import add_extension, new_database, server_with
 from support import (
     Background, fill, go_on, hurry, open_shop, order_number, order_row, order_value, refused, retrieve, run_cycle, shop_policy, states, stop_at, stopped,
 )
@@ -18,17 +18,9 @@ BAD = 7
 @pytest.fixture(scope="module")
 def server():
     """A worker that looks often, on a server whose configuration is this module's own."""
-    cluster = Cluster(preload=True, conf=["amazon_pii.naptime = '1s'", "amazon_pii.statement_timeout = '300ms'"])
-    try:
-        cluster.start()
-        cluster.sql(ROLES)
-        cluster.create_database("roles")
-        add_extension(cluster, "roles")
-        cluster.sql(CAPABILITIES)
-        cluster.drop_database("roles")
-        yield cluster
-    finally:
-        cluster.destroy()
+    server = server_with(preload=True, conf=["amazon_pii.naptime = '1s'", "amazon_pii.statement_timeout = '300ms'"])
+    yield server
+    server.destroy()
 
 
 @pytest.fixture

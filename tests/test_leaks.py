@@ -7,8 +7,8 @@ from pathlib import Path
 
 import psycopg2
 import pytest
-from cluster import Cluster, pg_config, wait_until
-from conftest import CAPABILITIES, ROLES, add_extension, new_database
+from cluster import pg_config, wait_until
+from conftest import add_extension, new_database, server_with
 from support import PLACEHOLDER, number, open_shop, order_value, run_cycle, shop_policy
 
 CANARY = "Kanarienvogel"
@@ -67,16 +67,9 @@ def loud():
     conf = LOUD + [f"shared_preload_libraries = '{', '.join(['amazon_pii', *libraries])}'", "amazon_pii.naptime = '1h'"]
     conf += EXPLAIN if "auto_explain" in libraries else []
     conf += ["pg_stat_statements.track = all"] if "pg_stat_statements" in libraries else []
-    server = Cluster(preload=True, conf=conf)
-    try:
-        server.start()
-        server.sql(ROLES)
-        server.create_database("roles")
-        add_extension(server, "roles")
-        server.sql(CAPABILITIES)
-        yield server
-    finally:
-        server.destroy()
+    server = server_with(preload=True, conf=conf)
+    yield server
+    server.destroy()
 
 
 class Listener:

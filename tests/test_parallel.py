@@ -40,6 +40,13 @@ def set_up(server, **settings):
         wait_until(lambda name=name, value=value: server.sql(f"SHOW amazon_pii.{name}") == [(str(value),)])
 
 
+def start(db, workers):
+    """A cycle, with as many processes if it finds enough to do."""
+    db.apply_policy(shop_policy())
+    set_up(db.cluster, workers=workers)
+    return Background(db, CALL)
+
+
 def entangle(db, orders, share):
     """Orders of one customer, close together and far apart. Every tenth customer has one that is not Amazon's."""
     customers = orders // share
@@ -84,9 +91,7 @@ def assert_done(db, orders):
 @pytest.mark.parametrize("workers", [2, 4])
 def test_a_call_with_helpers(db, workers):
     entangle(db, 2400, share=6)
-    db.apply_policy(shop_policy())
-    set_up(db.cluster, workers=workers)
-    call = Background(db, CALL)
+    call = start(db, workers=workers)
     assert helped(db, call)
     counts = call.result()[0]
     assert_counts(counts, 2400)
@@ -110,9 +115,7 @@ def test_the_worker_with_a_helper(db):
 def test_one_customer_of_all_orders(db):
     """Every batch of every process wants the same row."""
     fill(db, 1200, share=1200)
-    db.apply_policy(shop_policy())
-    set_up(db.cluster, workers=4)
-    call = Background(db, CALL)
+    call = start(db, workers=4)
     assert helped(db, call)
     assert_counts(call.result()[0], 1200)
     assert_done(db, 1200)
@@ -124,6 +127,7 @@ def test_orders_of_a_customer_in_two_processes_at_the_same_time(db, workers):
     the row would be left behind."""
     fill(db, 240, share=2)
     db.apply_policy(shop_policy())
+    # The trial of the policy does not wait at the gate.
     close_gate(db, 100)
     set_up(db.cluster, workers=workers)
     call = Background(db, CALL)
@@ -138,9 +142,7 @@ def test_orders_of_a_customer_in_two_processes_at_the_same_time(db, workers):
 def test_killed_helper(db):
     """A helper that is ended by SIGTERM, or cannot be had: the others do its part."""
     fill(db, 1200, share=3)
-    db.apply_policy(shop_policy())
-    set_up(db.cluster, workers=3)
-    call = Background(db, CALL)
+    call = start(db, workers=3)
     victim = wait_until(lambda: db.sql(HELPERS), interval=0.002)[0][0]
     os.kill(victim, signal.SIGTERM)
     assert_counts(call.result()[0], 1200)
@@ -150,9 +152,7 @@ def test_killed_helper(db):
 def test_helper_killed_by_a_power_cut(db):
     """SIGKILL to a helper ends the server, as for any backend; the next cycle carries on."""
     fill(db, 1200, share=3)
-    db.apply_policy(shop_policy())
-    set_up(db.cluster, workers=2)
-    call = Background(db, CALL)
+    call = start(db, workers=2)
     victim = wait_until(lambda: db.sql(HELPERS), interval=0.002)[0][0]
     wait_until(lambda: db.value("SELECT count(redacted_at) FROM amazon_pii.orders") > 300, interval=0.005)
     os.kill(victim, signal.SIGKILL)
@@ -180,9 +180,7 @@ def test_stopped_call_stops_its_helpers(db, function):
     # Each process comes to one of these.
     for order in range(300, 340):
         stop_at(db, "addresses", order)
-    db.apply_policy(shop_policy())
-    set_up(db.cluster, workers=3)
-    call = Background(db, CALL)
+    call = start(db, workers=3)
     asleep = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event = 'PgSleep'"
     wait_until(lambda: db.value(asleep) == 3)
     assert len(db.sql(HELPERS)) == 2
@@ -218,9 +216,7 @@ def test_two_calls_with_helpers(db):
 def test_maintenance_keeps_helpers_waiting(db):
     """take_turn() stops all processes of a cycle between two transactions. Breaks when helpers take no turns."""
     fill(db, 1200, share=3)
-    db.apply_policy(shop_policy())
-    set_up(db.cluster, workers=2)
-    call = Background(db, CALL)
+    call = start(db, workers=2)
     wait_until(lambda: db.sql(HELPERS), interval=0.002)
     turn = db.connect(autocommit=False)
     turn.cursor().execute("SELECT amazon_pii.take_turn('shop')")

@@ -1,11 +1,12 @@
 """peek() only reads: it takes no lock that writers wait for, and works where nothing can be written, but never without
 its entry in the log."""
 import json
-import shutil
 
 import pytest
-from cluster import Cluster, wait_until
-from support import PLACEHOLDER, Background, add_order, number, open_shop, order_value, refused, run_cycle, shop_policy
+from cluster import wait_until
+from support import (
+    PLACEHOLDER, Background, add_order, number, open_shop, order_value, refused, run_cycle, shop_policy, standby_of,
+)
 
 ONE = number(1)
 PEEK = "SELECT amazon_pii.peek(%s, 'return')"
@@ -92,20 +93,12 @@ def test_peek_while_a_key_changes(shop):
 
 def test_a_standby_gives_nothing_out(cluster, shop):
     """Breaks when an access that cannot be recorded is allowed, or its refusal does not say why."""
-    standby = Cluster()
-    try:
-        shutil.rmtree(standby.data)
-        where = ["-h", cluster.base, "-p", cluster.port, "-U", "postgres"]
-        standby.run("pg_basebackup", *where, "-D", standby.data, "-R", "-c", "fast")
-        standby.configure(f"unix_socket_directories = '{standby.base}'")
-        standby.start()
+    with standby_of(cluster) as standby:
         session = standby.connect("pii_operator", shop.name)
         for function, sqlstate, words in (("peek", "55000", "cannot be recorded during recovery"), ("retrieve", "25006", "read-only")):
             with session.cursor() as cursor, refused(sqlstate, words) as caught:
                 cursor.execute(f"SELECT amazon_pii.{function}(%s, 'return')", [ONE])
             assert "Gift1" not in str(caught.value)
         session.close()
-    finally:
-        standby.destroy()
     assert shop.sql(PEEKS) == []
     assert shop.value("SELECT gift_message FROM shop.orders") == PLACEHOLDER

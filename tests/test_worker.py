@@ -1,13 +1,13 @@
 """The background worker: it does the work by itself, wakes at commit, stops at once and survives what happens to it."""
 import os
-import shutil
 import signal
 import time
 
 import psycopg2
 import pytest
 from cluster import Cluster, alive, wait_until
-from conftest import CAPABILITIES, ROLES, add_extension, new_database
+from conftest import add_extension, new_database, server_with
+from support import standby_of
 
 BUYER = "Wilhelmine Testkäuferin"
 NUMBER = "302-1234567-7654321"
@@ -35,26 +35,10 @@ SELECT pid, datname, backend_type, query FROM pg_stat_activity WHERE backend_typ
 """
 
 
-def prepared(**options):
-    """A preloaded server with the logins of the tests."""
-    server = Cluster(preload=True, **options)
-    try:
-        server.start()
-        server.sql(ROLES)
-        server.create_database("roles")
-        add_extension(server, "roles")
-        server.sql(CAPABILITIES)
-        server.drop_database("roles")
-    except BaseException:
-        server.destroy()
-        raise
-    return server
-
-
 @pytest.fixture(scope="module")
 def sleepy():
     """A worker that looks once an hour, so that only a wake-up can explain that something is done."""
-    server = prepared(conf=["amazon_pii.naptime = '1h'"])
+    server = server_with(preload=True, conf=["amazon_pii.naptime = '1h'"])
     yield server
     server.destroy()
 
@@ -271,7 +255,7 @@ def test_launcher_that_was_terminated_comes_back(preloaded):
 
 def test_worker_goes_on_after_a_crash_of_the_server():
     # Without synchronous commits the crash may take the dispatch along that the worker is to find.
-    server = prepared(conf=["amazon_pii.naptime = '1s'", "synchronous_commit = on"])
+    server = server_with(preload=True, conf=["amazon_pii.naptime = '1s'", "synchronous_commit = on"])
     try:
         db = new_database(server, "template0")
         add_extension(server, db.name)
@@ -361,19 +345,11 @@ def test_looking_at_a_database_without_the_extension_costs_no_transaction_id():
 
 
 def test_standby_runs_nothing_until_it_is_promoted(preloaded):
-    standby = Cluster(preload=True)
-    try:
-        shutil.rmtree(standby.data)
-        where = ["-h", preloaded.base, "-p", preloaded.port, "-U", "postgres"]
-        standby.run("pg_basebackup", *where, "-D", standby.data, "-R", "-c", "fast")
-        standby.configure(f"unix_socket_directories = '{standby.base}'")
-        standby.start()
+    with standby_of(preloaded, preload=True) as standby:
         assert standby.sql("SELECT pg_is_in_recovery()") == [(True,)]
         assert processes(standby) == []
         standby.run("pg_ctl", "-D", standby.data, "-w", "-s", "promote")
         wait_until(lambda: launcher(standby))
-    finally:
-        standby.destroy()
 
 
 def test_without_preloading_calls_do_the_work_and_status_says_so(db):

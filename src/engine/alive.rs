@@ -2,6 +2,7 @@
 //! table; what is not tracked keeps a row alive.
 
 use std::collections::{HashMap, HashSet};
+use std::rc::Rc;
 
 use super::due::{Clock, REDACT_DUE};
 use super::plan::{Entry, Plan, Table};
@@ -52,7 +53,7 @@ pub struct Asked {
 /// Errors of the server; a row whose users cannot be found out must not be overwritten.
 pub fn keepers(
     plan: &Plan,
-    others: &[Plan],
+    others: &[Rc<Plan>],
     table: usize,
     rows: &[Asked],
     ours: &Ours,
@@ -61,7 +62,7 @@ pub fn keepers(
     let relation = plan.tables[table].relation.oid;
     let mut out: Vec<Option<Keeper>> = vec![None; rows.len()];
     let none = Ours::default();
-    for user in std::iter::once(plan).chain(others) {
+    for user in std::iter::once(plan).chain(others.iter().map(Rc::as_ref)) {
         let own = std::ptr::eq(user, plan);
         let Some(theirs) = user.tables.iter().position(|t| t.relation.oid == relation) else {
             continue;
@@ -400,7 +401,7 @@ pub fn come_back(plan: &Plan, clock: &Clock, orders: &[impl AsRef<str>]) -> Resu
 ///
 /// # Errors
 /// One of them cannot be made ready: whether its orders need a shared row is unknown.
-pub fn other_policies(plan: &Plan) -> Result<Vec<Plan>> {
+pub fn other_policies(plan: &Plan) -> Result<Vec<Rc<Plan>>> {
     let oids: Vec<i64> = plan
         .tables
         .iter()
@@ -412,5 +413,5 @@ pub fn other_policies(plan: &Plan) -> Result<Vec<Plan>> {
             &[Arg::Text(Some(&plan.policy)), Arg::Ints(oids)],
         )
     })?;
-    names.iter().map(|r| Plan::load(r.str(0)?)).collect()
+    names.iter().map(|r| Plan::current(r.str(0)?)).collect()
 }

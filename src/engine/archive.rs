@@ -100,7 +100,7 @@ pub fn line(due: &Due, detail: String) -> audit::Line {
 fn come_back(plan: &Plan, batch: &[Due], stored: &Stored, found: &[OfOrder]) -> Result<()> {
     let changes: Vec<records::Change<'_>> = found
         .iter()
-        .filter_map(|(order, Listed(table, record_key, entry, _))| {
+        .filter_map(|(order, Listed(table, record_key, ..))| {
             let due = &batch[*order];
             let redacted = due.redacted_version.is_some();
             let change = match stored.fate(*order, table, record_key) {
@@ -112,7 +112,6 @@ fn come_back(plan: &Plan, batch: &[Due], stored: &Stored, found: &[OfOrder]) -> 
                 order_key: &due.order_key,
                 table,
                 record_key,
-                entry,
                 fate,
                 witness: None,
             })

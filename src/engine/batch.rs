@@ -113,7 +113,7 @@ impl<'a> Batches<'a> {
                 due.records = records;
                 due.copied = true;
             }
-            to_redact.extend(orders.into_iter().filter(|d| d.redact));
+            to_redact.extend(orders);
         }
         self.boundary.commit()?;
 

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use super::overwrite::CellWrite;
+use super::overwrite::{CellWrite, NewValue};
 use super::plan::Plan;
 use super::records::{Listed, Stored};
 use super::walk::{self, FIRST, Hop, Values, by_key, hop, key_parts, key_text};
@@ -60,13 +60,31 @@ impl LiveRecord {
         Ok(out)
     }
 
-    /// A write that changes nothing yet: every cell that is treated must hold what it holds now.
-    pub fn as_it_is(&self) -> Vec<CellWrite> {
-        let compare = |c: &LiveCell| CellWrite::Compare(c.value.clone());
-        self.cells
-            .iter()
-            .map(|c| c.as_ref().map_or(CellWrite::Leave, compare))
-            .collect()
+    /// The cells as they are to be compared and written. A cell with PII must hold what `expected` says of its position
+    /// and live value, and gets its outcome; the others keep what they hold. `None` when `expected` says so of a cell.
+    ///
+    /// # Errors
+    /// As `expected`.
+    pub fn writes(
+        &self,
+        pii: &[(usize, Outcome)],
+        expected: impl Fn(usize, &Option<String>) -> Result<Option<Option<String>>>,
+    ) -> Result<Option<Vec<CellWrite>>> {
+        let mut cells = Vec::with_capacity(self.cells.len());
+        let mut wanted = pii.iter().peekable();
+        for (i, live) in self.cells.iter().enumerate() {
+            let live = live.as_ref().map(|c| &c.value);
+            let Some((_, outcome)) = wanted.next_if(|(at, _)| *at == i) else {
+                cells.push(live.map_or(CellWrite::Leave, |value| CellWrite::Compare(value.clone())));
+                continue;
+            };
+            let Some(expected) = expected(i, live.unwrap_or(&None))? else {
+                return Ok(None);
+            };
+            let new = NewValue::from(outcome);
+            cells.push(CellWrite::Write { expected, new });
+        }
+        Ok(Some(cells))
     }
 }
 
@@ -257,38 +275,56 @@ fn add_stored(
         }
     }
     for (index, missing) in missing.into_iter().enumerate().filter(|(_, m)| !m.is_empty()) {
-        let table = &plan.tables[index];
-        let keys = missing
-            .iter()
-            .map(|(_, _, k)| key_parts(k))
-            .collect::<Result<Vec<_>>>()?;
-        let mut select: Vec<String> = table.cells.iter().map(|c| c.read(&c.name)).collect();
-        select.extend(table.cells.iter().map(|c| {
-            c.expression.as_ref().map_or_else(
-                || "NULL".to_owned(),
-                |e| c.read(format!("CAST({e} AS {})", c.type_shown)),
-            )
-        }));
-        for found in by_key(plan, table, &keys, &select)? {
-            let (order, entry, key) = &missing[found.input];
-            let mut cells = vec![None; table.cells.len()];
-            for i in &plan.entries[*entry].cells {
-                cells[*i] = Some(LiveCell {
-                    value: found.row.owned(FIRST + i)?,
-                    computed: found.row.owned(FIRST + table.cells.len() + i)?,
-                });
+        let stored: Vec<&str> = missing.iter().map(|(_, _, key)| *key).collect();
+        for (record, (order, entry, _)) in by_stored_keys(plan, index, &stored)?.into_iter().zip(missing) {
+            let Some(mut record) = record else { continue };
+            record.order = order;
+            record.entry = entry;
+            let treated = &plan.entries[entry].cells;
+            for (i, cell) in record.cells.iter_mut().enumerate() {
+                cell.take_if(|_| !treated.contains(&i));
             }
-            gathered.records.push(LiveRecord {
-                order: *order,
-                table: index,
-                entry: *entry,
-                key: keys[found.input].clone(),
-                key_text: (*key).to_owned(),
-                cells,
-                not_before: None,
-                stored: true,
-            });
+            gathered.records.push(record);
         }
     }
     Ok(())
+}
+
+/// The rows of a table as they are now, by their stored keys, with every cell; of order and entry 0.
+///
+/// # Errors
+/// As [`gather`].
+pub fn by_stored_keys(plan: &Plan, index: usize, stored: &[&str]) -> Result<Vec<Option<LiveRecord>>> {
+    let table = &plan.tables[index];
+    let keys = stored.iter().map(|k| key_parts(k)).collect::<Result<Vec<_>>>()?;
+    let mut select: Vec<String> = table.cells.iter().map(|c| c.read(&c.name)).collect();
+    let plain = select.len();
+    select.extend(table.cells.iter().map(|c| {
+        c.expression.as_ref().map_or_else(
+            || "NULL".to_owned(),
+            |e| c.read(format!("CAST({e} AS {})", c.type_shown)),
+        )
+    }));
+    let mut out: Vec<Option<LiveRecord>> = stored.iter().map(|_| None).collect();
+    for found in by_key(plan, table, &keys, &select)? {
+        let cells = (0..plain)
+            .map(|i| {
+                Ok(Some(LiveCell {
+                    value: found.row.owned(FIRST + i)?,
+                    computed: found.row.owned(FIRST + plain + i)?,
+                }))
+            })
+            .collect::<Result<Vec<_>>>()?;
+        out[found.input] = Some(LiveRecord {
+            order: 0,
+            table: index,
+            entry: 0,
+            key: keys[found.input].clone(),
+            key_text: stored[found.input].to_owned(),
+            cells,
+            not_before: None,
+            stored: true,
+        });
+    }
+    Ok(out)
 }

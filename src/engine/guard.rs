@@ -3,7 +3,7 @@
 use pgrx::pg_sys;
 
 use super::plan::{Plan, Table};
-use super::triggers::{cached, call_key, speaks_for, transition_keys};
+use super::triggers::{call_key, speaks_for, transition_keys};
 use super::walk::key_text;
 use crate::pg::catalog::{self, Compare};
 use crate::pg::error::{Error, Result};
@@ -79,7 +79,7 @@ pub fn ignore(call: &TriggerCall) -> Result<pg_sys::Datum> {
         return Ok(call.new_row());
     }
     let kept = subtransaction(|| {
-        let plan = cached(policy)?;
+        let plan = Plan::cached(policy)?;
         let Some(entry) = plan.entries.iter().find(|e| e.alias == *alias) else {
             return Ok(None);
         };

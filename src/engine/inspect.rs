@@ -162,7 +162,7 @@ pub fn explain(number: &str) -> Result<Vec<Step>> {
         let or_none = |i: usize| o.text(i).map(|t| t.unwrap_or("not yet").to_owned());
         say("flagged", format!("{} by {}", o.str(3)?, o.str(4)?));
         say("status", o.string(2)?);
-        let plan = Plan::load(&policy);
+        let plan = Plan::current(&policy);
         say(
             "anchor",
             format!(

@@ -327,6 +327,15 @@ impl Plan {
         })
     }
 
+    /// The entry of that alias.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn entry(&self, alias: &str) -> Result<&Entry> {
+        let entry = self.entries.iter().find(|e| e.alias == alias);
+        entry.ok_or_else(|| Error::undefined(format!("policy \"{}\" has no entry \"{alias}\"", self.policy)))
+    }
+
     /// Whether rows of entry `index` can start an order's clock, or lead to rows that can.
     pub fn anchored_by(&self, index: usize) -> bool {
         self.anchors

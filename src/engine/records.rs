@@ -215,7 +215,6 @@ pub struct Change<'a> {
     pub order_key: &'a str,
     pub table: &'a str,
     pub record_key: &'a str,
-    pub entry: &'a str,
     pub fate: Option<Fate>,
     /// The order that keeps it alive.
     pub witness: Option<&'a str>,
@@ -225,46 +224,45 @@ pub struct Change<'a> {
 ///
 /// # Errors
 /// Errors of the server.
-pub fn write(plan: &Plan, changes: &[Change<'_>]) -> Result<()> {
-    let (own, as_order): (Vec<_>, Vec<_>) = changes.iter().partition(|c| c.fate.is_some());
-    let column = |list: &[&Change<'_>], f: fn(&Change<'_>) -> String| list.iter().map(|c| f(c)).collect::<Vec<_>>();
+pub fn write<'a>(plan: &'a Plan, changes: &[Change<'a>]) -> Result<()> {
+    let (own, as_order): (Vec<&Change<'a>>, Vec<&Change<'a>>) = changes.iter().partition(|c| c.fate.is_some());
     if !as_order.is_empty() {
         on_keys(|| {
             sql::execute(
                 "DELETE FROM amazon_pii.record_state r USING ROWS FROM (pg_catalog.unnest($1), pg_catalog.unnest($2), \
                     pg_catalog.unnest($3), pg_catalog.unnest($4)) AS n (p, o, t, k) \
                  WHERE r.policy = n.p AND r.order_key = n.o AND r.table_name = n.t AND r.record_key = n.k",
-                &[
-                    policy_each(plan, as_order.len()),
-                    Arg::texts(&column(&as_order, |c| c.order_key.to_owned())),
-                    Arg::texts(&column(&as_order, |c| c.table.to_owned())),
-                    Arg::texts(&column(&as_order, |c| c.record_key.to_owned())),
-                ],
+                &places(plan, &as_order),
             )
         })?;
     }
     if own.is_empty() {
         return Ok(());
     }
+    let mut args = places(plan, &own);
+    args.push(Arg::Texts(own.iter().map(|c| c.fate.map(Fate::word)).collect()));
+    args.push(Arg::Texts(own.iter().map(|c| c.witness).collect()));
     on_keys(|| {
         sql::execute(
-            "INSERT INTO amazon_pii.record_state AS r (policy, order_key, table_name, record_key, entry, status, witness) \
-             SELECT $1, o, t, k, e, s, w FROM ROWS FROM (pg_catalog.unnest($2), pg_catalog.unnest($3), pg_catalog.unnest($4), \
-                    pg_catalog.unnest($5), pg_catalog.unnest($6), pg_catalog.unnest($7)) AS n (o, t, k, e, s, w) \
+            "INSERT INTO amazon_pii.record_state AS r (policy, order_key, table_name, record_key, status, witness) \
+             SELECT p, o, t, k, s, w FROM ROWS FROM (pg_catalog.unnest($1), pg_catalog.unnest($2), pg_catalog.unnest($3), \
+                    pg_catalog.unnest($4), pg_catalog.unnest($5), pg_catalog.unnest($6)) AS n (p, o, t, k, s, w) \
              ON CONFLICT (policy, order_key, table_name, record_key) DO UPDATE \
                 SET status = EXCLUDED.status, witness = EXCLUDED.witness, changed_at = pg_catalog.now()",
-            &[
-                Arg::Text(Some(&plan.policy)),
-                Arg::texts(&column(&own, |c| c.order_key.to_owned())),
-                Arg::texts(&column(&own, |c| c.table.to_owned())),
-                Arg::texts(&column(&own, |c| c.record_key.to_owned())),
-                Arg::texts(&column(&own, |c| c.entry.to_owned())),
-                Arg::Texts(own.iter().map(|c| c.fate.map(Fate::word)).collect()),
-                Arg::Texts(own.iter().map(|c| c.witness).collect()),
-            ],
+            &args,
         )
     })?;
     Ok(())
+}
+
+/// Policy, order, table and key of each, as the first parameters of a statement.
+fn places<'a>(plan: &'a Plan, changes: &[&Change<'a>]) -> Vec<Arg<'a>> {
+    vec![
+        policy_each(plan, changes.len()),
+        Arg::Texts(changes.iter().map(|c| Some(c.order_key)).collect()),
+        Arg::Texts(changes.iter().map(|c| Some(c.table)).collect()),
+        Arg::Texts(changes.iter().map(|c| Some(c.record_key)).collect()),
+    ]
 }
 
 /// Shared rows that were overwritten: no order waits for them any more, of whichever policy.

@@ -4,6 +4,7 @@ mod changes;
 
 use changes::Changes;
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::rc::Rc;
 
 use super::alive::{self, Keeper};
 use super::archive::{line, settle_gone, taken_out};
@@ -11,7 +12,7 @@ use super::audit;
 use super::due::{Clock, Due};
 use super::former::Former;
 use super::gather::{self, LiveRecord};
-use super::overwrite::{self, CellWrite, NewValue, RowWrite};
+use super::overwrite::{self, CellWrite, RowWrite};
 use super::plan::Plan;
 use super::records::{self, Stored};
 use super::state;
@@ -42,8 +43,6 @@ struct Target {
     orders: Vec<usize>,
     table: usize,
     write: RowWrite,
-    /// (order, entry) that will list it.
-    notes: Vec<(usize, usize)>,
     key_text: String,
     /// Reached by no link any more: whoever it belongs to now may need it.
     stored: bool,
@@ -59,7 +58,7 @@ type Moments = BTreeMap<usize, (String, usize)>;
 /// # Errors
 /// Anything: nothing of the batch is kept then. An archived document that cannot be opened is an error when its
 /// value is needed.
-pub fn batch(plan: &Plan, others: &[Plan], keys: &MasterKeys, clock: &Clock, batch: &[Due]) -> Result<Redacted> {
+pub fn batch(plan: &Plan, others: &[Rc<Plan>], keys: &MasterKeys, clock: &Clock, batch: &[Due]) -> Result<Redacted> {
     let order_keys: Vec<String> = batch.iter().map(|d| d.order_key.clone()).collect();
     let inputs: Vec<Values> = batch.iter().map(|d| d.key.clone()).collect();
     // The copies first: read back from what is committed, and opened, before any row is locked.
@@ -88,7 +87,7 @@ pub fn batch(plan: &Plan, others: &[Plan], keys: &MasterKeys, clock: &Clock, bat
         changes.overwritten(plan, batch, &stored, target, &excluded);
     }
     for (target, keeper) in &waiting {
-        let Some((first, _)) = target.notes.iter().find(|(order, _)| !excluded.contains(order)) else {
+        let Some(first) = target.orders.iter().find(|order| !excluded.contains(order)) else {
             continue;
         };
         let order_key = &batch[*first].order_key;
@@ -245,14 +244,12 @@ fn targets(
                     key: record.key.clone(),
                     cells: vec![CellWrite::Leave; cells.len()],
                 },
-                notes: Vec::new(),
                 key_text: record.key_text.clone(),
                 stored: true,
                 shared: false,
             });
         target.stored &= record.stored;
         target.orders.push(record.order);
-        target.notes.push((record.order, record.entry));
         for (slot, cell) in target.write.cells.iter_mut().zip(cells) {
             if !matches!(slot, CellWrite::Write { .. }) && !matches!(cell, CellWrite::Leave) {
                 *slot = cell;
@@ -276,39 +273,28 @@ fn proven(
     newest: Option<&Newest>,
 ) -> Result<Option<Vec<CellWrite>>> {
     let table = &plan.tables[record.table];
-    let mut cells = Vec::with_capacity(record.cells.len());
-    let mut wanted = pii.iter().peekable();
-    for (i, live) in record.cells.iter().enumerate() {
-        let live = live.as_ref().map(|c| &c.value);
-        let Some((_, outcome)) = wanted.next_if(|(at, _)| *at == i) else {
-            cells.push(live.map_or(CellWrite::Leave, |value| CellWrite::Compare(value.clone())));
-            continue;
-        };
-        let live = live.cloned().flatten();
+    record.writes(pii, |i, live| {
         let opened = newest.and_then(|n| n.cells.get(table.cells[i].name.bare()));
-        let expected = match opened {
+        Ok(match opened {
             // What the statement compares with is the opened value, never the one that was just read.
-            Some(opened) if opened.text == live => opened.text.clone(),
+            Some(opened) if opened.text == *live => Some(opened.text.clone()),
             // Our own output under an earlier version: what it stands for is archived.
-            Some(opened) if former.left(plan, due.redacted_version, record, i, opened) => live,
+            Some(opened) if former.left(plan, due.redacted_version, record, i, opened) => Some(live.clone()),
             _ if newest.is_some_and(|n| n.damaged) => {
                 return Err(Error::damaged(format!(
                     "the archived copy of a record of {} cannot be opened",
                     table.relation.shown()
                 )));
             }
-            _ => return Ok(None),
-        };
-        let new = NewValue::from(outcome);
-        cells.push(CellWrite::Write { expected, new });
-    }
-    Ok(Some(cells))
+            _ => None,
+        })
+    })
 }
 
 /// Takes out of `targets` the shared rows that an order outside of this batch still needs.
 fn wait_for_others(
     plan: &Plan,
-    others: &[Plan],
+    others: &[Rc<Plan>],
     clock: &Clock,
     batch: &[Due],
     excluded: &HashSet<usize>,

@@ -50,7 +50,12 @@ pub fn changed(plan: &Plan, index: usize, call: &TriggerCall) -> Result<()> {
             &[shown.clone(), from.clone(), to.clone(), policy.clone()],
         )?;
         if index > 0 {
-            return relist(plan, &table.archived_as, &renames, &users);
+            return relist(
+                plan,
+                index,
+                &renames,
+                &users.iter().map(String::as_str).collect::<Vec<_>>(),
+            );
         }
         let args = [policy.clone(), from.clone(), to.clone()];
         let moved = sql::execute(
@@ -74,7 +79,7 @@ pub fn changed(plan: &Plan, index: usize, call: &TriggerCall) -> Result<()> {
              SELECT $1, $2, o, n FROM ROWS FROM (pg_catalog.unnest($3), pg_catalog.unnest($4)) AS k (o, n)",
             &[policy.clone(), shown.clone(), from.clone(), to.clone()],
         )?;
-        relist_own(plan, &table.archived_as, &renames)
+        relist(plan, index, &renames, &renames.values().copied().collect::<Vec<_>>())
     })
 }
 
@@ -130,57 +135,37 @@ fn order_key_positions(plan: &Plan, entry: &Entry) -> Option<Vec<usize>> {
         .collect()
 }
 
-/// Lets the lists of these orders follow, and notes what the archive has yet to do.
-fn relist(plan: &Plan, table: &str, renames: &HashMap<&str, &str>, orders: &[String]) -> Result<()> {
+/// Lets the lists of these orders follow. What became of their records is noted, for the archive to do.
+fn relist(plan: &Plan, index: usize, renames: &HashMap<&str, &str>, orders: &[&str]) -> Result<()> {
+    let table = &plan.tables[index].archived_as;
+    let policy = Arg::Text(Some(&plan.policy));
     let rows = sql::write(
         "SELECT o.order_key, o.records FROM amazon_pii.order_state o WHERE o.policy = $1 AND o.order_key = ANY ($2) \
          AND o.records IS NOT NULL FOR UPDATE",
-        &[Arg::Text(Some(&plan.policy)), Arg::texts(orders)],
+        &[policy.clone(), Arg::texts(orders)],
     )?;
     for row in &rows {
+        let order = Arg::Text(row.text(0)?);
         let mut list = RecordList::parse(row.text(1)?)?;
-        for (old, new) in list.rename(table, renames) {
+        let renamed = list.rename(table, renames);
+        // With an order's own key its documents move as a whole.
+        for (old, new) in renamed.iter().filter(|_| index > 0) {
             sql::execute(
                 "INSERT INTO amazon_pii.renamed (policy, table_name, old_key, new_key, order_key) VALUES ($1, $2, $3, $4, $5)",
                 &[
-                    Arg::Text(Some(&plan.policy)),
+                    policy.clone(),
                     Arg::Text(Some(table)),
-                    Arg::Text(Some(&old)),
-                    Arg::Text(Some(&new)),
-                    Arg::Text(Some(row.str(0)?)),
+                    Arg::Text(Some(old)),
+                    Arg::Text(Some(new)),
+                    order.clone(),
                 ],
             )?;
         }
-        write_list(plan, row.str(0)?, &list)?;
+        sql::execute(
+            "UPDATE amazon_pii.order_state SET records = $3 WHERE policy = $1 AND order_key = $2",
+            &[policy.clone(), order, Arg::Text(list.text().as_deref())],
+        )?;
     }
-    Ok(())
-}
-
-/// Lets the lists of orders follow whose own key changed.
-fn relist_own(plan: &Plan, table: &str, renames: &HashMap<&str, &str>) -> Result<()> {
-    let now: Vec<&str> = renames.values().copied().collect();
-    let rows = sql::read(
-        "SELECT o.order_key, o.records FROM amazon_pii.order_state o WHERE o.policy = $1 AND o.order_key = ANY ($2) \
-         AND o.records IS NOT NULL",
-        &[Arg::Text(Some(&plan.policy)), Arg::texts(&now)],
-    )?;
-    for row in &rows {
-        let mut list = RecordList::parse(row.text(1)?)?;
-        list.rename(table, renames);
-        write_list(plan, row.str(0)?, &list)?;
-    }
-    Ok(())
-}
-
-fn write_list(plan: &Plan, order: &str, list: &RecordList) -> Result<()> {
-    sql::execute(
-        "UPDATE amazon_pii.order_state SET records = $3 WHERE policy = $1 AND order_key = $2",
-        &[
-            Arg::Text(Some(&plan.policy)),
-            Arg::Text(Some(order)),
-            Arg::Text(list.text().as_deref()),
-        ],
-    )?;
     Ok(())
 }
 

@@ -1,8 +1,5 @@
 //! The triggers on the user's tables: made by the extension, light, and unable to fail the user's statement.
 
-use std::cell::RefCell;
-use std::rc::Rc;
-
 use super::again;
 use super::flag;
 use super::guard;
@@ -15,42 +12,22 @@ use super::watched::{self, Left};
 use crate::pg::error::{Error, Result};
 use crate::pg::ident::Ident;
 use crate::pg::identity::{self, Identity, act_as, as_extension, on_keys};
-use crate::pg::invalidation;
 use crate::pg::sql::{self, Arg};
 use crate::pg::subxact::subtransaction;
 use crate::pg::transition;
 use crate::pg::trigger::{Event, TriggerCall, engine_is_writing, is_engine_write};
 
-thread_local! {
-    /// Plans of this session's triggers, thrown away when a table or policy of theirs changes.
-    static PLANS: RefCell<Vec<(u64, Rc<Plan>)>> = const { RefCell::new(Vec::new()) };
-}
-
 /// Rows of a statement that take no subtransaction to look through.
 const FEW: i64 = 1000;
 
-/// The plan of a policy, from the session's cache if nothing has changed.
-pub fn cached(policy: &str) -> Result<Rc<Plan>> {
-    let generation = invalidation::generation();
-    let known = PLANS.with_borrow(|plans| {
-        plans
-            .iter()
-            .find(|(g, p)| *g == generation && p.policy == policy)
-            .map(|(_, p)| Rc::clone(p))
-    });
-    if let Some(plan) = known {
-        return Ok(plan);
-    }
-    // Read before loading: what changes meanwhile makes the plan old at once.
-    invalidation::watch(std::iter::empty())?;
-    let generation = invalidation::generation();
-    let plan = Rc::new(Plan::load(policy)?);
-    invalidation::watch(plan.tables.iter().map(|t| t.relation.oid))?;
-    PLANS.with_borrow_mut(|plans| {
-        plans.retain(|(g, p)| *g == generation && p.policy != policy);
-        plans.push((generation, Rc::clone(&plan)));
-    });
-    Ok(plan)
+/// The policy and the entry that a trigger was made for.
+///
+/// # Errors
+/// Somebody made the trigger otherwise.
+pub fn made_for(call: &TriggerCall) -> Result<[String; 2]> {
+    call.args()
+        .try_into()
+        .map_err(|_| Error::internal("a trigger of amazon_pii has other arguments than it was made with"))
 }
 
 /// What a statement of the user's did to a table of a policy. Never fails that statement, the guard of retrieved rows
@@ -74,12 +51,7 @@ pub fn changed(call: &TriggerCall) -> Result<()> {
     if matches!(looked, Ok(Left::Nothing)) {
         return Ok(());
     }
-    let args = call.args();
-    let [policy, alias] = args.as_slice() else {
-        return Err(Error::internal(
-            "a trigger of amazon_pii has other arguments than it was made with",
-        ));
-    };
+    let [policy, alias] = &made_for(call)?;
     let outcome = subtransaction(|| {
         let mut left = looked?;
         if call.event == Event::Update && !few {
@@ -90,13 +62,8 @@ pub fn changed(call: &TriggerCall) -> Result<()> {
             Left::Call(some) => some,
             Left::Everything => call,
         };
-        let plan = cached(policy)?;
-        let entry = plan
-            .entries
-            .iter()
-            .find(|e| e.alias == *alias)
-            .ok_or_else(|| Error::undefined(format!("policy \"{policy}\" has no entry \"{alias}\"")))?;
-        let table = entry.table;
+        let plan = Plan::cached(policy)?;
+        let table = plan.entry(alias)?.table;
         if !speaks_for(&plan.tables[table], call)? {
             return Ok(None);
         }
@@ -332,7 +299,7 @@ fn note_keys(policy: &str, alias: &str, call: &TriggerCall, error: &Error) -> Re
         // Of rows that are gone the keys lead to no order.
         Event::Delete | Event::Truncate => return Err(error.clone()),
     };
-    let plan = cached(policy)?;
+    let plan = Plan::cached(policy)?;
     let entry = plan.entries.iter().find(|e| e.alias == *alias);
     let table = &plan.tables[entry.ok_or_else(|| error.clone())?.table];
     let keys = transition_keys(&plan, table, call, from, "true")?;
@@ -387,7 +354,7 @@ pub fn applied(call: &TriggerCall) -> Result<()> {
         return Ok(());
     };
     let outcome = subtransaction(|| {
-        let plan = cached(policy)?;
+        let plan = Plan::cached(policy)?;
         let entry = plan.entries.iter().find(|e| e.alias == *alias);
         let table = entry.map_or_else(|| plan.orders(), |e| &plan.tables[e.table]);
         if !speaks_for(table, call)? {

@@ -6,9 +6,9 @@ use std::cell::RefCell;
 use pgrx::pg_sys;
 
 use super::plan::{AnchorPlan, Plan, Table};
-use super::triggers::{cached, speaks_for};
+use super::triggers::{made_for, speaks_for};
 use crate::pg::columns;
-use crate::pg::error::{Error, Result};
+use crate::pg::error::Result;
 use crate::pg::ident::Expr;
 use crate::pg::identity::{Identity, act_as, as_extension};
 use crate::pg::invalidation;
@@ -136,20 +136,11 @@ pub fn left_of(call: &TriggerCall) -> Result<Left> {
 }
 
 fn find(call: &TriggerCall) -> Result<Watched> {
-    let args = call.args();
-    let [policy, alias] = args.as_slice() else {
-        return Err(Error::internal(
-            "a trigger of amazon_pii has other arguments than it was made with",
-        ));
-    };
+    let [policy, alias] = made_for(call)?;
     // A partition's columns have numbers of their own.
     invalidation::watch(std::iter::once(call.relation))?;
-    let plan = cached(policy)?;
-    let entry = plan
-        .entries
-        .iter()
-        .find(|e| e.alias == *alias)
-        .ok_or_else(|| Error::undefined(format!("policy \"{policy}\" has no entry \"{alias}\"")))?;
+    let plan = Plan::cached(&policy)?;
+    let entry = plan.entry(&alias)?;
     if !speaks_for(&plan.tables[entry.table], call)? {
         return Ok(Watched::Nothing);
     }

@@ -3,12 +3,11 @@
 use super::{Order, follow_keys};
 use crate::domain::treatment::Outcome;
 use crate::engine::former::Former;
-use crate::engine::gather::{LiveCell, LiveRecord};
+use crate::engine::gather::{self, LiveRecord};
 use crate::engine::overwrite::{self, CellWrite, NewValue, RowWrite};
 use crate::engine::plan::{Plan, Table};
 use crate::engine::records::{self, Fate};
 use crate::engine::vault::{self, Newest};
-use crate::engine::walk::{FIRST, by_key, key_parts};
 use crate::pg::error::{Error, Result};
 use crate::pg::ident::Ident;
 use crate::pg::identity::{Identity, act_as};
@@ -92,12 +91,8 @@ fn restore_table(
 ) -> Result<Restored> {
     let version = order.redacted_version;
     let former = &(Former::load(plan, std::iter::once(version))?, version);
-    let live = live(
-        plan,
-        index,
-        table,
-        &archived.iter().map(|(k, _)| *k).collect::<Vec<_>>(),
-    )?;
+    let stored: Vec<&str> = archived.iter().map(|(k, _)| *k).collect();
+    let live = gather::by_stored_keys(plan, index, &stored)?;
     let mut restored = Restored {
         order_key: order.key.clone(),
         table: table.archived_as.clone(),
@@ -141,14 +136,12 @@ fn restore_table(
     overwrite::insert(plan, table, &missing)
         .and_then(|()| overwrite::update(plan, table, &rows.iter().collect::<Vec<_>>()))
         .map_err(|e| retyped(plan, table, archived, e))?;
-    let entry = plan.entries.iter().find(|e| e.table == index);
     let changes: Vec<records::Change<'_>> = keys
         .iter()
         .map(|key| records::Change {
             order_key: &order.key,
             table: &restored.table,
             record_key: key,
-            entry: entry.map_or("", |e| e.alias.as_str()),
             fate: Some(Fate::Retrieved),
             witness: None,
         })
@@ -188,41 +181,6 @@ fn retyped(plan: &Plan, table: &Table, archived: &[(&str, &Newest)], error: Erro
         }
     }
     error
-}
-
-/// The rows of a table as they are now, by their stored keys.
-fn live(plan: &Plan, index: usize, table: &Table, stored: &[&str]) -> Result<Vec<Option<LiveRecord>>> {
-    let inputs = stored.iter().map(|k| key_parts(k)).collect::<Result<Vec<_>>>()?;
-    let mut select: Vec<String> = table.cells.iter().map(|c| c.read(&c.name)).collect();
-    let plain = select.len();
-    for cell in &table.cells {
-        select.push(cell.expression.as_ref().map_or_else(
-            || "NULL".to_owned(),
-            |e| cell.read(format!("CAST({e} AS {})", cell.type_shown)),
-        ));
-    }
-    let mut out: Vec<Option<LiveRecord>> = stored.iter().map(|_| None).collect();
-    for found in by_key(plan, table, &inputs, &select)? {
-        let cells = (0..plain)
-            .map(|i| {
-                Ok(Some(LiveCell {
-                    value: found.row.owned(FIRST + i)?,
-                    computed: found.row.owned(FIRST + plain + i)?,
-                }))
-            })
-            .collect::<Result<Vec<_>>>()?;
-        out[found.input] = Some(LiveRecord {
-            order: 0,
-            table: index,
-            entry: 0,
-            key: inputs[found.input].clone(),
-            key_text: stored[found.input].to_owned(),
-            cells,
-            not_before: None,
-            stored: true,
-        });
-    }
-    Ok(out)
 }
 
 /// What to write into one row, and how many archived cells stay out because the live cell is not what redaction left.

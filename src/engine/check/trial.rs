@@ -3,7 +3,7 @@
 use super::{Problem, Severity, sample, unique};
 use crate::engine::flag;
 use crate::engine::gather::{self, LiveRecord};
-use crate::engine::overwrite::{self, CellWrite, NewValue, RowWrite};
+use crate::engine::overwrite::{self, RowWrite};
 use crate::engine::plan::{Plan, Table};
 use crate::engine::portable;
 use crate::engine::records::Stored;
@@ -100,12 +100,9 @@ fn rows(plan: &Plan, records: &[&LiveRecord]) -> Result<Vec<RowWrite>> {
         if pii.is_empty() {
             continue;
         }
-        let mut cells = record.as_it_is();
-        for (i, outcome) in pii {
-            let expected = record.cells[i].as_ref().and_then(|c| c.value.clone());
-            let new = NewValue::from(&outcome);
-            cells[i] = CellWrite::Write { expected, new };
-        }
+        let Some(cells) = record.writes(&pii, |_, live| Ok(Some(live.clone())))? else {
+            continue;
+        };
         out.push(RowWrite {
             key: record.key.clone(),
             cells,

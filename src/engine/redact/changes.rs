@@ -35,14 +35,14 @@ impl<'a> Changes<'a> {
             return;
         }
         let table = plan.tables[target.table].archived_as.as_str();
-        for (order, entry) in &target.notes {
+        for order in &target.orders {
             self.counts.entry(*order).or_default().0 += 1;
             let fate = stored.fate(*order, table, &target.key_text);
             if fate != Some(Fate::Waiting) {
                 self.anew.insert(*order);
             }
             if fate.is_some() {
-                self.put(plan, &batch[*order], table, &target.key_text, *entry, None, None);
+                self.put(&batch[*order], table, &target.key_text, None, None);
             }
         }
         if target.shared {
@@ -59,19 +59,11 @@ impl<'a> Changes<'a> {
         witness: &'a str,
     ) {
         let table = plan.tables[target.table].archived_as.as_str();
-        for (order, entry) in target.notes.iter().filter(|(order, _)| !excluded.contains(order)) {
+        for order in target.orders.iter().filter(|order| !excluded.contains(order)) {
             self.counts.entry(*order).or_default().1 += 1;
             self.waits.insert((*order, table, &target.key_text));
             let fate = Some(Fate::Waiting);
-            self.put(
-                plan,
-                &batch[*order],
-                table,
-                &target.key_text,
-                *entry,
-                fate,
-                Some(witness),
-            );
+            self.put(&batch[*order], table, &target.key_text, fate, Some(witness));
         }
     }
 
@@ -91,7 +83,7 @@ impl<'a> Changes<'a> {
             .collect();
         for order in done {
             let due = &batch[*order];
-            for Listed(table, key, entry, _) in due.records.iter() {
+            for Listed(table, key, ..) in due.records.iter() {
                 let place = (*order, table.as_str(), key.as_str());
                 if self.waits.contains(&place) {
                     continue;
@@ -102,34 +94,16 @@ impl<'a> Changes<'a> {
                     (None, false) if due.redacted_version.is_none() => Some(Fate::Gone),
                     _ => continue,
                 };
-                self.list.push(Change {
-                    order_key: &due.order_key,
-                    table,
-                    record_key: key,
-                    entry,
-                    fate,
-                    witness: None,
-                });
+                self.put(due, table, key, fate, None);
             }
         }
     }
 
-    #[allow(clippy::too_many_arguments)]
-    fn put(
-        &mut self,
-        plan: &'a Plan,
-        due: &'a Due,
-        table: &'a str,
-        record_key: &'a str,
-        entry: usize,
-        fate: Option<Fate>,
-        witness: Option<&'a str>,
-    ) {
+    fn put(&mut self, due: &'a Due, table: &'a str, record_key: &'a str, fate: Option<Fate>, witness: Option<&'a str>) {
         self.list.push(Change {
             order_key: &due.order_key,
             table,
             record_key,
-            entry: &plan.entries[entry].alias,
             fate,
             witness,
         });
