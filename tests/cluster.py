@@ -180,6 +180,7 @@ class Cluster:
         assert postmaster, "the server is not running"
         # A stopped postmaster forks no more, so the list of its children is complete.
         os.kill(postmaster, signal.SIGSTOP)
+        wait_until(lambda: process_state(postmaster)[0] == "T", interval=0.001, message="the postmaster does not stop")
         victims = [postmaster, *children_of(postmaster)]
         for pid in victims:
             try:
