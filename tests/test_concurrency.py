@@ -139,6 +139,71 @@ def test_hold_while_a_cycle_is_between_its_two_transactions(shop):
     assert shop.sql("SELECT order_number FROM amazon_pii.overdue") == []
 
 
+# Order 6 has a customer with order 5, an address, and an invoice with two lines. What becomes of each must be the same
+# whether triggers have seen it or not.
+CHANGES = {
+    "edited": ("UPDATE shop.addresses SET phone = '+49 555 1' WHERE order_id = 6",
+               "SELECT phone FROM shop.addresses WHERE order_id = 6", "+49 555 1"),
+    "edited again": ("UPDATE shop.addresses SET name = 'Somebody Else' WHERE order_id = 6",
+                     "SELECT name FROM shop.addresses WHERE order_id = 6", "Somebody Else"),
+    "emptied": ("UPDATE shop.addresses SET name = NULL WHERE order_id = 6",
+                "SELECT name FROM shop.addresses WHERE order_id = 6", None),
+    "unrelated": ("UPDATE shop.orders SET total = 77 WHERE id = 6", "SELECT gift_message FROM shop.orders WHERE id = 6", "Gift 6"),
+    "row deleted": ("DELETE FROM shop.invoice_lines WHERE id = 61", "SELECT note FROM shop.invoice_lines WHERE id = 62", "Line 6.2"),
+}
+
+
+@pytest.mark.parametrize("triggers", ["origin", "replica"])
+@pytest.mark.parametrize("change, look, kept", CHANGES.values(), ids=CHANGES)
+def test_a_change_while_a_cycle_is_between_its_two_transactions(shop, change, look, kept, triggers):
+    # Breaks when what was read in the first transaction is believed in the second.
+    turn = shop.connect(autocommit=False)
+    call = between_archiving_and_redacting(shop, turn)
+    shop.psql(f"SET session_replication_role = {triggers}; {change}")
+    turn.rollback()
+    call.result()
+    shop.sql("UPDATE amazon_pii.order_state SET next_attempt_at = NULL")
+    run_cycle(shop)
+    assert shop.sql("SELECT status, count(*) FROM amazon_pii.orders GROUP BY 1") == [("redacted", 60)]
+    assert shop.value("SELECT count(*) FROM shop.addresses WHERE name <> '[Redacted]' OR phone <> '[Redacted]'") == 0
+    assert shop.value("SELECT count(*) FROM shop.orders WHERE gift_message <> '[Redacted]'") == 0
+    assert shop.value(look) == (None if kept is None else "[Redacted]")
+    shop.sql("SELECT * FROM amazon_pii.retrieve(%s, 'test')", [order_number(6)], "pii_operator")
+    assert shop.value(look) == kept
+
+
+def test_a_row_that_went_to_another_order_between_the_two_transactions(shop):
+    # Breaks when a row is overwritten for an order that it does not belong to any more.
+    fill(shop, 1000, first=1000, channel="web", age="1 day")
+    shop.sql("DELETE FROM shop.addresses WHERE order_id = 1000", user="shop_owner")
+    turn = shop.connect(autocommit=False)
+    call = between_archiving_and_redacting(shop, turn)
+    shop.psql("SET session_replication_role = replica; UPDATE shop.addresses SET order_id = 1000 WHERE order_id = 6")
+    turn.rollback()
+    call.result()
+    assert shop.value("SELECT name FROM shop.addresses WHERE order_id = 1000") == "Name 6"
+    assert order_row(shop, 6)[0] != "redacted"
+    shop.sql("UPDATE amazon_pii.order_state SET next_attempt_at = NULL")
+    run_cycle(shop)
+    assert shop.value("SELECT name FROM shop.addresses WHERE order_id = 1000") == "Name 6"
+    assert order_row(shop, 6) == ("redacted",)
+    assert shop.value("SELECT gift_message FROM shop.orders WHERE id = 6") == "[Redacted]"
+
+
+def test_an_order_that_was_deleted_between_the_two_transactions(shop):
+    # Breaks when a deleted order stops the others of its batch, or leaves its customer behind.
+    turn = shop.connect(autocommit=False)
+    call = between_archiving_and_redacting(shop, turn)
+    shop.psql("SET session_replication_role = replica; DELETE FROM shop.addresses WHERE order_id = 6; DELETE FROM shop.orders WHERE id = 6; "
+              "DELETE FROM shop.invoice_lines WHERE invoice_id = 6; DELETE FROM shop.invoices WHERE order_id = 6")
+    turn.rollback()
+    call.result()
+    shop.sql("UPDATE amazon_pii.order_state SET next_attempt_at = NULL")
+    run_cycle(shop)
+    assert shop.sql("SELECT status, count(*) FROM amazon_pii.orders GROUP BY 1") == [("redacted", 60)]
+    assert shop.value("SELECT count(*) FROM shop.customers WHERE last_name <> '[Redacted]'") == 0
+
+
 def test_retrieval_during_a_cycle_waits_at_most_for_its_batch(shop):
     # Breaks when people's calls deadlock with a cycle, or when a cycle waits for people.
     run_cycle(shop)

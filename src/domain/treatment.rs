@@ -6,6 +6,8 @@
 #[cfg(test)]
 mod tests;
 
+use std::borrow::Cow;
+
 use serde_json::Value;
 
 use super::array_text::{ArrayError, redact_array};
@@ -27,13 +29,13 @@ pub enum Shape {
 
 /// What to do with a cell.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Outcome {
+pub enum Outcome<'a> {
     /// Nothing: it is NULL, empty, or holds the result already.
     Keep,
     /// Write NULL.
     Null,
     /// Write this, by the type's input function.
-    Text(String),
+    Text(Cow<'a, str>),
     /// Write what the policy's SQL expression gives.
     Sql,
 }
@@ -128,7 +130,7 @@ impl Treatment {
     }
 
     /// What to do with a cell of the record with this key.
-    pub fn apply(&self, cell: Option<&str>, record_key: &[String]) -> Result<Outcome, TreatError> {
+    pub fn apply(&self, cell: Option<&str>, record_key: &[Option<String>]) -> Result<Outcome<'_>, TreatError> {
         let Some(cell) = cell.filter(|cell| !self.is_empty(cell)) else {
             return Ok(Outcome::Keep);
         };
@@ -138,17 +140,22 @@ impl Treatment {
         if self.is_redacted(cell) {
             return Ok(Outcome::Keep);
         }
-        let result = match &self.action {
+        let result: Cow<'_, str> = match &self.action {
             Action::Null => return Ok(Outcome::Null),
             Action::Sql => return Ok(Outcome::Sql),
-            Action::Constant(text) => text.clone(),
-            Action::Unique(_) if record_key.is_empty() => return Err(TreatError::NoKey),
-            Action::Unique(template) => template.replace(KEY, &record_key.join("-")),
-            // A text column may hold anything; what cannot be read as JSON, nor is within its limits, goes as a whole.
-            Action::Json(rule) if self.shape == Shape::Text => {
-                rule.apply_to_text(cell).unwrap_or_else(|_| self.placeholder.clone())
+            Action::Constant(text) => text.into(),
+            Action::Unique(template) => {
+                let key: Vec<&str> = record_key.iter().flatten().map(String::as_str).collect();
+                if key.is_empty() {
+                    return Err(TreatError::NoKey);
+                }
+                template.replace(KEY, &key.join("-")).into()
             }
-            Action::Json(rule) => rule.apply(cell)?,
+            // A text column may hold anything; what cannot be read as JSON, nor is within its limits, goes as a whole.
+            Action::Json(rule) if self.shape == Shape::Text => rule
+                .apply_to_text(cell)
+                .map_or_else(|_| (&self.placeholder).into(), Into::into),
+            Action::Json(rule) => rule.apply(cell)?.into(),
             Action::Elements => redact_array(cell, ',', |element| {
                 let stays = self.is_empty(element) || self.is_mark(element);
                 if stays {
@@ -156,8 +163,9 @@ impl Treatment {
                 } else {
                     self.placeholder.clone()
                 }
-            })?,
-            Action::Prefix(length) => cell.chars().take(*length).collect(),
+            })?
+            .into(),
+            Action::Prefix(length) => cell.chars().take(*length).collect::<String>().into(),
         };
         Ok(if self.same(cell, &result) {
             Outcome::Keep

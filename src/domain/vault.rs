@@ -6,6 +6,7 @@
 #[cfg(test)]
 mod tests;
 
+use std::cell::RefCell;
 use std::fmt;
 
 use aes_gcm::{AeadInOut, Aes256Gcm, KeyInit};
@@ -286,9 +287,33 @@ impl fmt::Debug for DataKey {
     }
 }
 
+/// Nonces from the operating system, many at a time: asking costs as much as sealing. A process of the server's begins
+/// without any, so that no two share some: its parent, the postmaster, seals nothing.
+struct Nonces {
+    drawn: [u8; 256 * NONCE],
+    /// How many bytes of them are used up.
+    used: usize,
+}
+
+thread_local! {
+    static NONCES: RefCell<Nonces> = const { RefCell::new(Nonces { drawn: [0; 256 * NONCE], used: 256 * NONCE }) };
+}
+
+impl Nonces {
+    fn next(&mut self) -> Result<[u8; NONCE], VaultError> {
+        if self.used == self.drawn.len() {
+            getrandom::fill(&mut self.drawn).map_err(|_| VaultError::NoRandom)?;
+            self.used = 0;
+        }
+        let mut nonce = [0; NONCE];
+        nonce.copy_from_slice(&self.drawn[self.used..self.used + NONCE]);
+        self.used += NONCE;
+        Ok(nonce)
+    }
+}
+
 fn seal(key: &Secret, associated: &[u8], plain: &[u8]) -> Result<Vec<u8>, VaultError> {
-    let mut nonce = [0; NONCE];
-    getrandom::fill(&mut nonce).map_err(|_| VaultError::NoRandom)?;
+    let nonce = NONCES.with_borrow_mut(Nonces::next)?;
     // All the room at once: a buffer that moved would leave plaintext behind.
     let mut out = Vec::with_capacity(HEADER + plain.len() + TAG);
     out.push(VERSION);

@@ -208,23 +208,23 @@ pub fn peek(target: &Target<'_>, reason: Option<&str>) -> Result<serde_json::Val
             if archive.is_empty() && archive.keyless {
                 return Err(Error::purged(target.number));
             }
-            if archive.records.values().any(|n| n.damaged) {
+            if archive.is_damaged() {
                 return Err(Error::damaged(format!(
                     "an archived document of order \"{}\" cannot be opened",
                     target.number
                 ))
                 .hint("Restore the archive's row from a backup."));
             }
-            let mut places: Vec<_> = archive.records.iter().collect();
-            places.sort_by(|a, b| a.0.cmp(b.0));
-            for (place, newest) in places {
+            for (table, key, newest) in archive.records() {
                 let marks = marks(&plan);
                 let cells: serde_json::Map<String, serde_json::Value> = newest
-                    .cells
-                    .iter()
-                    .map(|(c, a)| (c.clone(), serde_json::Value::from(a.whole(&marks))))
+                    .cells()
+                    .map(|cell| {
+                        let whole = newest.whole(cell.name, &marks);
+                        (cell.name.to_owned(), serde_json::Value::from(whole))
+                    })
                     .collect();
-                records.push(serde_json::json!({ "table": place.0, "record_key": place.1, "cells": cells }));
+                records.push(serde_json::json!({ "table": table, "record_key": key, "cells": cells }));
             }
         }
         out.push(serde_json::json!({ "policy": plan.policy, "order_key": order.key, "records": records }));

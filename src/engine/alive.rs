@@ -9,7 +9,6 @@ use super::plan::{Entry, Plan, Table};
 use super::turn;
 use super::walk::{self, FIRST, Values, by_key, key_parts, key_text, up_some};
 use crate::pg::error::Result;
-use crate::pg::ident::Expr;
 use crate::pg::identity::{Identity, OWN_PATH, act_as, as_extension, on_keys};
 use crate::pg::sql::{self, Arg};
 
@@ -249,11 +248,7 @@ fn own_keys(table: &Table, entry: &Entry, rows: &[Values]) -> Option<Vec<(usize,
     if entry.filter.is_some() {
         return None;
     }
-    let positions = entry
-        .on_child
-        .iter()
-        .map(|e| table.key.iter().position(|(name, _)| *e == Expr::column(name.bare())))
-        .collect::<Option<Vec<_>>>()?;
+    let positions = walk::own_key(table, entry)?;
     let link = |row: &Values| positions.iter().map(|p| row.get(*p).cloned().flatten()).collect();
     Some(rows.iter().enumerate().map(|(i, row)| (i, link(row))).collect())
 }

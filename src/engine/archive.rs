@@ -1,5 +1,6 @@
 //! The first transaction of a batch: seal what is personal and store it.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::rc::Rc;
 
@@ -11,20 +12,21 @@ use super::plan::Plan;
 use super::records::{self, Fate, Listed, RecordList, Stored};
 use super::state;
 use super::vault::{self, NewDocument, Newest, OrderArchive};
-use crate::domain::document::{Cell, Document};
+use super::walk::Values;
+use crate::domain::document::{Cell, encode};
 use crate::domain::treatment::Outcome;
 use crate::domain::vault::MasterKeys;
 use crate::pg::error::Result;
 
 /// What one transaction archived.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub struct Archived {
     /// Orders whose copy is complete now.
     pub orders: i64,
     /// How much text the batch holds.
     pub bytes: usize,
-    /// What each order of the batch lists now.
-    pub records: Vec<Rc<RecordList>>,
+    /// What each order of the batch lists now, and the rows that were read.
+    pub found: Vec<(Rc<RecordList>, Vec<LiveRecord>)>,
 }
 
 /// A record, by the position of its order in the batch.
@@ -35,27 +37,22 @@ type OfOrder = (usize, Listed);
 /// # Errors
 /// Anything: nothing of the batch is kept then.
 pub fn batch(plan: &Plan, keys: &MasterKeys, batch: &[Due]) -> Result<Archived> {
-    let order_keys: Vec<String> = batch.iter().map(|d| d.order_key.clone()).collect();
-    let inputs: Vec<_> = batch.iter().map(|d| d.key.clone()).collect();
+    let order_keys: Vec<&str> = batch.iter().map(|d| d.order_key.as_str()).collect();
+    let inputs: Vec<Values> = batch.iter().map(|d| d.key.clone()).collect();
     let stored = Stored::of(plan, batch)?;
     let live = gather::gather(plan, &inputs, &stored)?;
     let known = vault::open(&plan.archive_schema, keys, &plan.policy, &order_keys)?;
-    let (documents, found) = missing(
-        plan,
-        &Former::load(plan, batch.iter().map(|d| d.redacted_version))?,
-        batch,
-        &live,
-        &known,
-    )?;
+    let former = Former::load(plan, batch.iter().map(|d| d.redacted_version))?;
+    let (documents, found) = missing(plan, &former, batch, &live, &known)?;
     vault::store(&plan.archive_schema, keys, &plan.policy, &known, &documents)?;
     come_back(plan, batch, &stored, &found)?;
+    let mut counts: HashMap<&str, usize> = HashMap::with_capacity(batch.len());
+    for document in &documents {
+        *counts.entry(&document.order_key).or_default() += 1;
+    }
     let mut records: Vec<Rc<RecordList>> = batch.iter().map(|d| d.records.clone()).collect();
     for (order, record) in found {
         Rc::make_mut(&mut records[order]).put(record);
-    }
-    let mut counts: HashMap<&str, usize> = HashMap::new();
-    for document in &documents {
-        *counts.entry(&document.order_key).or_default() += 1;
     }
     let (mut complete, mut gone, mut new, mut lines) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for (i, due) in batch.iter().enumerate() {
@@ -80,11 +77,12 @@ pub fn batch(plan: &Plan, keys: &MasterKeys, batch: &[Due]) -> Result<Archived> 
     audit::insert_batch(keys, "archive", plan, lines)?;
     state::announce(plan, "archived", &new)?;
     settle_gone(plan, keys, &gone)?;
-    Ok(Archived {
-        orders: new.len() as i64,
-        bytes: live.bytes(),
-        records,
-    })
+    let (orders, bytes) = (new.len() as i64, live.bytes());
+    let mut found: Vec<_> = records.into_iter().map(|list| (list, Vec::new())).collect();
+    for record in live.records {
+        found[record.order].1.push(record);
+    }
+    Ok(Archived { orders, bytes, found })
 }
 
 /// A line of a batch's audit entry.
@@ -161,13 +159,15 @@ pub fn taken_out<'a>(
     let first = untouched && !table.shared && !table.delete;
     let candidates = newest.filter(|_| first);
     record.cells.iter().enumerate().filter_map(move |(i, cell)| {
-        let archived = candidates?.cells.get(table.cells[i].name.bare())?;
+        let archived = candidates?.cell(table.cells[i].name.bare())?;
         let live = cell.as_ref()?;
-        if archived.text == live.value {
+        if archived.text == live.value.as_deref() {
             return None;
         }
-        let key: Vec<String> = record.key.iter().flatten().cloned().collect();
-        let outcome = table.cells[i].treatment.as_ref()?.apply(live.value.as_deref(), &key);
+        let outcome = table.cells[i]
+            .treatment
+            .as_ref()?
+            .apply(live.value.as_deref(), &record.key);
         let clean =
             matches!(outcome, Ok(Outcome::Keep)) || (outcome == Ok(Outcome::Sql) && live.computed == live.value);
         clean.then_some(i)
@@ -175,61 +175,57 @@ pub fn taken_out<'a>(
 }
 
 /// The documents that the archive lacks, and the records that hold personal data, by the position of their order.
-fn missing(
-    plan: &Plan,
+fn missing<'a>(
+    plan: &'a Plan,
     former: &Former,
-    batch: &[Due],
-    live: &Gathered,
+    batch: &'a [Due],
+    live: &'a Gathered,
     known: &HashMap<String, OrderArchive>,
-) -> Result<(Vec<NewDocument>, Vec<OfOrder>)> {
-    let mut documents = Vec::new();
-    let mut notes = Vec::new();
+) -> Result<(Vec<NewDocument<'a>>, Vec<OfOrder>)> {
+    let mut documents = Vec::with_capacity(live.records.len());
+    let mut notes = Vec::with_capacity(live.records.len());
     for record in &live.records {
         let table = &plan.tables[record.table];
-        let order = &batch[record.order].order_key;
-        let place = (table.archived_as.clone(), record.key_text.clone());
-        let newest = known.get(order).and_then(|a| a.records.get(&place));
+        let due = &batch[record.order];
+        let newest = known
+            .get(&due.order_key)
+            .and_then(|a| a.record(&table.archived_as, &record.key_text));
         let mut pii = record.pii(plan)?;
-        pii.extend(taken_out(plan, &batch[record.order], record, newest).map(|i| (i, Outcome::Keep)));
+        pii.extend(taken_out(plan, due, record, newest).map(|i| (i, Outcome::Keep)));
         if pii.is_empty() {
             continue;
         }
-        pii.retain(|(i, _)| {
-            let archived = newest.and_then(|n| n.cells.get(table.cells[*i].name.bare()));
-            !archived.is_some_and(|a| former.left(plan, batch[record.order].redacted_version, record, *i, a))
-        });
-        let value = |i: usize| record.cells[i].as_ref().and_then(|c| c.value.clone());
-        let covered = newest.is_some_and(|n| {
-            pii.iter().all(|(i, _)| {
-                n.cells
-                    .get(table.cells[*i].name.bare())
-                    .is_some_and(|a| a.text == value(*i))
-            })
-        });
+        let archived = |i: usize| newest.and_then(|n| n.cell(table.cells[i].name.bare()));
+        pii.retain(|(i, _)| !archived(*i).is_some_and(|a| former.left(plan, due.redacted_version, record, *i, &a)));
+        let value = |i: usize| record.cells[i].as_ref().and_then(|c| c.value.as_deref());
+        let covered = newest.is_some()
+            && pii
+                .iter()
+                .all(|(i, _)| archived(*i).is_some_and(|a| a.text == value(*i)));
         let mut version = newest.map_or(0, |n| n.version);
         if !covered {
             version += 1;
-            let cells = pii
-                .iter()
-                .map(|(i, _)| {
-                    let column = &table.cells[*i];
-                    let cell = Cell {
-                        type_name: column.type_shown.clone(),
-                        text: value(*i),
-                    };
-                    (column.name.bare().to_owned(), cell)
-                })
-                .collect();
+            let cell = |i: usize| Cell {
+                name: table.cells[i].name.bare(),
+                type_name: &table.cells[i].type_shown,
+                text: value(i),
+            };
             documents.push(NewDocument {
-                order_key: order.clone(),
-                table: place.0.clone(),
-                record_key: place.1.clone(),
+                order_key: Cow::Borrowed(&due.order_key),
+                table: Cow::Borrowed(&table.archived_as),
+                record_key: Cow::Borrowed(&record.key_text),
                 version,
-                document: Document { cells },
+                plain: encode(pii.iter().map(|(i, _)| cell(*i)).collect()),
             });
         }
-        let entry = plan.entries[record.entry].alias.clone();
-        notes.push((record.order, Listed(place.0, place.1, entry, version)));
+        let entry = &plan.entries[record.entry].alias;
+        let listed = Listed(
+            table.archived_as.clone(),
+            record.key_text.clone(),
+            entry.clone(),
+            version,
+        );
+        notes.push((record.order, listed));
     }
     Ok((documents, notes))
 }

@@ -109,16 +109,17 @@ impl<'a> Batches<'a> {
         for (mut orders, archived) in self.contained(copy, |run, orders| archive::batch(run.plan, &run.keys, orders))? {
             self.counts.archived += archived.orders;
             bytes += archived.bytes;
-            for (due, records) in orders.iter_mut().zip(archived.records) {
+            for (due, (records, seen)) in orders.iter_mut().zip(archived.found) {
                 due.records = records;
+                due.seen = Some(seen).filter(|_| due.redact);
                 due.copied = true;
             }
             to_redact.extend(orders);
         }
+        to_redact.retain(|d| d.redact);
         self.boundary.commit()?;
 
         turn::take(&self.plan.policy, self.mode)?;
-        to_redact.retain(|d| d.redact);
         let locked = due::relock(self.plan, &self.clock, to_redact)?;
         if !locked.is_empty() {
             let others = alive::other_policies(self.plan)?;
@@ -164,17 +165,21 @@ impl<'a> Batches<'a> {
     }
 
     /// Runs a step for a whole batch in one subtransaction; only when that fails, order by order, so that one bad
-    /// order stops nobody else.
+    /// order stops nobody else. A step takes what was seen of the orders: when it has failed, they are looked at again.
     fn contained<T>(
         &mut self,
-        batch: Vec<Due>,
-        step: impl Fn(&Self, &[Due]) -> Result<T>,
+        mut batch: Vec<Due>,
+        step: impl Fn(&Self, &mut [Due]) -> Result<T>,
     ) -> Result<Vec<(Vec<Due>, T)>> {
         let mut out = Vec::new();
         if batch.is_empty() {
             return Ok(out);
         }
-        let whole = subtransaction(|| step(self, &batch));
+        let seen = batch.iter().any(|d| d.seen.is_some());
+        let mut whole = subtransaction(|| step(self, &mut batch));
+        if seen && matches!(&whole, Err(e) if !e.is_cancel() && !e.is_lock()) {
+            whole = subtransaction(|| step(self, &mut batch));
+        }
         match whole {
             Ok(result) => out.push((batch, result)),
             Err(e) if e.is_cancel() => return Err(e),
@@ -186,8 +191,8 @@ impl<'a> Batches<'a> {
             }
             Err(_) => {
                 for due in batch {
-                    let alone = [due];
-                    match subtransaction(|| step(self, &alone)) {
+                    let mut alone = [due];
+                    match subtransaction(|| step(self, &mut alone)) {
                         Ok(result) => out.push((alone.into(), result)),
                         Err(e) if e.is_cancel() => return Err(e),
                         Err(e) => self.fail(&alone[0], &e)?,

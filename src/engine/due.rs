@@ -5,6 +5,7 @@ use std::rc::Rc;
 
 use serde::{Deserialize, Serialize};
 
+use super::gather::LiveRecord;
 use super::plan::Plan;
 use super::records::RecordList;
 use super::walk::{Values, key_parts};
@@ -15,7 +16,6 @@ use crate::pg::sql::{self, Arg};
 use crate::pg::xact::timestamp_text;
 
 /// An order that a batch works on.
-#[derive(Debug, Clone)]
 pub struct Due {
     pub order_key: String,
     pub key: Values,
@@ -32,6 +32,8 @@ pub struct Due {
     pub records: Rc<RecordList>,
     /// This batch has stored its copy.
     pub copied: bool,
+    /// Its rows as this batch has archived them: what is overwritten next need not be looked for again.
+    pub seen: Option<Vec<LiveRecord>>,
 }
 
 impl Due {
@@ -136,6 +138,7 @@ pub fn take(plan: &Plan, clock: &Clock, share: &Share, limit: i64) -> Result<Vec
                 redacted_version: r.text(6)?.and_then(|v| v.parse().ok()),
                 records: Rc::new(RecordList::parse(r.text(7)?)?),
                 copied: false,
+                seen: None,
             })
         })
         .collect()

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 
 use super::gather::LiveRecord;
 use super::plan::Plan;
-use super::vault::Archived;
+use crate::domain::document::Cell;
 use crate::domain::policy::{Policy, Redact, Treatment as Rule};
 use crate::domain::treatment::{Outcome, Treatment};
 use crate::pg::error::Result;
@@ -48,7 +48,7 @@ impl Former {
         version: Option<i64>,
         record: &LiveRecord,
         cell: usize,
-        archived: &Archived,
+        archived: &Cell<'_>,
     ) -> bool {
         let Some(document) = version.and_then(|v| self.0.get(&v)) else {
             return false;
@@ -57,8 +57,7 @@ impl Former {
             return false;
         };
         let live = record.cells[cell].as_ref().and_then(|c| c.value.as_deref());
-        let key: Vec<String> = record.key.iter().flatten().cloned().collect();
-        match treatment.apply(archived.text.as_deref(), &key) {
+        match treatment.apply(archived.text, &record.key) {
             Ok(Outcome::Text(text)) => live.map(|l| l.trim_end_matches(' ')) == Some(text.trim_end_matches(' ')),
             Ok(Outcome::Null) => live.is_none(),
             _ => false,

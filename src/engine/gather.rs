@@ -5,24 +5,25 @@ use std::collections::HashMap;
 use super::overwrite::{CellWrite, NewValue};
 use super::plan::Plan;
 use super::records::{Listed, Stored};
-use super::walk::{self, FIRST, Hop, Values, by_key, hop, key_parts, key_text};
+use super::walk::{self, FIRST, Found, Hop, Values, by_key, hop, key_parts, key_text, own_key};
 use crate::domain::treatment::Outcome;
 use crate::pg::error::Result;
-use crate::pg::sql::Row;
+use crate::pg::sql::Text;
 
 /// One treated column of a row.
 #[derive(Debug, Clone)]
 pub struct LiveCell {
     /// Its text form; `None` is NULL.
-    pub value: Option<String>,
+    pub value: Option<Text>,
     /// What a treatment by expression makes of it.
-    pub computed: Option<String>,
+    pub computed: Option<Text>,
 }
 
 /// A moment that has to pass `redact_after`, with the entry that says so.
 pub type NotBefore = Option<(String, usize)>;
 
 /// A row that holds, or may hold, PII of an order.
+#[derive(Clone)]
 pub struct LiveRecord {
     /// Position of the order in the batch.
     pub order: usize,
@@ -34,6 +35,8 @@ pub struct LiveRecord {
     pub cells: Vec<Option<LiveCell>>,
     /// The row may not be redacted before this has passed `redact_after`.
     pub not_before: NotBefore,
+    /// What its entry's columns must equal for the row to belong to the order, where that is not the row's own key.
+    pub link: Option<Values>,
     /// Known by its stored key alone: the links lead elsewhere by now.
     pub stored: bool,
 }
@@ -43,13 +46,12 @@ impl LiveRecord {
     ///
     /// # Errors
     /// A treatment cannot be applied to a cell; names the column, not the value.
-    pub fn pii(&self, plan: &Plan) -> Result<Vec<(usize, Outcome)>> {
+    pub fn pii<'p>(&self, plan: &'p Plan) -> Result<Vec<(usize, Outcome<'p>)>> {
         let table = &plan.tables[self.table];
-        let key: Vec<String> = self.key.iter().flatten().cloned().collect();
-        let mut out = Vec::new();
+        let mut out = Vec::with_capacity(self.cells.len());
         for (i, cell) in self.cells.iter().enumerate() {
             let Some(cell) = cell else { continue };
-            match table.treat(i, cell.value.as_deref(), &key)? {
+            match table.treat(i, cell.value.as_deref(), &self.key)? {
                 // A row that goes as a whole: all of it is archived, NULLs too, or they came back as their defaults.
                 None => out.push((i, Outcome::Null)),
                 Some(Outcome::Keep) => {}
@@ -65,20 +67,20 @@ impl LiveRecord {
     ///
     /// # Errors
     /// As `expected`.
-    pub fn writes(
-        &self,
-        pii: &[(usize, Outcome)],
-        expected: impl Fn(usize, &Option<String>) -> Result<Option<Option<String>>>,
-    ) -> Result<Option<Vec<CellWrite>>> {
+    pub fn writes<'a>(
+        &'a self,
+        pii: &'a [(usize, Outcome<'_>)],
+        expected: impl Fn(usize, Option<&'a str>) -> Result<Option<Option<&'a str>>>,
+    ) -> Result<Option<Vec<CellWrite<'a>>>> {
         let mut cells = Vec::with_capacity(self.cells.len());
         let mut wanted = pii.iter().peekable();
         for (i, live) in self.cells.iter().enumerate() {
-            let live = live.as_ref().map(|c| &c.value);
+            let live = live.as_ref().map(|c| c.value.as_deref());
             let Some((_, outcome)) = wanted.next_if(|(at, _)| *at == i) else {
-                cells.push(live.map_or(CellWrite::Leave, |value| CellWrite::Compare(value.clone())));
+                cells.push(live.map_or(CellWrite::Leave, CellWrite::Compare));
                 continue;
             };
-            let Some(expected) = expected(i, live.unwrap_or(&None))? else {
+            let Some(expected) = expected(i, live.flatten())? else {
                 return Ok(None);
             };
             let new = NewValue::from(outcome);
@@ -92,7 +94,7 @@ impl Gathered {
     /// How much text it holds.
     pub fn bytes(&self) -> usize {
         let cells = self.records.iter().flat_map(|r| r.cells.iter().flatten());
-        cells.filter_map(|c| c.value.as_ref()).map(String::len).sum()
+        cells.filter_map(|c| c.value.as_deref()).map(str::len).sum()
     }
 
     /// Whether an order of the batch is neither there nor has left anything behind.
@@ -170,14 +172,11 @@ pub fn gather(plan: &Plan, orders: &[Values], stored: &Stored) -> Result<Gathere
         let shape = shape(plan, index);
         let entry = &plan.entries[index];
         let table = &plan.tables[entry.table];
-        let found: Vec<((usize, NotBefore), Row)> = if entry.parent.is_none() {
+        let (origins, inputs): (Vec<(usize, NotBefore)>, Vec<Values>) =
+            std::mem::take(&mut pending[index]).into_iter().unzip();
+        let found = if entry.parent.is_none() {
             by_key(plan, table, orders, &shape.select)?
-                .into_iter()
-                .map(|f| ((f.input, None), f.row))
-                .collect()
         } else {
-            let (origins, inputs): (Vec<(usize, NotBefore)>, Vec<Values>) =
-                std::mem::take(&mut pending[index]).into_iter().unzip();
             let reach = Hop {
                 table,
                 on: &entry.on_child,
@@ -188,16 +187,14 @@ pub fn gather(plan: &Plan, orders: &[Values], stored: &Stored) -> Result<Gathere
                 limit: None,
             };
             hop(plan, &reach, &inputs)?
-                .into_iter()
-                .map(|f| (origins[f.input].clone(), f.row))
-                .collect()
         };
-        for ((order, inherited), row) in found {
+        let is_own_key = entry.filter.is_none() && own_key(table, entry).is_some();
+        for Found { input, row } in found {
             let at = |i: usize| FIRST + i;
+            let (order, mut not_before) = origins.get(input).cloned().unwrap_or((input, None));
             if entry.parent.is_none() {
                 gathered.exists[order] = true;
             }
-            let mut not_before = inherited;
             if let Some(column) = shape.not_before
                 && let Some(text) = row.owned(at(column))?
                 && not_before.as_ref().is_none_or(|(known, _)| *known < text)
@@ -221,6 +218,7 @@ pub fn gather(plan: &Plan, orders: &[Values], stored: &Stored) -> Result<Gathere
                     key_text: text,
                     cells: vec![None; table.cells.len()],
                     not_before: None,
+                    link: inputs.get(input).filter(|_| !is_own_key).cloned(),
                     stored: false,
                 });
                 gathered.records.len() - 1
@@ -233,8 +231,8 @@ pub fn gather(plan: &Plan, orders: &[Values], stored: &Stored) -> Result<Gathere
                         .map(|(_, c)| 1 + usize::from(c.is_some()))
                         .sum::<usize>();
                 record.cells[*cell] = Some(LiveCell {
-                    value: row.owned(at(column))?,
-                    computed: computed.map(|c| row.owned(at(c))).transpose()?.flatten(),
+                    value: row.shared_or_null(at(column))?,
+                    computed: computed.map(|c| row.shared_or_null(at(c))).transpose()?.flatten(),
                 });
             }
             if let Some((moment, by)) = not_before
@@ -310,8 +308,8 @@ pub fn by_stored_keys(plan: &Plan, index: usize, stored: &[&str]) -> Result<Vec<
         let cells = (0..plain)
             .map(|i| {
                 Ok(Some(LiveCell {
-                    value: found.row.owned(FIRST + i)?,
-                    computed: found.row.owned(FIRST + plain + i)?,
+                    value: found.row.shared_or_null(FIRST + i)?,
+                    computed: found.row.shared_or_null(FIRST + plain + i)?,
                 }))
             })
             .collect::<Result<Vec<_>>>()?;
@@ -323,6 +321,7 @@ pub fn by_stored_keys(plan: &Plan, index: usize, stored: &[&str]) -> Result<Vec<
             key_text: stored[found.input].to_owned(),
             cells,
             not_before: None,
+            link: None,
             stored: true,
         });
     }

@@ -1,8 +1,10 @@
 //! The statements that write to the user's rows. Each compares every cell with the value that it is expected to hold,
 //! and what it returns with what was asked.
 
-use super::plan::{CellColumn, Plan, Table};
-use super::walk::{BATCH, ORDINAL, Values, batch_column, batch_rows};
+use std::borrow::Cow;
+
+use super::plan::{CellColumn, Entry, Plan, Table};
+use super::walk::{BATCH, ORDINAL, Values, batch_column, batch_rows, columns, link_condition};
 use crate::domain::treatment::Outcome;
 use crate::pg::catalog::{self, Compare};
 use crate::pg::error::{Error, Result};
@@ -14,17 +16,17 @@ use crate::pg::trigger::EngineWrite;
 
 /// The value that a cell gets.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum NewValue {
+pub enum NewValue<'a> {
     Null,
-    Text(String),
+    Text(Cow<'a, str>),
     /// What the column's expression gives.
     Computed,
 }
 
-impl From<&Outcome> for NewValue {
-    fn from(outcome: &Outcome) -> Self {
+impl<'a> From<&'a Outcome<'_>> for NewValue<'a> {
+    fn from(outcome: &'a Outcome<'_>) -> Self {
         match outcome {
-            Outcome::Text(text) => Self::Text(text.clone()),
+            Outcome::Text(text) => Self::Text(Cow::Borrowed(text)),
             Outcome::Sql => Self::Computed,
             Outcome::Null | Outcome::Keep => Self::Null,
         }
@@ -33,19 +35,22 @@ impl From<&Outcome> for NewValue {
 
 /// What happens to one cell of a row.
 #[derive(Debug, Clone)]
-pub enum CellWrite {
+pub enum CellWrite<'a> {
     /// No entry of the policy that reaches the row treats it.
     Leave,
     /// It must hold this, and keeps it.
-    Compare(Option<String>),
+    Compare(Option<&'a str>),
     /// It must hold `expected`, and gets `new`.
-    Write { expected: Option<String>, new: NewValue },
+    Write {
+        expected: Option<&'a str>,
+        new: NewValue<'a>,
+    },
 }
 
 /// One row to be written.
-pub struct RowWrite {
-    pub key: Values,
-    pub cells: Vec<CellWrite>,
+pub struct RowWrite<'a> {
+    pub key: &'a Values,
+    pub cells: Vec<CellWrite<'a>>,
 }
 
 /// Composes a statement's parameters, numbering them as they come.
@@ -129,7 +134,8 @@ fn key_condition<'a>(
 
 /// Locks rows, leaving out those that somebody else has locked. Returns the positions of the locked ones.
 ///
-/// `exclusively` also keeps out foreign keys that would begin to refer to the row.
+/// `exclusively` also keeps out foreign keys that would begin to refer to the row. With `links`, a row is locked only while
+/// the entry still leads to it from these values.
 ///
 /// # Errors
 /// Errors of the server.
@@ -137,6 +143,7 @@ pub fn lock<'k>(
     plan: &Plan,
     table: &Table,
     keys: impl ExactSizeIterator<Item = &'k Values> + Clone,
+    links: Option<(&Entry, &[&'k Values])>,
     exclusively: bool,
 ) -> Result<Vec<bool>> {
     let mut locked = vec![false; keys.len()];
@@ -144,7 +151,21 @@ pub fn lock<'k>(
         return Ok(locked);
     }
     let mut parameters = Parameters::default();
-    let condition = key_condition(table, keys, &mut parameters);
+    let mut condition = key_condition(table, keys, &mut parameters);
+    if let Some((entry, links)) = links {
+        let (own, types) = (&entry.on_child_types, &entry.on_parent_types);
+        let first = parameters.args.len();
+        condition.extend(link_condition(
+            &entry.on_child,
+            own,
+            types,
+            entry.filter.as_ref(),
+            first,
+        ));
+        for array in columns(types, links.iter().copied()) {
+            parameters.add(array);
+        }
+    }
     let strength = if exclusively { "UPDATE" } else { "NO KEY UPDATE" };
     let query = format!(
         "SELECT {ORDINAL} FROM {} JOIN {} AS {name} ON {} FOR {strength} OF {name} SKIP LOCKED",
@@ -201,13 +222,13 @@ struct Column {
     condition: String,
 }
 
-fn column<'a>(table: &Table, rows: &[&'a RowWrite], i: usize, parameters: &mut Parameters<'a>) -> Column {
+fn column<'a>(table: &Table, rows: &[&'a RowWrite<'_>], i: usize, parameters: &mut Parameters<'a>) -> Column {
     let states: Vec<&str> = rows.iter().map(|r| state(&r.cells[i])).collect();
     let expected = rows
         .iter()
         .map(|r| match &r.cells[i] {
             CellWrite::Leave => None,
-            CellWrite::Compare(v) | CellWrite::Write { expected: v, .. } => v.as_deref(),
+            CellWrite::Compare(v) | CellWrite::Write { expected: v, .. } => *v,
         })
         .collect();
     let expected = parameters.add(Arg::Texts(expected));
@@ -227,7 +248,7 @@ fn column<'a>(table: &Table, rows: &[&'a RowWrite], i: usize, parameters: &mut P
     }
 }
 
-fn state(cell: &CellWrite) -> &'static str {
+fn state(cell: &CellWrite<'_>) -> &'static str {
     match cell {
         CellWrite::Leave => "-",
         CellWrite::Compare(_) => "c",
@@ -240,7 +261,7 @@ fn state(cell: &CellWrite) -> &'static str {
 }
 
 /// The text that a cell gets; none for NULL and for what an expression gives.
-fn new_text(cell: &CellWrite) -> Option<&str> {
+fn new_text<'a>(cell: &'a CellWrite<'_>) -> Option<&'a str> {
     match cell {
         CellWrite::Write {
             new: NewValue::Text(t), ..
@@ -254,7 +275,7 @@ fn new_text(cell: &CellWrite) -> Option<&str> {
 /// # Errors
 /// A row that did not come back (changed, or gone), that the table's own triggers wrote differently, or that a
 /// constraint refused: nothing of the batch is kept.
-pub fn update(plan: &Plan, table: &Table, rows: &[&RowWrite]) -> Result<()> {
+pub fn update(plan: &Plan, table: &Table, rows: &[&RowWrite<'_>]) -> Result<()> {
     let written: Vec<usize> = (0..table.cells.len())
         .filter(|i| rows.iter().any(|r| matches!(r.cells[*i], CellWrite::Write { .. })))
         .collect();
@@ -263,7 +284,7 @@ pub fn update(plan: &Plan, table: &Table, rows: &[&RowWrite]) -> Result<()> {
     }
     let name = &table.relation.name;
     let mut parameters = Parameters::default();
-    let mut condition = key_condition(table, rows.iter().map(|r| &r.key), &mut parameters);
+    let mut condition = key_condition(table, rows.iter().map(|r| r.key), &mut parameters);
     let mut set = Vec::new();
     let mut check = Vec::new();
     for i in (0..table.cells.len()).filter(|i| rows.iter().any(|r| !matches!(r.cells[*i], CellWrite::Leave))) {
@@ -345,9 +366,9 @@ pub fn update(plan: &Plan, table: &Table, rows: &[&RowWrite]) -> Result<()> {
 ///
 /// # Errors
 /// As [`update`].
-pub fn delete(plan: &Plan, table: &Table, rows: &[&RowWrite]) -> Result<()> {
+pub fn delete(plan: &Plan, table: &Table, rows: &[&RowWrite<'_>]) -> Result<()> {
     let mut parameters = Parameters::default();
-    let mut condition = key_condition(table, rows.iter().map(|r| &r.key), &mut parameters);
+    let mut condition = key_condition(table, rows.iter().map(|r| r.key), &mut parameters);
     for i in 0..table.cells.len() {
         condition.push(column(table, rows, i, &mut parameters).condition);
     }

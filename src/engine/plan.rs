@@ -107,7 +107,7 @@ impl Table {
     ///
     /// # Errors
     /// The treatment cannot be applied; names the column, not the value.
-    pub fn treat(&self, cell: usize, text: Option<&str>, key: &[String]) -> Result<Option<Outcome>> {
+    pub fn treat(&self, cell: usize, text: Option<&str>, key: &[Option<String>]) -> Result<Option<Outcome<'_>>> {
         let column = &self.cells[cell];
         let Some(treatment) = &column.treatment else {
             return Ok(None);

@@ -1,5 +1,6 @@
 //! The rows that hold, or held, personal data of an order. The order's own state lists them, and says what became of
-//! them; a row of `record_state` is written only for one that fares otherwise: waiting, retrieved, gone, come back.
+//! them; a row of `record_state` is written only for one that fares otherwise: waiting, retrieved, gone, come back. That
+//! begins with redaction: an order that was never redacted has none.
 
 use std::collections::HashMap;
 use std::rc::Rc;
@@ -124,14 +125,28 @@ impl Stored {
     /// # Errors
     /// Errors of the server.
     pub fn of(plan: &Plan, batch: &[Due]) -> Result<Self> {
-        let keys: Vec<&str> = batch.iter().map(|d| d.order_key.as_str()).collect();
+        let redacted = batch.iter().enumerate().filter(|(_, d)| d.redacted_version.is_some());
         Ok(Self {
             lists: batch
                 .iter()
                 .map(|d| (d.records.clone(), d.redacted_version.is_some()))
                 .collect(),
-            fates: fates(plan, &keys)?,
+            fates: fates(plan, redacted.map(|(i, d)| (d.order_key.as_str(), i)).collect())?,
         })
+    }
+
+    /// The same of some orders of the batch, which are at these positions.
+    pub fn of_some(&self, positions: &[usize]) -> Self {
+        let new: HashMap<usize, usize> = positions.iter().enumerate().map(|(new, old)| (*old, new)).collect();
+        let fates = self.fates.iter();
+        let fates = fates.filter_map(|((order, table, key), fate)| {
+            let order = new.get(order)?;
+            Some(((*order, table.clone(), key.clone()), *fate))
+        });
+        Self {
+            lists: positions.iter().map(|i| self.lists[*i].clone()).collect(),
+            fates: fates.collect(),
+        }
     }
 
     /// [`Stored::of`] orders of which only the keys are known.
@@ -149,7 +164,7 @@ impl Stored {
             )
         })?;
         let mut lists = vec![(Rc::default(), false); keys.len()];
-        let positions = positions(&keys);
+        let positions: HashMap<&str, usize> = keys.iter().enumerate().map(|(i, k)| (*k, i)).collect();
         for row in &rows {
             if let Some(i) = positions.get(row.str(0)?) {
                 lists[*i] = (Rc::new(RecordList::parse(row.text(1)?)?), row.bool(2)?);
@@ -157,7 +172,7 @@ impl Stored {
         }
         Ok(Self {
             lists,
-            fates: fates(plan, &keys)?,
+            fates: fates(plan, positions)?,
         })
     }
 
@@ -185,25 +200,22 @@ impl Stored {
     }
 }
 
-fn positions<'a>(keys: &[&'a str]) -> HashMap<&'a str, usize> {
-    keys.iter().enumerate().map(|(i, k)| (*k, i)).collect()
-}
-
-fn fates(plan: &Plan, keys: &[&str]) -> Result<HashMap<(usize, String, String), Fate>> {
+/// The fates of records of these orders, which are given with their positions.
+fn fates(plan: &Plan, orders: HashMap<&str, usize>) -> Result<HashMap<(usize, String, String), Fate>> {
+    let mut out = HashMap::new();
+    if orders.is_empty() {
+        return Ok(out);
+    }
+    let keys: Vec<&str> = orders.keys().copied().collect();
     let rows = on_keys(|| {
         sql::read(
             "SELECT r.order_key, r.table_name, r.record_key, r.status FROM amazon_pii.record_state r \
              WHERE r.policy IS NOT DISTINCT FROM $1 AND r.order_key = ANY ($2)",
-            &[Arg::Text(Some(&plan.policy)), Arg::texts(keys)],
+            &[Arg::Text(Some(&plan.policy)), Arg::texts(&keys)],
         )
     })?;
-    if rows.is_empty() {
-        return Ok(HashMap::new());
-    }
-    let positions = positions(keys);
-    let mut out = HashMap::new();
     for row in &rows {
-        if let Some(i) = positions.get(row.str(0)?) {
+        if let Some(i) = orders.get(row.str(0)?) {
             out.insert((*i, row.string(1)?, row.string(2)?), Fate::of(row.str(3)?)?);
         }
     }

@@ -11,7 +11,7 @@ use super::archive::{line, settle_gone, taken_out};
 use super::audit;
 use super::due::{Clock, Due};
 use super::former::Former;
-use super::gather::{self, LiveRecord};
+use super::gather::{self, Gathered, LiveRecord};
 use super::overwrite::{self, CellWrite, RowWrite};
 use super::plan::Plan;
 use super::records::{self, Stored};
@@ -39,11 +39,14 @@ pub struct Redacted {
 }
 
 /// A row to be overwritten, for all orders of the batch that reach it.
-struct Target {
+struct Target<'a> {
     orders: Vec<usize>,
     table: usize,
-    write: RowWrite,
-    key_text: String,
+    write: RowWrite<'a>,
+    key_text: &'a str,
+    /// The entry that led to it, and by which values.
+    entry: usize,
+    link: Option<&'a Values>,
     /// Reached by no link any more: whoever it belongs to now may need it.
     stored: bool,
     /// Other orders may need it.
@@ -58,13 +61,20 @@ type Moments = BTreeMap<usize, (String, usize)>;
 /// # Errors
 /// Anything: nothing of the batch is kept then. An archived document that cannot be opened is an error when its
 /// value is needed.
-pub fn batch(plan: &Plan, others: &[Rc<Plan>], keys: &MasterKeys, clock: &Clock, batch: &[Due]) -> Result<Redacted> {
-    let order_keys: Vec<String> = batch.iter().map(|d| d.order_key.clone()).collect();
-    let inputs: Vec<Values> = batch.iter().map(|d| d.key.clone()).collect();
+pub fn batch(
+    plan: &Plan,
+    others: &[Rc<Plan>],
+    keys: &MasterKeys,
+    clock: &Clock,
+    batch: &mut [Due],
+) -> Result<Redacted> {
+    let seen: Vec<Option<Vec<LiveRecord>>> = batch.iter_mut().map(|d| d.seen.take()).collect();
+    let batch: &[Due] = batch;
+    let order_keys: Vec<&str> = batch.iter().map(|d| d.order_key.as_str()).collect();
     // The copies first: read back from what is committed, and opened, before any row is locked.
     let archive = vault::open(&plan.archive_schema, keys, &plan.policy, &order_keys)?;
     let stored = Stored::of(plan, batch)?;
-    let mut live = gather::gather(plan, &inputs, &stored)?;
+    let mut live = look(plan, batch, seen, &stored)?;
     let mut out = Redacted::default();
     let (late, set_aside) = late_rows(plan, clock, batch, &mut live.records)?;
     let mut excluded: HashSet<usize> = push_back(plan, clock, batch, &live.records)?;
@@ -72,7 +82,14 @@ pub fn batch(plan: &Plan, others: &[Rc<Plan>], keys: &MasterKeys, clock: &Clock,
     settle_gone(plan, keys, &gone.iter().map(|i| &batch[*i]).collect::<Vec<_>>())?;
     excluded.extend(&gone);
     let former = Former::load(plan, batch.iter().map(|d| d.redacted_version))?;
-    let mut targets = targets(plan, &former, batch, &live.records, &archive, &mut excluded, &mut out)?;
+    let mut pii = Vec::with_capacity(live.records.len());
+    for record in &live.records {
+        // Of what is left out anyway a treatment may even fail.
+        let left_out = excluded.contains(&record.order);
+        pii.push(if left_out { Vec::new() } else { record.pii(plan)? });
+    }
+    let found = live.records.iter().zip(&pii);
+    let mut targets = targets(plan, &former, batch, found, &archive, &mut excluded, &mut out)?;
 
     // Deferred triggers of the caller fire as the caller, not as a table's owner.
     xact::fire_deferred()?;
@@ -141,6 +158,28 @@ pub fn batch(plan: &Plan, others: &[Rc<Plan>], keys: &MasterKeys, clock: &Clock,
     Ok(out)
 }
 
+/// The rows of a batch: those that its first transaction has just archived, and those of the other orders as they are now.
+/// What has changed in between makes the statement that overwrites fail.
+fn look(plan: &Plan, batch: &[Due], seen: Vec<Option<Vec<LiveRecord>>>, stored: &Stored) -> Result<Gathered> {
+    let unseen: Vec<usize> = (0..batch.len()).filter(|i| seen[*i].is_none()).collect();
+    let inputs: Vec<Values> = unseen.iter().map(|i| batch[*i].key.clone()).collect();
+    let fresh = gather::gather(plan, &inputs, &stored.of_some(&unseen))?;
+    let mut out = Gathered {
+        exists: vec![true; batch.len()],
+        records: Vec::new(),
+    };
+    for (i, exists) in unseen.iter().zip(fresh.exists) {
+        out.exists[*i] = exists;
+    }
+    let again = fresh.records.into_iter().map(|r| (unseen[r.order], r));
+    let known = seen.into_iter().enumerate();
+    let known = known.flat_map(|(i, records)| records.into_iter().flatten().map(move |r| (i, r)));
+    for (order, record) in known.chain(again) {
+        out.records.push(LiveRecord { order, ..record });
+    }
+    Ok(out)
+}
+
 /// Takes out the rows that came after their order was redacted and are not due by their own date: nothing else waits
 /// for them. Returns the first such date of each order, and the rows.
 fn late_rows(
@@ -204,50 +243,56 @@ fn push_back(plan: &Plan, clock: &Clock, batch: &[Due], records: &[LiveRecord]) 
 }
 
 /// What has to be written, row by row; orders whose live values are not the archived ones are excluded.
-fn targets(
+fn targets<'a>(
     plan: &Plan,
     former: &Former,
     batch: &[Due],
-    records: &[LiveRecord],
-    archive: &HashMap<String, OrderArchive>,
+    found: impl Iterator<Item = (&'a LiveRecord, &'a Vec<(usize, Outcome<'a>)>)>,
+    archive: &'a HashMap<String, OrderArchive>,
     excluded: &mut HashSet<usize>,
     out: &mut Redacted,
-) -> Result<Vec<Target>> {
-    let mut targets: BTreeMap<(usize, String), Target> = BTreeMap::new();
-    for record in records {
+) -> Result<Vec<Target<'a>>> {
+    let mut targets: Vec<Target<'a>> = Vec::new();
+    let mut known: HashMap<(usize, &str), usize> = HashMap::new();
+    for (record, pii) in found {
         if excluded.contains(&record.order) {
             continue;
         }
         let due = &batch[record.order];
-        let place = (plan.tables[record.table].archived_as.clone(), record.key_text.clone());
-        let newest = archive.get(&due.order_key).and_then(|a| a.records.get(&place));
-        if taken_out(plan, due, record, newest).next().is_some() {
-            excluded.insert(record.order);
-            out.unproven.push(record.order);
+        let table = &plan.tables[record.table];
+        let newest = archive
+            .get(&due.order_key)
+            .and_then(|a| a.record(&table.archived_as, &record.key_text));
+        let cells = if taken_out(plan, due, record, newest).next().is_some() {
+            None
+        } else if pii.is_empty() {
             continue;
-        }
-        let pii = record.pii(plan)?;
-        if pii.is_empty() {
-            continue;
-        }
-        let Some(cells) = proven(plan, former, due, record, &pii, newest)? else {
+        } else {
+            proven(plan, former, due, record, pii, newest)?
+        };
+        let Some(cells) = cells else {
             excluded.insert(record.order);
             out.unproven.push(record.order);
             continue;
         };
-        let target = targets
-            .entry((record.table, record.key_text.clone()))
-            .or_insert_with(|| Target {
-                orders: Vec::new(),
+        let at = *known.entry((record.table, &record.key_text)).or_insert(targets.len());
+        if at == targets.len() {
+            targets.push(Target {
+                orders: vec![record.order],
                 table: record.table,
                 write: RowWrite {
-                    key: record.key.clone(),
-                    cells: vec![CellWrite::Leave; cells.len()],
+                    key: &record.key,
+                    cells,
                 },
-                key_text: record.key_text.clone(),
-                stored: true,
+                key_text: &record.key_text,
+                entry: record.entry,
+                link: record.link.as_ref(),
+                stored: record.stored,
                 shared: false,
             });
+            continue;
+        }
+        let target = &mut targets[at];
         target.stored &= record.stored;
         target.orders.push(record.order);
         for (slot, cell) in target.write.cells.iter_mut().zip(cells) {
@@ -256,7 +301,8 @@ fn targets(
             }
         }
     }
-    Ok(targets.into_values().collect())
+    targets.sort_unstable_by_key(|t| (t.table, t.link.map(|_| t.entry), t.key_text));
+    Ok(targets)
 }
 
 /// The cells of a record as they are to be compared and written, or `None` when the archive does not hold every one of
@@ -264,22 +310,22 @@ fn targets(
 ///
 /// # Errors
 /// The archive holds a document of this record that cannot be opened.
-fn proven(
+fn proven<'a>(
     plan: &Plan,
     former: &Former,
     due: &Due,
-    record: &LiveRecord,
-    pii: &[(usize, Outcome)],
-    newest: Option<&Newest>,
-) -> Result<Option<Vec<CellWrite>>> {
+    record: &'a LiveRecord,
+    pii: &'a [(usize, Outcome<'_>)],
+    newest: Option<&'a Newest>,
+) -> Result<Option<Vec<CellWrite<'a>>>> {
     let table = &plan.tables[record.table];
     record.writes(pii, |i, live| {
-        let opened = newest.and_then(|n| n.cells.get(table.cells[i].name.bare()));
+        let opened = newest.and_then(|n| n.cell(table.cells[i].name.bare()));
         Ok(match opened {
-            // What the statement compares with is the opened value, never the one that was just read.
-            Some(opened) if opened.text == *live => Some(opened.text.clone()),
+            // What the statement compares with is the opened value, never the one that was read.
+            Some(opened) if opened.text == live => Some(opened.text),
             // Our own output under an earlier version: what it stands for is archived.
-            Some(opened) if former.left(plan, due.redacted_version, record, i, opened) => Some(live.clone()),
+            Some(opened) if former.left(plan, due.redacted_version, record, i, &opened) => Some(live),
             _ if newest.is_some_and(|n| n.damaged) => {
                 return Err(Error::damaged(format!(
                     "the archived copy of a record of {} cannot be opened",
@@ -292,14 +338,14 @@ fn proven(
 }
 
 /// Takes out of `targets` the shared rows that an order outside of this batch still needs.
-fn wait_for_others(
+fn wait_for_others<'a>(
     plan: &Plan,
     others: &[Rc<Plan>],
     clock: &Clock,
     batch: &[Due],
     excluded: &HashSet<usize>,
-    targets: &mut Vec<Target>,
-) -> Result<Vec<(Target, Keeper)>> {
+    targets: &mut Vec<Target<'a>>,
+) -> Result<Vec<(Target<'a>, Keeper)>> {
     let (staying, leaving): (Vec<_>, Vec<_>) = batch.iter().enumerate().partition(|(i, _)| excluded.contains(i));
     let keys = |list: Vec<(usize, &Due)>| list.into_iter().map(|(_, d)| d.order_key.clone()).collect::<Vec<_>>();
     let ours = alive::Ours {
@@ -317,7 +363,7 @@ fn wait_for_others(
         for target in targets.iter_mut().filter(|t| t.table == table) {
             target.shared = every || target.stored;
         }
-        let asked = |t: &Target| t.table == table && t.shared;
+        let asked = |t: &Target<'_>| t.table == table && t.shared;
         let rows: Vec<alive::Asked> = targets
             .iter()
             .filter(|t| asked(t))
@@ -344,20 +390,20 @@ fn wait_for_others(
     Ok(waiting)
 }
 
-/// Locks every row before the first is written; an order with a row that somebody else has locked is left out.
-fn lock(plan: &Plan, targets: &[Target], excluded: &mut HashSet<usize>, out: &mut Redacted) -> Result<()> {
-    for (index, table) in plan.tables.iter().enumerate() {
-        let mine: Vec<usize> = (0..targets.len()).filter(|i| targets[*i].table == index).collect();
-        let keys = mine.iter().map(|i| &targets[*i].write.key);
-        for (i, locked) in mine
-            .iter()
-            .zip(overwrite::lock(plan, table, keys, table.shared || table.delete)?)
-        {
-            if !locked {
-                for order in &targets[*i].orders {
-                    if excluded.insert(*order) {
-                        out.locked.push(*order);
-                    }
+/// Locks every row before the first is written; an order with a row that somebody else has locked, or that is not the
+/// order's any more, is left out.
+fn lock(plan: &Plan, targets: &[Target<'_>], excluded: &mut HashSet<usize>, out: &mut Redacted) -> Result<()> {
+    for part in targets.chunk_by(|a, b| (a.table, a.link.map(|_| a.entry)) == (b.table, b.link.map(|_| b.entry))) {
+        let Some(first) = part.first() else { continue };
+        let table = &plan.tables[first.table];
+        let links: Vec<&Values> = part.iter().filter_map(|t| t.link).collect();
+        let links = first.link.map(|_| (&plan.entries[first.entry], links.as_slice()));
+        let keys = part.iter().map(|t| t.write.key);
+        let locked = overwrite::lock(plan, table, keys, links, table.shared || table.delete)?;
+        for (target, _) in part.iter().zip(locked).filter(|(_, locked)| !locked) {
+            for order in &target.orders {
+                if excluded.insert(*order) {
+                    out.locked.push(*order);
                 }
             }
         }
@@ -365,10 +411,10 @@ fn lock(plan: &Plan, targets: &[Target], excluded: &mut HashSet<usize>, out: &mu
     Ok(())
 }
 
-fn write(plan: &Plan, targets: &[Target], excluded: &HashSet<usize>) -> Result<()> {
+fn write(plan: &Plan, targets: &[Target<'_>], excluded: &HashSet<usize>) -> Result<()> {
     // Children first: a row that goes would take those that refer to it along before they are compared.
     for (index, table) in plan.tables.iter().enumerate().rev() {
-        let rows: Vec<&RowWrite> = targets
+        let rows: Vec<&RowWrite<'_>> = targets
             .iter()
             .filter(|t| t.table == index && t.orders.iter().all(|o| !excluded.contains(o)))
             .map(|t| &t.write)

@@ -7,34 +7,48 @@ pub use reseal::{Renames, reseal};
 pub use schema::create;
 use schema::refuse_foreign_hands;
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::borrow::Cow;
+use std::collections::{BTreeMap, HashMap};
 use std::rc::Rc;
 
-use crate::domain::document::Document;
+use zeroize::Zeroizing;
+
+use crate::domain::document::{Cell, Document};
 use crate::domain::json_merge::merge;
 use crate::domain::vault::{Binding, DataKey, KeyBinding, MasterKeys};
 use crate::pg::error::{Error, Result};
 use crate::pg::ident::Ident;
 use crate::pg::identity::{as_extension, on_keys};
-use crate::pg::sql::{self, Arg, Row};
+use crate::pg::sql::{self, Arg, Row, Text};
 
-/// A record's place in the archive.
-pub type Place = (String, String);
-
-/// An archived value.
-#[derive(Clone, PartialEq, Eq)]
-pub struct Archived {
-    pub type_name: String,
-    pub text: Option<String>,
-    /// What earlier versions held, oldest first.
-    earlier: Vec<String>,
+/// What the archive holds of one record.
+#[derive(Default)]
+pub struct Newest {
+    /// Highest version, damaged ones included.
+    pub version: i64,
+    /// The versions that could be opened, oldest first.
+    documents: Vec<Document>,
+    /// The newest version could not be opened: what it held is unknown.
+    pub damaged: bool,
 }
 
-impl Archived {
-    /// The value to give back: where the newest version holds marks of ours inside a document, what they stand for.
-    pub fn whole(&self, marks: &[&str]) -> Option<String> {
-        let text = self.text.as_deref()?;
-        let mut versions = self.earlier.iter().map(String::as_str).chain(std::iter::once(text));
+impl Newest {
+    /// The newest value of a cell.
+    pub fn cell(&self, name: &str) -> Option<Cell<'_>> {
+        self.documents.iter().rev().find_map(|document| document.cell(name))
+    }
+
+    /// The newest value of each cell.
+    pub fn cells(&self) -> impl ExactSizeIterator<Item = Cell<'_>> {
+        let all = self.documents.iter().flat_map(Document::cells);
+        let newest: BTreeMap<&str, Cell<'_>> = all.map(|cell| (cell.name, cell)).collect();
+        newest.into_values()
+    }
+
+    /// The value of a cell to give back: where the newest version holds marks of ours inside a document, what they stand for.
+    pub fn whole(&self, name: &str, marks: &[&str]) -> Option<String> {
+        self.cell(name)?.text?;
+        let mut versions = self.documents.iter().filter_map(|document| document.cell(name)?.text);
         let first = versions.next()?.to_owned();
         Some(versions.fold(first, |older, newer| {
             merge(newer, &older, marks).unwrap_or_else(|| newer.to_owned())
@@ -42,24 +56,22 @@ impl Archived {
     }
 }
 
-/// What the archive holds of one record.
-#[derive(Default)]
-pub struct Newest {
-    /// Highest version, damaged ones included.
-    pub version: i64,
-    /// The newest value of each cell that could be opened.
-    pub cells: BTreeMap<String, Archived>,
-    /// The newest version could not be opened: what it held is unknown.
-    pub damaged: bool,
+/// A record of an order in the archive.
+struct Record {
+    table: Text,
+    key: Text,
+    newest: Newest,
 }
 
 /// What the archive holds of one order.
 #[derive(Default)]
 pub struct OrderArchive {
-    pub records: HashMap<Place, Newest>,
-    key: Option<(String, Rc<DataKey>)>,
+    /// In the order of table and key.
+    records: Vec<Record>,
+    /// Its data keys with their names, the newest last.
+    keys: Vec<(Text, Rc<DataKey>)>,
     /// Data keys that are there and cannot be unwrapped.
-    broken: HashSet<String>,
+    broken: Vec<Text>,
     /// Documents exist, but no key opens them: shredded or purged.
     pub keyless: bool,
 }
@@ -67,7 +79,42 @@ pub struct OrderArchive {
 impl OrderArchive {
     /// Whether there is anything to give back.
     pub fn is_empty(&self) -> bool {
-        self.records.values().all(|r| r.cells.is_empty())
+        self.records.iter().all(|r| r.newest.documents.is_empty())
+    }
+
+    /// Whether a document is there whose content is unknown.
+    pub fn is_damaged(&self) -> bool {
+        self.records.iter().any(|r| r.newest.damaged)
+    }
+
+    /// What it holds of one record.
+    pub fn record(&self, table: &str, key: &str) -> Option<&Newest> {
+        let found = self
+            .records
+            .binary_search_by(|r| (&*r.table, &*r.key).cmp(&(table, key)));
+        found.ok().map(|i| &self.records[i].newest)
+    }
+
+    /// (table, key, what it holds) of each record, in the order of table and key.
+    pub fn records(&self) -> impl Iterator<Item = (&str, &str, &Newest)> {
+        self.records.iter().map(|r| (&*r.table, &*r.key, &r.newest))
+    }
+
+    /// The place of a record, added if need be; documents come in the order of their places.
+    fn newest(&mut self, table: Text, key: Text) -> &mut Newest {
+        let place = |r: &Record| (&*r.table, &*r.key).cmp(&(&*table, &*key));
+        let at = match self.records.last() {
+            None => Err(0),
+            Some(last) if place(last).is_eq() => Ok(self.records.len() - 1),
+            Some(last) if place(last).is_lt() => Err(self.records.len()),
+            _ => self.records.binary_search_by(place),
+        };
+        let at = at.unwrap_or_else(|at| {
+            let newest = Newest::default();
+            self.records.insert(at, Record { table, key, newest });
+            at
+        });
+        &mut self.records[at].newest
     }
 }
 
@@ -79,64 +126,53 @@ pub fn open(
     schema: &Ident,
     keys: &MasterKeys,
     policy: &str,
-    orders: &[String],
+    orders: &[impl AsRef<str>],
 ) -> Result<HashMap<String, OrderArchive>> {
     let (wrapped, documents) = read(schema, policy, orders)?;
-    let (data_keys, mut all) = unwrap(keys, policy, &wrapped)?;
-    for row in &documents {
-        let (order, table, record) = (row.string(0)?, row.string(1)?, row.string(2)?);
-        let (version, key_id) = (row.int(3)?, row.string(5)?);
-        let archive = all.entry(order.clone()).or_default();
-        let newest = archive.records.entry((table.clone(), record.clone())).or_default();
-        newest.version = version;
-        let Some(key) = data_keys.get(&(order.clone(), key_id.clone())) else {
+    let mut all = unwrap(keys, policy, &wrapped)?;
+    // They come order by order.
+    for rows in documents.chunk_by(|a, b| matches!((a.str(0), b.str(0)), (Ok(a), Ok(b)) if a == b)) {
+        let Some(first) = rows.first() else { continue };
+        let order = first.str(0)?;
+        let archive = all.entry(order.to_owned()).or_default();
+        for row in rows {
+            let (table, record, version, key_id) = (row.shared(1)?, row.shared(2)?, row.int(3)?, row.str(5)?);
+            let binding = Binding {
+                policy,
+                order_key: order,
+                table: &table,
+                record_key: &record,
+                version,
+                key_id,
+            };
+            let key = archive.keys.iter().find(|(id, _)| **id == *key_id);
+            let opened = match key {
+                Some((_, key)) => key
+                    .open(&binding, row.bytes(4)?)
+                    .ok()
+                    .and_then(|plain| Document::decode(&plain).ok()),
+                None => None,
+            };
             // Without its key a document is shredded; with a broken one it is damaged.
-            if archive.broken.contains(&key_id) {
-                newest.damaged = true;
-            } else {
-                archive.keyless = true;
-            }
-            continue;
-        };
-        let binding = Binding {
-            policy,
-            order_key: &order,
-            table: &table,
-            record_key: &record,
-            version,
-            key_id: &key_id,
-        };
-        let opened = key
-            .open(&binding, row.bytes(4)?)
-            .ok()
-            .and_then(|plain| Document::decode(&plain).ok());
-        match opened {
-            Some(document) => {
-                newest.damaged = false;
-                for (column, cell) in document.cells {
-                    let earlier = newest
-                        .cells
-                        .remove(&column)
-                        .map(|known| known.earlier.into_iter().chain(known.text).collect())
-                        .unwrap_or_default();
-                    newest.cells.insert(
-                        column,
-                        Archived {
-                            type_name: cell.type_name,
-                            text: cell.text,
-                            earlier,
-                        },
-                    );
+            let shredded = key.is_none() && archive.broken.iter().all(|id| **id != *key_id);
+            archive.keyless |= shredded;
+            let newest = archive.newest(table, record);
+            newest.version = version;
+            match opened {
+                Some(document) => {
+                    newest.damaged = false;
+                    newest.documents.push(document);
                 }
+                None if shredded => {}
+                None => newest.damaged = true,
             }
-            None => newest.damaged = true,
         }
     }
     Ok(all)
 }
 
 /// The wrapped data keys and the sealed documents of these orders, as they are stored.
-fn read(schema: &Ident, policy: &str, orders: &[String]) -> Result<(Vec<Row>, Vec<Row>)> {
+fn read(schema: &Ident, policy: &str, orders: &[impl AsRef<str>]) -> Result<(Vec<Row>, Vec<Row>)> {
     on_keys(|| {
         // Dropped since the policy was applied, it may have been made anew by anybody.
         refuse_foreign_hands(schema)?;
@@ -169,15 +205,11 @@ fn read(schema: &Ident, policy: &str, orders: &[String]) -> Result<(Vec<Row>, Ve
     })
 }
 
-/// Data keys by order and generation.
-type DataKeys = HashMap<(String, String), Rc<DataKey>>;
-
 /// Unwraps data keys; one that cannot be counts as damage of its order.
-fn unwrap(keys: &MasterKeys, policy: &str, wrapped: &[Row]) -> Result<(DataKeys, HashMap<String, OrderArchive>)> {
-    let mut data_keys = DataKeys::new();
-    let mut all: HashMap<String, OrderArchive> = HashMap::new();
+fn unwrap(keys: &MasterKeys, policy: &str, wrapped: &[Row]) -> Result<HashMap<String, OrderArchive>> {
+    let mut all: HashMap<String, OrderArchive> = HashMap::with_capacity(wrapped.len());
     for row in wrapped {
-        let (order, key_id) = (row.string(0)?, row.string(1)?);
+        let (order, key_id) = (row.str(0)?, row.shared(1)?);
         let master = keys.get(row.str(3)?).ok_or_else(|| {
             Error::no_key(format!(
                 "master key {} is not among the configured keys",
@@ -186,30 +218,26 @@ fn unwrap(keys: &MasterKeys, policy: &str, wrapped: &[Row]) -> Result<(DataKeys,
         })?;
         let binding = KeyBinding {
             policy,
-            order_key: &order,
+            order_key: order,
             key_id: &key_id,
         };
+        let archive = all.entry(order.to_owned()).or_default();
         match DataKey::unwrap(row.bytes(2)?, master, &binding) {
-            Ok(key) => {
-                let key = Rc::new(key);
-                all.entry(order.clone()).or_default().key = Some((key_id.clone(), key.clone()));
-                data_keys.insert((order, key_id), key);
-            }
-            Err(_) => {
-                all.entry(order).or_default().broken.insert(key_id);
-            }
+            Ok(key) => archive.keys.push((key_id, Rc::new(key))),
+            Err(_) => archive.broken.push(key_id),
         }
     }
-    Ok((data_keys, all))
+    Ok(all)
 }
 
 /// One document to be sealed.
-pub struct NewDocument {
-    pub order_key: String,
-    pub table: String,
-    pub record_key: String,
+pub struct NewDocument<'a> {
+    pub order_key: Cow<'a, str>,
+    pub table: Cow<'a, str>,
+    pub record_key: Cow<'a, str>,
     pub version: i64,
-    pub document: Document,
+    /// What [`encode`](crate::domain::document::encode) made.
+    pub plain: Zeroizing<Vec<u8>>,
 }
 
 /// Seals documents and stores them, with a new data key for each order that has none.
@@ -221,56 +249,52 @@ pub fn store(
     keys: &MasterKeys,
     policy: &str,
     known: &HashMap<String, OrderArchive>,
-    documents: &[NewDocument],
+    documents: &[NewDocument<'_>],
 ) -> Result<()> {
     if documents.is_empty() {
         return Ok(());
     }
     let failed = |e: crate::domain::vault::VaultError| Error::internal(format!("sealing failed: {e}"));
-    let mut made: HashMap<&str, (String, Rc<DataKey>)> = HashMap::new();
     let (mut order_keys, mut key_ids, mut wraps) = (Vec::new(), Vec::new(), Vec::new());
-    for document in documents {
-        let order = document.order_key.as_str();
-        let has = known.get(order).is_some_and(|a| a.key.is_some());
-        if has || made.contains_key(order) {
-            continue;
-        }
-        // A shredded order's documents name key 1 and up; a new generation never takes one of their names.
-        let key_id = next_generation(schema, policy, order, known)?;
-        let key = DataKey::generate().map_err(failed)?;
-        wraps.push(
-            key.wrap(
-                keys.current(),
-                &KeyBinding {
-                    policy,
-                    order_key: order,
-                    key_id: &key_id,
-                },
-            )
-            .map_err(failed)?,
-        );
-        order_keys.push(order);
-        key_ids.push(key_id.clone());
-        made.insert(order, (key_id, Rc::new(key)));
-    }
     let mut sealed = Vec::with_capacity(documents.len());
-    let mut sealed_ids = Vec::with_capacity(documents.len());
+    let mut sealed_ids: Vec<Text> = Vec::with_capacity(documents.len());
+    let mut made: HashMap<&str, (Text, Rc<DataKey>)> = HashMap::new();
+    // An order's documents come one after the other.
+    let mut last: Option<(&str, (Text, Rc<DataKey>))> = None;
     for document in documents {
-        let order = document.order_key.as_str();
-        let (key_id, key) = made
-            .get(order)
-            .or_else(|| known.get(order).and_then(|a| a.key.as_ref()))
-            .ok_or_else(|| Error::internal("an order has no data key"))?;
+        let order: &str = &document.order_key;
+        let (key_id, key) = match last.take().filter(|(of, _)| *of == order) {
+            Some((_, key)) => key,
+            None => match known.get(order).and_then(|a| a.keys.last()).or_else(|| made.get(order)) {
+                Some(key) => key.clone(),
+                None => {
+                    // A shredded order's documents name key 1 and up; a new generation never takes one of their names.
+                    let key_id = Text::from(next_generation(schema, policy, order, known)?);
+                    let key = Rc::new(DataKey::generate().map_err(failed)?);
+                    let binding = KeyBinding {
+                        policy,
+                        order_key: order,
+                        key_id: &key_id,
+                    };
+                    wraps.push(key.wrap(keys.current(), &binding).map_err(failed)?);
+                    order_keys.push(order);
+                    key_ids.push(key_id.clone());
+                    made.insert(order, (key_id.clone(), key.clone()));
+                    (key_id, key)
+                }
+            },
+        };
         let binding = Binding {
             policy,
             order_key: order,
             table: &document.table,
             record_key: &document.record_key,
             version: document.version,
-            key_id,
+            key_id: &key_id,
         };
-        sealed.push(key.seal(&binding, &document.document.encode()).map_err(failed)?);
-        sealed_ids.push(key_id.as_str());
+        sealed.push(key.seal(&binding, &document.plain).map_err(failed)?);
+        sealed_ids.push(key_id.clone());
+        last = Some((order, (key_id, key)));
     }
     as_extension(|| {
         sql::execute(
@@ -294,12 +318,12 @@ pub fn store(
             ),
             &[
                 Arg::Text(Some(policy)),
-                Arg::Texts(documents.iter().map(|d| Some(d.order_key.as_str())).collect()),
-                Arg::Texts(documents.iter().map(|d| Some(d.table.as_str())).collect()),
-                Arg::Texts(documents.iter().map(|d| Some(d.record_key.as_str())).collect()),
+                Arg::Texts(documents.iter().map(|d| Some(&*d.order_key)).collect()),
+                Arg::Texts(documents.iter().map(|d| Some(&*d.table)).collect()),
+                Arg::Texts(documents.iter().map(|d| Some(&*d.record_key)).collect()),
                 Arg::Ints(documents.iter().map(|d| d.version).collect()),
                 Arg::ByteArrays(sealed.iter().map(Vec::as_slice).collect()),
-                Arg::Texts(sealed_ids.iter().map(|k| Some(*k)).collect()),
+                Arg::texts(&sealed_ids),
             ],
         )?;
         Ok(())

@@ -5,7 +5,7 @@ use std::collections::HashSet;
 
 use pgrx::pg_sys;
 
-use super::plan::{Plan, Table};
+use super::plan::{Entry, Plan, Table};
 use crate::pg::catalog::{self, Compare};
 use crate::pg::error::{Error, Result};
 use crate::pg::ident::{Expr, Ident};
@@ -100,16 +100,7 @@ pub fn hop(plan: &Plan, hop: &Hop<'_>, inputs: &[Values]) -> Result<Vec<Found>> 
         return Ok(Vec::new());
     }
     let table = hop.table;
-    let condition: Vec<String> = hop
-        .on
-        .iter()
-        .enumerate()
-        .map(|(i, e)| {
-            let equal = catalog::operator(Compare::Equal, hop.own_types[i], hop.types[i]);
-            format!("{e} {equal} {BATCH}.{}", batch_column(i))
-        })
-        .chain(hop.filter.map(ToString::to_string))
-        .collect();
+    let condition = link_condition(hop.on, hop.own_types, hop.types, hop.filter, 0);
     let select: String = hop.select.iter().map(|s| format!(", {s}")).collect();
     let names: Vec<String> = (0..hop.select.len())
         .map(|i| Ident::new(format!("amazon_pii.s{i}")).to_string())
@@ -150,6 +141,31 @@ pub fn hop(plan: &Plan, hop: &Hop<'_>, inputs: &[Values]) -> Result<Vec<Found>> 
                 row,
             })
         })
+        .collect()
+}
+
+/// Where in the key of a table's rows the columns are by which an entry reaches them, if that is all it reaches them by.
+pub fn own_key(table: &Table, entry: &Entry) -> Option<Vec<usize>> {
+    let in_key = |e: &Expr| table.key.iter().position(|(name, _)| *e == Expr::column(name.bare()));
+    entry.on_child.iter().map(in_key).collect()
+}
+
+/// That a row belongs to what the inputs of a hop stand for; the arrays of inputs begin at parameter `first`.
+pub fn link_condition(
+    on: &[Expr],
+    own_types: &[pg_sys::Oid],
+    types: &[pg_sys::Oid],
+    filter: Option<&Expr>,
+    first: usize,
+) -> Vec<String> {
+    let equal = |(i, e): (usize, &Expr)| {
+        let equal = catalog::operator(Compare::Equal, own_types[i], types[i]);
+        format!("{e} {equal} {BATCH}.{}", batch_column(first + i))
+    };
+    on.iter()
+        .enumerate()
+        .map(equal)
+        .chain(filter.map(ToString::to_string))
         .collect()
 }
 

@@ -1,6 +1,7 @@
 //! Results: rows of text, as their types' output functions write them.
 
 use std::ffi::CStr;
+use std::ops::Deref;
 use std::rc::Rc;
 
 use pgrx::pg_sys;
@@ -30,6 +31,58 @@ enum Cell {
 pub struct Row {
     block: Rc<Block>,
     first: usize,
+}
+
+/// A text that shares its memory with the result that it came with, as cheap to copy as a number.
+#[derive(Clone)]
+pub struct Text {
+    block: Rc<Block>,
+    from: usize,
+    to: usize,
+}
+
+impl From<String> for Text {
+    fn from(text: String) -> Self {
+        let to = text.len();
+        let block = Block {
+            texts: text,
+            ..Block::default()
+        };
+        Self {
+            block: Rc::new(block),
+            from: 0,
+            to,
+        }
+    }
+}
+
+impl Deref for Text {
+    type Target = str;
+
+    fn deref(&self) -> &str {
+        &self.block.texts[self.from..self.to]
+    }
+}
+
+impl AsRef<str> for Text {
+    fn as_ref(&self) -> &str {
+        self
+    }
+}
+
+impl PartialEq for Text {
+    fn eq(&self, other: &Self) -> bool {
+        **self == **other
+    }
+}
+
+impl Eq for Text {}
+
+impl std::fmt::Debug for Text {
+    /// It may be personal data.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("<withheld>")
+    }
 }
 
 impl Row {
@@ -73,6 +126,31 @@ impl Row {
     /// As [`Row::str`].
     pub fn string(&self, i: usize) -> Result<String> {
         Ok(self.str(i)?.to_owned())
+    }
+
+    /// [`Row::text`], shared with the row.
+    ///
+    /// # Errors
+    /// As [`Row::text`].
+    pub fn shared_or_null(&self, i: usize) -> Result<Option<Text>> {
+        match self.cell(i) {
+            Some(Cell::Null) => Ok(None),
+            Some(Cell::Text { from, to }) => Ok(Some(Text {
+                block: self.block.clone(),
+                from,
+                to,
+            })),
+            _ => Err(Error::internal("a result column is missing or is no text")),
+        }
+    }
+
+    /// [`Row::str`], shared with the row.
+    ///
+    /// # Errors
+    /// As [`Row::str`].
+    pub fn shared(&self, i: usize) -> Result<Text> {
+        self.shared_or_null(i)?
+            .ok_or_else(|| Error::internal("a result column is unexpectedly null"))
     }
 
     /// A number of at most 64 bits.

@@ -10,8 +10,8 @@ use pgrx::spi::Spi;
 use super::error::{Error, Result};
 pub use super::params::Arg;
 use super::params::datum;
-pub use super::rows::Row;
 use super::rows::{self, Want};
+pub use super::rows::{Row, Text};
 use super::trigger::TriggerCall;
 
 /// Runs a query that neither writes nor locks. It sees what the statements before it wrote, a firing statement's rows

@@ -10,19 +10,26 @@ fn list(items: &[&str]) -> Vec<String> {
     items.iter().map(ToString::to_string).collect()
 }
 
+fn key(parts: &[&str]) -> Vec<Option<String>> {
+    parts.iter().map(|part| Some(part.to_string())).collect()
+}
+
 fn compile(treatment: &T, shape: Shape, nullable: bool) -> Result<Treatment, TreatmentProblem> {
     Treatment::compile(treatment, shape, nullable, MARK, &list(&["****", "(gelöscht)"]), false)
 }
 
-fn apply(treatment: &T, shape: Shape, cell: &str) -> Outcome {
-    compile(treatment, shape, true)
-        .unwrap()
-        .apply(Some(cell), &list(&["4", "a b"]))
-        .unwrap()
+fn apply(treatment: &T, shape: Shape, cell: &str) -> Outcome<'static> {
+    let compiled = compile(treatment, shape, true).unwrap();
+    match compiled.apply(Some(cell), &key(&["4", "a b"])).unwrap() {
+        Outcome::Text(text) => Outcome::Text(text.into_owned().into()),
+        Outcome::Keep => Outcome::Keep,
+        Outcome::Null => Outcome::Null,
+        Outcome::Sql => Outcome::Sql,
+    }
 }
 
-fn text(text: &str) -> Outcome {
-    Outcome::Text(text.to_string())
+fn text(text: &str) -> Outcome<'_> {
+    Outcome::Text(text.into())
 }
 
 fn all() -> Vec<T> {
@@ -110,7 +117,7 @@ const NASTY: &[&str] = &[
 // Broken: redaction archives its own output again and again.
 #[test]
 fn every_treatment_is_a_fixed_point() {
-    let key = list(&["4", "a b"]);
+    let key = key(&["4", "a b"]);
     let mut written = 0;
     for treatment in all() {
         for shape in [Shape::Text, Shape::Json, Shape::TextArray, Shape::Other] {

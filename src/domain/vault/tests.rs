@@ -97,6 +97,15 @@ fn opens_what_it_sealed() {
     }
 }
 
+#[test]
+fn uses_no_nonce_twice() {
+    let key = DataKey::generate().unwrap();
+    let nonces: std::collections::HashSet<Vec<u8>> = (0..1000)
+        .map(|_| key.seal(&PLACE, b"x").unwrap()[1..13].to_vec())
+        .collect();
+    assert_eq!(nonces.len(), 1000);
+}
+
 // Broken: somebody swaps a document for another one's, and its order is redacted without a copy (P1).
 #[test]
 fn opens_in_its_own_place_only() {

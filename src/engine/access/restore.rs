@@ -46,36 +46,33 @@ fn write_all(plan: &Plan, orders: &[Order], number: &str) -> Result<Vec<Restored
         if archive.is_empty() && archive.keyless {
             return Err(Error::purged(number));
         }
-        if archive.records.values().any(|n| n.damaged) {
+        if archive.is_damaged() {
             return Err(
                 Error::damaged(format!("an archived document of order \"{number}\" cannot be opened"))
                     .hint("Nothing was written. Restore the archive's row from a backup."),
             );
         }
-        let mut places: Vec<(&vault::Place, &Newest)> = archive.records.iter().collect();
-        places.sort_by_key(|(place, _)| (*place).clone());
         for (index, table) in plan.tables.iter().enumerate() {
-            let shown = table.archived_as.clone();
-            let mine: Vec<(&str, &Newest)> = places
-                .iter()
-                .filter(|(p, _)| p.0 == shown)
-                .map(|(p, n)| (p.1.as_str(), *n))
+            let mine: Vec<(&str, &Newest)> = archive
+                .records()
+                .filter(|(of, ..)| *of == table.archived_as)
+                .map(|(_, key, newest)| (key, newest))
                 .collect();
             if !mine.is_empty() {
                 out.push(restore_table(plan, index, table, order, &mine)?);
             }
         }
         // A table that left the policy keeps its documents; they are not lost, but not written either.
-        for (place, newest) in places
-            .iter()
-            .filter(|(p, _)| plan.tables.iter().all(|t| t.archived_as != p.0))
+        for (table, _, newest) in archive
+            .records()
+            .filter(|(of, ..)| plan.tables.iter().all(|t| t.archived_as != *of))
         {
             out.push(Restored {
                 order_key: order.key.clone(),
-                table: place.0.clone(),
+                table: table.to_owned(),
                 records: 0,
                 cells: 0,
-                kept: newest.cells.len() as i64,
+                kept: newest.cells().len() as i64,
             });
         }
     }
@@ -107,15 +104,14 @@ fn restore_table(
         match live {
             None if table.delete => {
                 let values: Vec<(Ident, Option<String>)> = newest
-                    .cells
-                    .iter()
-                    .map(|(c, a)| (Ident::new(c.clone()), a.text.clone()))
+                    .cells()
+                    .map(|cell| (Ident::new(cell.name), cell.text.map(str::to_owned)))
                     .collect();
                 restored.cells += values.len() as i64;
                 missing.push(values);
                 keys.push(*key);
             }
-            None => restored.kept += newest.cells.len() as i64,
+            None => restored.kept += newest.cells().len() as i64,
             Some(record) => {
                 let (row, kept) = restored_row(plan, former, table, record, newest)?;
                 restored.kept += kept;
@@ -159,23 +155,23 @@ fn retyped(plan: &Plan, table: &Table, archived: &[(&str, &Newest)], error: Erro
         let name = cell.name.bare();
         let changed = archived
             .iter()
-            .filter_map(|(_, newest)| newest.cells.get(name))
+            .filter_map(|(_, newest)| newest.cell(name))
             .filter(|a| a.type_name != cell.type_shown);
         for archived in changed {
             let read = cell.out(format!("CAST($1 AS {})", cell.type_shown));
             let kept = act_as(Identity::Owner(table.owner), &plan.search_path, &[], || {
-                let value = Arg::Typed(cell.type_oid, archived.text.as_deref());
+                let value = Arg::Typed(cell.type_oid, archived.text);
                 sql::read(&format!("SELECT {read}"), &[value])?
                     .first()
                     .ok_or_else(|| Error::internal("no row"))?
                     .owned(0)
             });
             match kept {
-                Ok(kept) if kept == archived.text => {}
+                Ok(kept) if kept.as_deref() == archived.text => {}
                 Err(e) if e.is_cancel() => return e,
                 _ => {
                     let shown = table.relation.shown();
-                    return Error::type_changed(&shown, name, &archived.type_name, &cell.type_shown);
+                    return Error::type_changed(&shown, name, archived.type_name, &cell.type_shown);
                 }
             }
         }
@@ -184,49 +180,46 @@ fn retyped(plan: &Plan, table: &Table, archived: &[(&str, &Newest)], error: Erro
 }
 
 /// What to write into one row, and how many archived cells stay out because the live cell is not what redaction left.
-fn restored_row(
+fn restored_row<'a>(
     plan: &Plan,
     former: &(Former, Option<i64>),
     table: &Table,
-    record: &LiveRecord,
+    record: &'a LiveRecord,
     newest: &Newest,
-) -> Result<(RowWrite, i64)> {
+) -> Result<(RowWrite<'a>, i64)> {
     let marks = marks(plan);
-    let key: Vec<String> = record.key.iter().flatten().cloned().collect();
     let mut cells = vec![CellWrite::Leave; table.cells.len()];
     let mut written = 0;
     for (i, column) in table.cells.iter().enumerate() {
-        let Some(archived) = newest.cells.get(column.name.bare()) else {
+        let Some(archived) = newest.cell(column.name.bare()) else {
             continue;
         };
         let Some(live) = record.cells[i].as_ref() else { continue };
-        let whole = archived.whole(&marks);
-        if live.value == archived.text || live.value == whole {
+        let whole = newest.whole(archived.name, &marks);
+        let value = live.value.as_deref();
+        if value == archived.text || value == whole.as_deref() {
             // Never overwritten, or already back.
             written += 1;
             continue;
         }
-        let left = match table.treat(i, archived.text.as_deref(), &key)? {
-            Some(Outcome::Text(text)) => live.value.as_deref().is_some_and(|v| same(v, &text, column.padded)),
-            Some(Outcome::Null) => live.value.is_none(),
+        let left = match table.treat(i, archived.text, &record.key)? {
+            Some(Outcome::Text(text)) => value.is_some_and(|v| same(v, &text, column.padded)),
+            Some(Outcome::Null) => value.is_none(),
             Some(Outcome::Sql) => live.value == live.computed,
             None | Some(Outcome::Keep) => false,
         };
-        if left || former.0.left(plan, former.1, record, i, archived) {
+        if left || former.0.left(plan, former.1, record, i, &archived) {
             written += 1;
-            let new = whole.map_or(NewValue::Null, NewValue::Text);
-            cells[i] = CellWrite::Write {
-                expected: live.value.clone(),
-                new,
-            };
+            let new = whole.map_or(NewValue::Null, |text| NewValue::Text(text.into()));
+            cells[i] = CellWrite::Write { expected: value, new };
         }
     }
     Ok((
         RowWrite {
-            key: record.key.clone(),
+            key: &record.key,
             cells,
         },
-        newest.cells.len() as i64 - written,
+        newest.cells().len() as i64 - written,
     ))
 }
 

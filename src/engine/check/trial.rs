@@ -1,6 +1,7 @@
 //! A trial of the real treatment on real rows, for whoever rolls it back.
 
 use super::{Problem, Severity, sample, unique};
+use crate::domain::treatment::Outcome;
 use crate::engine::flag;
 use crate::engine::gather::{self, LiveRecord};
 use crate::engine::overwrite::{self, RowWrite};
@@ -26,9 +27,10 @@ pub(super) fn try_out(plan: &Plan, open: &[unique::Open]) -> Result<Vec<Problem>
     for (index, table) in plan.tables.iter().enumerate() {
         let records: Vec<&LiveRecord> = distinct(before.records.iter().filter(|r| r.table == index));
         let tried = trial(|| {
-            let rows = rows(plan, &records)?;
-            let locked = overwrite::lock(plan, table, rows.iter().map(|r| &r.key), false)?;
-            let rows: Vec<RowWrite> = rows
+            let pii = records.iter().map(|r| r.pii(plan)).collect::<Result<Vec<_>>>()?;
+            let rows = rows(&records, &pii)?;
+            let locked = overwrite::lock(plan, table, rows.iter().map(|r| r.key), None, false)?;
+            let rows: Vec<RowWrite<'_>> = rows
                 .into_iter()
                 .zip(locked)
                 .filter(|(_, l)| *l)
@@ -37,13 +39,13 @@ pub(super) fn try_out(plan: &Plan, open: &[unique::Open]) -> Result<Vec<Problem>
             if rows.is_empty() {
                 return unique::settle(plan, index, open, &[]);
             }
-            let each: Vec<&RowWrite> = rows.iter().collect();
+            let each: Vec<&RowWrite<'_>> = rows.iter().collect();
             if table.delete {
                 overwrite::delete(plan, table, &each)?;
                 return Ok(Vec::new());
             }
             overwrite::update(plan, table, &each)?;
-            let keys: Vec<Values> = rows.into_iter().map(|r| r.key).collect();
+            let keys: Vec<Values> = rows.into_iter().map(|r| r.key.clone()).collect();
             let mut found = unique::settle(plan, index, open, &keys)?;
             found.extend(compare(plan, table, &sample, &before, &facts)?);
             Ok(found)
@@ -93,20 +95,15 @@ fn distinct<'a>(records: impl Iterator<Item = &'a LiveRecord>) -> Vec<&'a LiveRe
     records.filter(|r| seen.insert(r.key_text.clone())).collect()
 }
 
-fn rows(plan: &Plan, records: &[&LiveRecord]) -> Result<Vec<RowWrite>> {
+fn rows<'a>(records: &[&'a LiveRecord], pii: &'a [Vec<(usize, Outcome<'_>)>]) -> Result<Vec<RowWrite<'a>>> {
     let mut out = Vec::new();
-    for record in records {
-        let pii = record.pii(plan)?;
-        if pii.is_empty() {
-            continue;
+    for (record, pii) in records.iter().zip(pii).filter(|(_, pii)| !pii.is_empty()) {
+        if let Some(cells) = record.writes(pii, |_, live| Ok(Some(live)))? {
+            out.push(RowWrite {
+                key: &record.key,
+                cells,
+            });
         }
-        let Some(cells) = record.writes(&pii, |_, live| Ok(Some(live.clone())))? else {
-            continue;
-        };
-        out.push(RowWrite {
-            key: record.key.clone(),
-            cells,
-        });
     }
     Ok(out)
 }

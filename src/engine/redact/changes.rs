@@ -28,7 +28,7 @@ impl<'a> Changes<'a> {
         plan: &'a Plan,
         batch: &'a [Due],
         stored: &Stored,
-        target: &'a Target,
+        target: &Target<'a>,
         excluded: &HashSet<usize>,
     ) {
         if target.orders.iter().any(|o| excluded.contains(o)) {
@@ -37,16 +37,16 @@ impl<'a> Changes<'a> {
         let table = plan.tables[target.table].archived_as.as_str();
         for order in &target.orders {
             self.counts.entry(*order).or_default().0 += 1;
-            let fate = stored.fate(*order, table, &target.key_text);
+            let fate = stored.fate(*order, table, target.key_text);
             if fate != Some(Fate::Waiting) {
                 self.anew.insert(*order);
             }
             if fate.is_some() {
-                self.put(&batch[*order], table, &target.key_text, None, None);
+                self.put(&batch[*order], table, target.key_text, None, None);
             }
         }
         if target.shared {
-            self.shared.push((table, &target.key_text));
+            self.shared.push((table, target.key_text));
         }
     }
 
@@ -54,16 +54,16 @@ impl<'a> Changes<'a> {
         &mut self,
         plan: &'a Plan,
         batch: &'a [Due],
-        target: &'a Target,
+        target: &Target<'a>,
         excluded: &HashSet<usize>,
         witness: &'a str,
     ) {
         let table = plan.tables[target.table].archived_as.as_str();
         for order in target.orders.iter().filter(|order| !excluded.contains(order)) {
             self.counts.entry(*order).or_default().1 += 1;
-            self.waits.insert((*order, table, &target.key_text));
+            self.waits.insert((*order, table, target.key_text));
             let fate = Some(Fate::Waiting);
-            self.put(&batch[*order], table, &target.key_text, fate, Some(witness));
+            self.put(&batch[*order], table, target.key_text, fate, Some(witness));
         }
     }
 
@@ -78,17 +78,20 @@ impl<'a> Changes<'a> {
     ) where
         'a: 'r,
     {
-        let found: HashSet<(usize, &str, &str)> = live
-            .map(|r| (r.order, plan.tables[r.table].archived_as.as_str(), r.key_text.as_str()))
-            .collect();
+        let mut found: Vec<Vec<(&str, &str)>> = batch.iter().map(|_| Vec::new()).collect();
+        for r in live {
+            found[r.order].push((&plan.tables[r.table].archived_as, &r.key_text));
+        }
         for order in done {
             let due = &batch[*order];
+            found[*order].sort_unstable();
             for Listed(table, key, ..) in due.records.iter() {
-                let place = (*order, table.as_str(), key.as_str());
-                if self.waits.contains(&place) {
+                let place = (table.as_str(), key.as_str());
+                if self.waits.contains(&(*order, place.0, place.1)) {
                     continue;
                 }
-                let fate = match (stored.fate(*order, table, key), found.contains(&place)) {
+                let is_there = found[*order].binary_search(&place).is_ok();
+                let fate = match (stored.fate(*order, table, key), is_there) {
                     (Some(Fate::Archived | Fate::Retrieved), true) => None,
                     (Some(Fate::Archived | Fate::Retrieved | Fate::Waiting), false) => Some(Fate::Gone),
                     (None, false) if due.redacted_version.is_none() => Some(Fate::Gone),

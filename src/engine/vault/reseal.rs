@@ -1,5 +1,7 @@
 //! Moving documents to the keys that their rows have now.
 
+use std::borrow::Cow;
+
 use super::{NewDocument, open, read, store, unwrap};
 use crate::domain::document::Document;
 use crate::domain::vault::{Binding, MasterKeys};
@@ -20,8 +22,7 @@ pub struct Renames<'a> {
 /// # Errors
 /// A document cannot be opened, so it cannot be moved: nothing is removed then.
 pub fn reseal(schema: &Ident, keys: &MasterKeys, policy: &str, order: &str, renames: &Renames<'_>) -> Result<()> {
-    let archive = open_versions(schema, keys, policy, order)?;
-    let moved: Vec<NewDocument> = archive
+    let moved: Vec<NewDocument<'_>> = open_versions(schema, keys, policy, order)?
         .into_iter()
         .filter(|d| {
             renames.order.is_some()
@@ -30,9 +31,9 @@ pub fn reseal(schema: &Ident, keys: &MasterKeys, policy: &str, order: &str, rena
                     .is_some_and(|(t, old, _)| d.table == t && d.record_key == old)
         })
         .map(|d| NewDocument {
-            order_key: renames.order.map_or(d.order_key, |(_, new)| new.to_owned()),
+            order_key: renames.order.map_or(d.order_key, |(_, new)| new.into()),
             record_key: match renames.record {
-                Some((t, old, new)) if d.table == t && d.record_key == old => new.to_owned(),
+                Some((t, old, new)) if d.table == t && d.record_key == old => new.into(),
                 _ => d.record_key,
             },
             ..d
@@ -67,40 +68,41 @@ pub fn reseal(schema: &Ident, keys: &MasterKeys, policy: &str, order: &str, rena
         }
         Ok(())
     })?;
-    let target = moved.first().map(|d| d.order_key.clone()).unwrap_or_default();
+    let target = renames.order.map_or(order, |(_, new)| new);
     let known = open(schema, keys, policy, &[target])?;
     store(schema, keys, policy, &known, &moved)
 }
 
 /// Every version of every document of one order, opened.
-fn open_versions(schema: &Ident, keys: &MasterKeys, policy: &str, order: &str) -> Result<Vec<NewDocument>> {
-    let (wrapped, documents) = read(schema, policy, &[order.to_owned()])?;
-    let (data_keys, _) = unwrap(keys, policy, &wrapped)?;
+fn open_versions<'a>(schema: &Ident, keys: &MasterKeys, policy: &str, order: &'a str) -> Result<Vec<NewDocument<'a>>> {
+    let (wrapped, documents) = read(schema, policy, &[order])?;
+    let archive = unwrap(keys, policy, &wrapped)?.remove(order).unwrap_or_default();
     documents
         .iter()
         .map(|row| {
-            let (table, record_key, version, key_id) = (row.string(1)?, row.string(2)?, row.int(3)?, row.string(5)?);
+            let (table, record_key, version) = (row.string(1)?, row.string(2)?, row.int(3)?);
+            let key_id = row.str(5)?;
             let binding = Binding {
                 policy,
                 order_key: order,
                 table: &table,
                 record_key: &record_key,
                 version,
-                key_id: &key_id,
+                key_id,
             };
-            let document = data_keys
-                .get(&(order.to_owned(), key_id.clone()))
-                .and_then(|key| key.open(&binding, row.bytes(4).ok()?).ok())
-                .and_then(|plain| Document::decode(&plain).ok())
+            let key = archive.keys.iter().find(|(id, _)| **id == *key_id);
+            let plain = key
+                .and_then(|(_, key)| key.open(&binding, row.bytes(4).ok()?).ok())
+                .filter(|plain| Document::decode(plain).is_ok())
                 .ok_or_else(|| {
                     Error::damaged(format!("an archived document of a record of {table} cannot be opened"))
                 })?;
             Ok(NewDocument {
-                order_key: order.to_owned(),
-                table,
-                record_key,
+                order_key: Cow::Borrowed(order),
+                table: table.into(),
+                record_key: record_key.into(),
                 version,
-                document,
+                plain,
             })
         })
         .collect()
