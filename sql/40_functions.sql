@@ -87,6 +87,12 @@ CREATE FUNCTION amazon_pii.explain_order(order_number text)
 COMMENT ON FUNCTION amazon_pii.explain_order(text) IS
     'Why an order was flagged, its anchor, what is due when, what keeps each record alive; no values. Needs amazon_pii_admin, amazon_pii_operator or amazon_pii_auditor';
 
+CREATE FUNCTION amazon_pii.verify(policy text, scope text DEFAULT 'linked')
+    RETURNS TABLE (table_name text, column_name text, problem text, orders bigint)
+    LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'verify_wrapper';
+COMMENT ON FUNCTION amazon_pii.verify(text, text) IS
+    'Looks for archived values of redacted orders in the tables of the policy (linked), of their schemas (schema) or of the database: counts by column, never a value; and what it could not search. Logged like an access. Needs amazon_pii_admin or amazon_pii_auditor';
+
 -- Triggers of ours on the user's tables. Nobody needs EXECUTE to fire one; creating one does.
 CREATE FUNCTION amazon_pii.on_change() RETURNS trigger
     LANGUAGE c AS 'MODULE_PATHNAME', 'on_change_wrapper';

@@ -15,6 +15,7 @@ GRANT EXECUTE ON FUNCTION amazon_pii.retrieve(text, text, text, text), amazon_pi
     amazon_pii.release(text, text, text)
     TO amazon_pii_operator;
 GRANT EXECUTE ON FUNCTION amazon_pii.find_orders(text) TO amazon_pii_admin, amazon_pii_operator;
+GRANT EXECUTE ON FUNCTION amazon_pii.verify(text, text) TO amazon_pii_admin, amazon_pii_auditor;
 GRANT EXECUTE ON FUNCTION amazon_pii.preview(text, timestamptz), amazon_pii.explain_order(text)
     TO amazon_pii_admin, amazon_pii_operator, amazon_pii_auditor;
 

@@ -244,6 +244,26 @@ def test_nothing_leaks_from_constraints(aviary):
     assert_nothing_leaked(aviary, listener.end())
 
 
+def test_nothing_leaks_when_it_is_looked_for(aviary):
+    """Breaks when verify puts what it compares, or what it finds, anywhere: into its result, a statement, the log, its progress."""
+    listener = Listener(aviary)
+    apply(aviary, policy(), listener)
+    run_cycle(aviary, "shop")
+    # A copy by the server itself: no statement holds a value.
+    aviary.sql("CREATE TABLE shop.copies (v text, w tsvector, x jsonb)", user="shop_owner")
+    load(aviary, {"copies (v, w, x)": [("{}D", "'{}f':1", '"{}L"'), ("x", "", "[]")]})
+    aviary.sql("CREATE TABLE shop.hidden (v text); ALTER TABLE shop.hidden ENABLE ROW LEVEL SECURITY; "
+               "ALTER TABLE shop.hidden FORCE ROW LEVEL SECURITY", user="shop_owner")
+    for scope in ("linked", "schema", "database"):
+        rows = listener.call("SELECT * FROM amazon_pii.verify('shop', %s)", [scope], "pii_auditor")
+        listener.heard.append(str(rows))
+        assert any(column == "v" and orders for _, column, _, orders in rows) == (scope != "linked"), rows
+    aviary.sql("ALTER TABLE amazon_pii_archive.data_key RENAME TO elsewhere")
+    listener.call("SELECT * FROM amazon_pii.verify('shop')", user="pii_auditor", error=True)
+    aviary.sql("ALTER TABLE amazon_pii_archive.elsewhere RENAME TO data_key")
+    assert_nothing_leaked(aviary, listener.end())
+
+
 @pytest.mark.parametrize("amazon", [
     "channel = 'amazon' AND coalesce(nullif(shop_note, 'x')::int, 0) >= 0", "channel = 'amazon' AND (shop_note::jsonb) IS NOT NULL",
     "channel = 'amazon' AND shop_note::regclass IS NOT NULL",

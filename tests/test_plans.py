@@ -162,3 +162,24 @@ def test_a_retrieval_costs_the_same_whatever_is_archived(shop):
     (few, small), (many, large) = found
     assert few == many < 60, "statements"
     assert large < 1.3 * small and large < 700, "buffers"
+
+
+def test_verify_costs_the_same_for_each_order(shop):
+    """Breaks when it reads the archive or a table more often the more orders there are, or begins a page at the start."""
+    shop.need_contrib("pg_stat_statements")
+    shop.sql("CREATE EXTENSION pg_stat_statements")
+    found = []
+    for first, last in ((1, 1000), (1001, 4000)):
+        fill(shop, last, first=first)
+        run_cycle(shop)
+        # Something to be found, so that the archive is read twice.
+        shop.sql("CREATE TABLE IF NOT EXISTS shop.copies (v text); INSERT INTO shop.copies SELECT 'Street ' || i FROM generate_series(%s, %s) AS i", [first, last])
+        shop.sql("VACUUM shop.orders, shop.addresses, shop.customers, shop.invoices, shop.invoice_lines, amazon_pii.order_state")
+        rows = []
+        found.append(cost(shop, lambda: rows.extend(shop.sql("SELECT * FROM amazon_pii.verify('shop', 'schema')", user="pii_admin"))))
+        assert rows == [("shop.copies", "v", "personal data found", last)]
+    print(found)
+    (few, small), (many, large) = found
+    # The archive is read twice, in pages of 500 orders.
+    assert few < 110 and many - few <= 2 * 6 * 7, "statements"
+    assert large / 4000 < 1.15 * small / 1000 and large / 4000 < 30, "buffers of an order"

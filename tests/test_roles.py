@@ -25,6 +25,7 @@ FUNCTIONS = {
     "find_orders(text)": ("SELECT amazon_pii.find_orders('nothing')", {ADMIN, OPERATOR}),
     "preview(text,timestamp with time zone)": ("SELECT amazon_pii.preview('nothing')", set(EVERYBODY)),
     "explain_order(text)": ("SELECT amazon_pii.explain_order('nothing')", set(EVERYBODY)),
+    "verify(text,text)": ("SELECT amazon_pii.verify('nothing')", {ADMIN, AUDITOR}),
     # Triggers cannot be called; making one of them needs EXECUTE.
     "on_change()": ("CREATE TRIGGER mine AFTER INSERT ON pg_temp.mine EXECUTE FUNCTION amazon_pii.on_change()", set()),
     "on_apply()": ("CREATE TRIGGER mine AFTER INSERT ON pg_temp.mine EXECUTE FUNCTION amazon_pii.on_apply()", set()),

@@ -4,3 +4,4 @@ mod access;
 mod cycle;
 mod policy;
 mod trigger;
+mod verify;

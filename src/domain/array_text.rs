@@ -37,7 +37,6 @@ pub fn redact_array(text: &str, delim: char, f: impl Fn(&str) -> String) -> Resu
 }
 
 /// The elements in storage order, NULL as `None`.
-#[cfg(test)]
 pub fn elements(text: &str, delim: char) -> Result<Vec<Option<String>>, ArrayError> {
     Ok(parse(text, delim)?.into_iter().map(|element| element.text).collect())
 }

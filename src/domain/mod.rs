@@ -3,11 +3,14 @@
 pub mod array_text;
 pub mod clock;
 pub mod document;
+pub mod filter;
 pub mod json_merge;
 pub mod json_text;
 pub mod number;
 pub mod policy;
 pub mod reason;
 pub mod sample;
+pub mod sought;
 pub mod treatment;
 pub mod vault;
+pub mod words;

@@ -98,7 +98,7 @@ pub fn keepers(
 }
 
 /// A user of a row: which row, the order's key, whether it is an Amazon order.
-type User = (usize, String, bool);
+pub type User = (usize, String, bool);
 
 /// A search among the orders of one policy.
 struct Look<'a> {
@@ -160,7 +160,10 @@ impl Look<'_> {
 
 /// The orders of a policy that use rows of one of its tables, that many at most for each link; and the rows that may have
 /// more.
-fn users(plan: &Plan, table: usize, rows: &[Values], limit: Option<u32>) -> Result<(Vec<User>, HashSet<usize>)> {
+///
+/// # Errors
+/// Errors of the server or of the owners' expressions.
+pub fn users(plan: &Plan, table: usize, rows: &[Values], limit: Option<u32>) -> Result<(Vec<User>, HashSet<usize>)> {
     let orders = plan.orders();
     let mut select = orders.key_list();
     select.push(plan.amazon.to_string());

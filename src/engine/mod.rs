@@ -32,5 +32,6 @@ pub mod trigger_ddl;
 pub mod triggers;
 pub mod turn;
 pub mod vault;
+pub mod verify;
 pub mod walk;
 pub mod watched;

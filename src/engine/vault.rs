@@ -2,10 +2,12 @@
 
 mod reseal;
 mod schema;
+mod size;
 
 pub use reseal::{Renames, reseal};
 pub use schema::create;
 use schema::refuse_foreign_hands;
+pub use size::sizes;
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
@@ -33,6 +35,11 @@ pub struct Newest {
 }
 
 impl Newest {
+    /// Whether no version could be opened.
+    pub fn is_empty(&self) -> bool {
+        self.documents.is_empty()
+    }
+
     /// The newest value of a cell.
     pub fn cell(&self, name: &str) -> Option<Cell<'_>> {
         self.documents.iter().rev().find_map(|document| document.cell(name))
@@ -45,10 +52,17 @@ impl Newest {
         newest.into_values()
     }
 
+    /// What the versions of a cell held, oldest first.
+    pub fn versions<'a>(&'a self, name: &'a str) -> impl Iterator<Item = &'a str> {
+        self.documents
+            .iter()
+            .filter_map(move |document| document.cell(name)?.text)
+    }
+
     /// The value of a cell to give back: where the newest version holds marks of ours inside a document, what they stand for.
     pub fn whole(&self, name: &str, marks: &[&str]) -> Option<String> {
         self.cell(name)?.text?;
-        let mut versions = self.documents.iter().filter_map(|document| document.cell(name)?.text);
+        let mut versions = self.versions(name);
         let first = versions.next()?.to_owned();
         Some(versions.fold(first, |older, newer| {
             merge(newer, &older, marks).unwrap_or_else(|| newer.to_owned())
@@ -79,7 +93,7 @@ pub struct OrderArchive {
 impl OrderArchive {
     /// Whether there is anything to give back.
     pub fn is_empty(&self) -> bool {
-        self.records.iter().all(|r| r.newest.documents.is_empty())
+        self.records.iter().all(|r| r.newest.is_empty())
     }
 
     /// Whether a document is there whose content is unknown.
@@ -193,16 +207,17 @@ fn read(schema: &Ident, policy: &str, orders: &[impl AsRef<str>]) -> Result<(Vec
         )?;
         Ok((keys, documents))
     })
-    .map_err(|e| {
-        if e.is_cancel() {
-            e
-        } else {
-            Error::archive(format!(
-                "the archive in schema {schema} cannot be read ({})",
-                e.sqlstate()
-            ))
-        }
-    })
+    .map_err(|e| unreadable(schema, e))
+}
+
+fn unreadable(schema: &Ident, e: Error) -> Error {
+    if e.is_cancel() {
+        return e;
+    }
+    Error::archive(format!(
+        "the archive in schema {schema} cannot be read ({})",
+        e.sqlstate()
+    ))
 }
 
 /// Unwraps data keys; one that cannot be counts as damage of its order.

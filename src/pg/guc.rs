@@ -163,3 +163,10 @@ pub fn statement_timeout() -> i32 {
 pub fn workers() -> usize {
     WORKERS.get().unsigned_abs() as usize
 }
+
+/// Bytes that the server gives to a maintenance command: `maintenance_work_mem`.
+pub fn maintenance_memory() -> usize {
+    // SAFETY: a plain variable, in kilobytes, never negative.
+    let kilobytes = unsafe { pgrx::pg_sys::maintenance_work_mem };
+    kilobytes.unsigned_abs() as usize * 1024
+}

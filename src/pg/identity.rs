@@ -239,19 +239,21 @@ pub fn is_superuser() -> bool {
     unsafe { pg_sys::superuser() }
 }
 
+/// Whether the current user has the privileges of a capability role.
+pub fn has_role(role: &str) -> bool {
+    let Ok(name) = CString::new(role) else { return false };
+    // SAFETY: NUL-terminated name; a missing role gives InvalidOid.
+    let oid = unsafe { pg_sys::get_role_oid(name.as_ptr(), true) };
+    oid != pg_sys::InvalidOid && has_privileges(current_role(), oid)
+}
+
 /// Refuses unless the current user is a member of one of the named capability roles.
 ///
 /// # Errors
 /// 42501, naming the roles.
 pub fn require_role(roles: &[&str], what: &str) -> Result<()> {
-    let me = current_role();
-    for role in roles {
-        let name = CString::new(*role).map_err(|_| Error::internal("role name"))?;
-        // SAFETY: NUL-terminated name; a missing role gives InvalidOid.
-        let oid = unsafe { pg_sys::get_role_oid(name.as_ptr(), true) };
-        if oid != pg_sys::InvalidOid && has_privileges(me, oid) {
-            return Ok(());
-        }
+    if roles.iter().any(|role| has_role(role)) {
+        return Ok(());
     }
     Err(Error::privilege(format!("permission denied to {what}"))
         .detail(format!("It needs the privileges of {}.", roles.join(" or "))))

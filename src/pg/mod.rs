@@ -2,10 +2,12 @@
 //! Everything above it sees safe types: names that are quoted, rows of text, typed errors.
 #![allow(unsafe_code)]
 
+pub mod activity;
 pub mod call;
 pub mod catalog;
 mod child;
 pub mod columns;
+pub mod cursor;
 pub mod deadline;
 pub mod error;
 pub mod guc;

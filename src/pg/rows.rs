@@ -412,3 +412,80 @@ pub(super) unsafe fn read(want: Want) -> Result<Vec<Row>> {
             .collect())
     }
 }
+
+/// A result row whose values leave one at a time, when they are asked for.
+pub struct Lazy<'a> {
+    outputs: &'a mut [Output],
+    values: &'a [pg_sys::Datum],
+    nulls: &'a [bool],
+    desc: pg_sys::TupleDesc,
+    block: &'a mut Block,
+}
+
+impl Lazy<'_> {
+    /// The text form of column `i`, or `None` for NULL.
+    ///
+    /// # Errors
+    /// The column does not exist, or its value is too large to travel; errors of the server unwind.
+    pub fn text(&mut self, i: usize) -> Result<Option<&str>> {
+        let null = self
+            .nulls
+            .get(i)
+            .ok_or_else(|| Error::internal("a result column is missing"))?;
+        if *null {
+            return Ok(None);
+        }
+        self.block.texts.clear();
+        // A single value that was large does not stay for the rest.
+        self.block.texts.shrink_to(1 << 20);
+        self.block.cells.clear();
+        // SAFETY: made by `each` of a row of the current SPI result.
+        unsafe { self.outputs[i].add(self.block, self.values[i], self.desc, i + 1)? };
+        Ok(Some(&self.block.texts))
+    }
+
+    /// Calls `f` with each row of the current SPI tuple table. What output functions leave behind is freed row by row.
+    ///
+    /// # Safety
+    /// Inside an SPI session, right after a statement.
+    pub(super) unsafe fn each(mut f: impl FnMut(&mut Lazy<'_>) -> Result<()>) -> Result<usize> {
+        // SAFETY: the caller's; table and descriptor belong to the SPI session, and so does the memory context, which is
+        // deleted with it if an error unwinds. `outputs` is made outside of it.
+        unsafe {
+            let Some(table) = pg_sys::SPI_tuptable.as_ref() else {
+                return Ok(0);
+            };
+            let count = usize::try_from(pg_sys::SPI_processed).unwrap_or(0);
+            let desc = table.tupdesc;
+            let columns = usize::try_from((*desc).natts).unwrap_or(0);
+            let mut outputs: Vec<Output> = (1..=columns).map(|n| Output::of(desc, n, Want::Text)).collect();
+            let mut values = vec![pg_sys::Datum::from(0); columns];
+            let mut nulls = vec![false; columns];
+            let mut block = Block::default();
+            let outside = pg_sys::CurrentMemoryContext;
+            let inside = pg_sys::AllocSetContextCreateInternal(
+                outside,
+                c"amazon_pii row".as_ptr(),
+                pg_sys::ALLOCSET_DEFAULT_MINSIZE as usize,
+                pg_sys::ALLOCSET_DEFAULT_INITSIZE as usize,
+                pg_sys::ALLOCSET_DEFAULT_MAXSIZE as usize,
+            );
+            for i in 0..count {
+                pg_sys::heap_deform_tuple(*table.vals.add(i), desc, values.as_mut_ptr(), nulls.as_mut_ptr());
+                pg_sys::CurrentMemoryContext = inside;
+                let done = f(&mut Lazy {
+                    outputs: &mut outputs,
+                    values: &values,
+                    nulls: &nulls,
+                    desc,
+                    block: &mut block,
+                });
+                pg_sys::CurrentMemoryContext = outside;
+                pg_sys::MemoryContextReset(inside);
+                done?;
+            }
+            pg_sys::MemoryContextDelete(inside);
+            Ok(count)
+        }
+    }
+}
