@@ -128,6 +128,7 @@ class Measures:
             self.note_memory(sampler.seen)
             self.bench.settle(db)
             self.idle(db)
+            self.verify(db)
             self.retrievals(db)
 
     def note_memory(self, samples):
@@ -149,6 +150,18 @@ class Measures:
         self.nothing_scanned(db, before, "cycles with nothing due")
         self.add("idle", median(times))
         self.tell("nothing due", f"{median(times) * 1e3:.2f} ms")
+
+    def verify(self, db):
+        """A search in which nothing is found, and the private memory of its session."""
+        db.sql("SELECT * FROM amazon_pii.policies", user="pii_admin")
+        pid = db.session("pii_admin").info.backend_pid
+        with Sampler(lambda: private_bytes(pid)) as sampler:
+            seconds, _, rows = self.bench.timed(db, "SELECT * FROM amazon_pii.verify('shop', 'schema')", "pii_admin")
+        if rows:
+            raise SystemExit(f"error: verify has found {rows}")
+        self.add("verify", seconds)
+        self.add("verify memory", max(sampler.seen, default=0))
+        self.tell("verify", f"{seconds:.2f} s, {self.found['verify memory'][-1] / 1e6:.0f} MB")
 
     def retrievals(self, db):
         numbers = [n for (n,) in db.sql(
