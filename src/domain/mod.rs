@@ -7,6 +7,7 @@ pub mod filter;
 pub mod json_merge;
 pub mod json_text;
 pub mod number;
+pub mod pace;
 pub mod policy;
 pub mod reason;
 pub mod sample;

@@ -2,6 +2,7 @@
 //! overwrites them in the next. Several processes may do this for one policy, each with its share of the orders.
 
 use std::collections::HashSet;
+use std::time::Instant;
 
 use super::alive;
 use super::archive;
@@ -9,21 +10,17 @@ use super::audit;
 use super::cycle::Counts;
 use super::due::{self, Clock, Due, Share};
 use super::overwrite;
+use super::pace::Pace;
 use super::plan::Plan;
 use super::redact;
 use super::state;
 use super::turn;
+use crate::domain::pace::Batch;
 use crate::domain::vault::MasterKeys;
 use crate::pg::error::{Error, Result};
 use crate::pg::guc;
 use crate::pg::subxact::subtransaction;
-use crate::pg::xact::{Boundary, Mode};
-
-/// A batch of which nothing is known yet may hold scanned invoices.
-const FIRST_BATCH: i64 = 16;
-
-/// Text in one batch above which the next one is smaller; a batch needs several times as much memory.
-const MUCH_TEXT: usize = 16 * 1024 * 1024;
+use crate::pg::xact::{self, Boundary, Mode};
 
 /// Full batches in a row after which there is probably work for more than one.
 const BACKLOG: u32 = 2;
@@ -39,9 +36,10 @@ pub struct Batches<'a> {
     pub share: Share,
     /// Other processes of the same cycle have the same turn.
     pub mode: Mode,
-    /// Orders in the next batch: few at first, and fewer where they hold much.
-    limit: i64,
+    pub pace: Pace,
     full: u32,
+    /// When the batch's orders were locked.
+    taken: Instant,
     /// Orders that were already archived again in this cycle: a second time they wait.
     set_back: HashSet<String>,
     /// Orders that come back for a shared row when nothing else is due.
@@ -59,8 +57,9 @@ impl<'a> Batches<'a> {
             counts: Counts::default(),
             share: Share::whole(),
             mode: Mode::Alone,
-            limit: FIRST_BATCH,
+            pace: Pace::new(boundary),
             full: 0,
+            taken: Instant::now(),
             set_back: HashSet::new(),
             last: Vec::new(),
         }
@@ -71,13 +70,17 @@ impl<'a> Batches<'a> {
         self.full >= BACKLOG
     }
 
-    /// The next batch, locked; empty when nothing is due.
+    /// The next batch, locked; empty when nothing is due. After a full one this may take its time.
     ///
     /// # Errors
-    /// Errors of the server.
+    /// A cancel, or errors of the server.
     pub fn take(&mut self) -> Result<Vec<Due>> {
+        if self.full > 0 {
+            self.pace.wait()?;
+        }
         turn::take(&self.plan.policy, self.mode)?;
-        let limit = self.limit.min(guc::batch_size());
+        self.taken = Instant::now();
+        let limit = self.pace.size();
         let batch = due::take(self.plan, &self.clock, &self.share, limit)?;
         self.full = if i64::try_from(batch.len()) == Ok(limit) {
             self.full + 1
@@ -103,6 +106,7 @@ impl<'a> Batches<'a> {
     /// # Errors
     /// A cancel, or errors of our own tables; what concerns one order alone sets that order back.
     pub fn work(&mut self, batch: Vec<Due>) -> Result<()> {
+        let orders = i64::try_from(batch.len()).unwrap_or(i64::MAX);
         let (copy, ready): (Vec<Due>, Vec<Due>) = batch.into_iter().partition(Due::needs_copy);
         let mut to_redact = ready;
         let mut bytes = 0;
@@ -116,10 +120,13 @@ impl<'a> Batches<'a> {
             }
             to_redact.extend(orders);
         }
-        to_redact.retain(|d| d.redact);
+        let mut waited_for = xact::is_waited_for();
         self.boundary.commit()?;
+        let copying = self.taken.elapsed();
 
         turn::take(&self.plan.policy, self.mode)?;
+        let begun = Instant::now();
+        to_redact.retain(|d| d.redact);
         let locked = due::relock(self.plan, &self.clock, to_redact)?;
         if !locked.is_empty() {
             let others = alive::other_policies(self.plan)?;
@@ -135,12 +142,15 @@ impl<'a> Batches<'a> {
             let last = alive::settle(self.plan, &self.clock, &waiting, self.mode == Mode::Shared)?;
             self.last.extend(last);
         }
-        self.limit = if bytes > MUCH_TEXT {
-            (self.limit / 4).max(1)
-        } else {
-            (self.limit * 4).min(guc::batch_size())
-        };
-        self.boundary.commit()
+        waited_for |= xact::is_waited_for();
+        self.boundary.commit()?;
+        self.pace.learn(&Batch {
+            orders,
+            took: copying.max(begun.elapsed()),
+            text: bytes,
+            waited_for,
+        });
+        Ok(())
     }
 
     /// Orders that were not redacted in their batch go back, each for its reason.

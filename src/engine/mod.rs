@@ -19,6 +19,7 @@ pub mod idle;
 pub mod inspect;
 pub mod news;
 pub mod overwrite;
+pub mod pace;
 pub mod paging;
 pub mod plan;
 pub mod portable;

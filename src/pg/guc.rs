@@ -1,11 +1,14 @@
 //! Settings, alphabetical. What a data protection officer would sign lives in the policy instead.
 
 use std::ffi::CString;
+use std::time::Duration;
 
 use pgrx::{GucContext, GucFlags, GucRegistry, GucSetting};
 
 static ACTOR: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(None);
-static BATCH_SIZE: GucSetting<i32> = GucSetting::<i32>::new(500);
+static BATCH_PAUSE: GucSetting<i32> = GucSetting::<i32>::new(0);
+static BATCH_SIZE: GucSetting<i32> = GucSetting::<i32>::new(1000);
+static BATCH_TIME: GucSetting<i32> = GucSetting::<i32>::new(100);
 static DATABASES: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(None);
 static ENABLED: GucSetting<bool> = GucSetting::<bool>::new(true);
 static KEY_COMMAND: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(None);
@@ -25,14 +28,34 @@ pub fn register() {
         GucFlags::default(),
     );
     GucRegistry::define_int_guc(
+        c"amazon_pii.batch_pause",
+        c"Pause between two batches of a cycle.",
+        c"Zero: none, unless somebody has waited for a row that a batch had locked. Nothing is locked during a pause.",
+        &BATCH_PAUSE,
+        0,
+        3_600_000,
+        GucContext::Sighup,
+        GucFlags::UNIT_MS,
+    );
+    GucRegistry::define_int_guc(
         c"amazon_pii.batch_size",
-        c"Orders in one transaction of a cycle.",
-        c"Smaller batches hold row locks for a shorter time, larger ones cost less in all.",
+        c"Orders in one transaction of a cycle, at most.",
+        c"Batches are smaller where so many would take longer than amazon_pii.batch_time.",
         &BATCH_SIZE,
         1,
         100_000,
         GucContext::Sighup,
         GucFlags::default(),
+    );
+    GucRegistry::define_int_guc(
+        c"amazon_pii.batch_time",
+        c"How long a transaction of a cycle, which holds row locks, should take.",
+        c"Batches become smaller or larger accordingly, and smaller when somebody waits for their locks.",
+        &BATCH_TIME,
+        1,
+        3_600_000,
+        GucContext::Sighup,
+        GucFlags::UNIT_MS,
     );
     GucRegistry::define_string_guc(
         c"amazon_pii.databases",
@@ -117,9 +140,19 @@ pub fn actor() -> Option<String> {
     text(&ACTOR)
 }
 
-/// Orders in one transaction.
+/// Pause between two batches.
+pub fn batch_pause() -> Duration {
+    Duration::from_millis(BATCH_PAUSE.get().unsigned_abs().into())
+}
+
+/// Orders in one transaction, at most.
 pub fn batch_size() -> i64 {
     i64::from(BATCH_SIZE.get())
+}
+
+/// How long one of a batch's transactions should take.
+pub fn batch_time() -> Duration {
+    Duration::from_millis(BATCH_TIME.get().unsigned_abs().into())
 }
 
 /// Databases to serve; empty means discovery.

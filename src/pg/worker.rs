@@ -263,15 +263,21 @@ pub fn sleep(at_most: Duration) {
     pgrx::check_for_interrupts!();
 }
 
+/// Whether there was a SIGHUP since the configuration was read.
+pub fn is_reload_asked() -> bool {
+    // SAFETY: a flag that a signal handler sets.
+    unsafe { (&raw const pg_sys::ConfigReloadPending).read_volatile() != 0 }
+}
+
 /// Reads the configuration again after a SIGHUP; whether it did.
 pub fn reload_if_asked() -> bool {
-    // SAFETY: the flag is set by the signal handler and cleared only here.
+    if !is_reload_asked() {
+        return false;
+    }
+    // SAFETY: the flag is set by the signal handler. In a session it is cleared here, and between two statements by the
+    // server.
     unsafe {
-        let flag = &raw mut pg_sys::ConfigReloadPending;
-        if flag.read_volatile() == 0 {
-            return false;
-        }
-        flag.write_volatile(0);
+        (&raw mut pg_sys::ConfigReloadPending).write_volatile(0);
         pg_sys::ProcessConfigFile(pg_sys::GucContext::PGC_SIGHUP);
     }
     true
@@ -326,6 +332,12 @@ pub fn report_running(what: &str) {
     let text = CString::new(what).unwrap_or_default();
     // SAFETY: NUL-terminated; the server copies it.
     unsafe { pg_sys::pgstat_report_activity(pg_sys::BackendState::STATE_RUNNING, text.as_ptr()) }
+}
+
+/// After [`report_idle`]: the worker goes on with what it said last.
+pub fn report_running_again() {
+    // SAFETY: as in `report_idle`.
+    unsafe { pg_sys::pgstat_report_activity(pg_sys::BackendState::STATE_RUNNING, std::ptr::null()) }
 }
 
 /// The worker waits, or is about to end.

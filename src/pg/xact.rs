@@ -1,5 +1,7 @@
 //! Transactions of a cycle: committed batch by batch, by a procedure or by a worker.
 
+use std::time::{Duration, Instant};
+
 use pgrx::pg_sys;
 
 use super::error::{Error, Result};
@@ -7,6 +9,7 @@ use super::ident::Ident;
 use super::identity::as_extension;
 use super::sql;
 use super::subxact::subtransaction;
+use super::worker;
 
 /// Who owns the transactions that a cycle commits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,6 +45,54 @@ impl Boundary {
             }
             begin_read_committed();
             pgrx::check_for_interrupts!();
+        }
+        Ok(())
+    }
+
+    /// Reads the configuration again when the server was told to, so that a long cycle heeds it. Commits in that case.
+    ///
+    /// # Errors
+    /// As [`Boundary::commit`].
+    pub fn reload(self) -> Result<()> {
+        if worker::is_reload_asked() {
+            self.commit()?;
+            worker::reload_if_asked();
+        }
+        Ok(())
+    }
+
+    /// Commits, and waits: a worker outside of any transaction, a procedure in one that has done nothing yet and holds
+    /// neither a lock nor a snapshot. How long is asked again when the configuration has changed.
+    ///
+    /// # Errors
+    /// As [`Boundary::commit`].
+    pub fn rest(self, time: impl Fn() -> Duration) -> Result<()> {
+        self.commit()?;
+        if self == Self::Worker {
+            // SAFETY: as in `commit`; after an error here an abort finds nothing to abort.
+            unsafe {
+                pg_sys::CommitTransactionCommand();
+                pg_sys::pgstat_report_stat(true);
+            }
+            worker::report_idle();
+        }
+        let begun = Instant::now();
+        loop {
+            worker::reload_if_asked();
+            let left = time().saturating_sub(begun.elapsed());
+            if left.is_zero() {
+                break;
+            }
+            worker::sleep(left);
+        }
+        if self == Self::Worker {
+            worker::report_running_again();
+            // SAFETY: as in `commit`.
+            unsafe {
+                pg_sys::SetCurrentStatementStartTimestamp();
+                pg_sys::StartTransactionCommand();
+                begin_read_committed();
+            }
         }
         Ok(())
     }
@@ -138,6 +189,25 @@ pub fn defer_again() -> Result<()> {
         sql::execute(&format!("SET CONSTRAINTS {} DEFERRED", names.join(", ")), &[])?;
         Ok(())
     })
+}
+
+/// Whether somebody waits for a row that this transaction has locked or written.
+pub fn is_waited_for() -> bool {
+    // SAFETY: a plain getter, and a look at a lock that every transaction with an id holds until it ends. Whoever waits
+    // for one of its rows waits for that; of several who want the same row, the first.
+    unsafe {
+        let id = pg_sys::GetTopTransactionIdIfAny();
+        if id == pg_sys::InvalidTransactionId {
+            return false;
+        }
+        let tag = pg_sys::LOCKTAG {
+            locktag_field1: id.into_inner(),
+            locktag_type: pg_sys::LockTagType::LOCKTAG_TRANSACTION as u8,
+            locktag_lockmethodid: pg_sys::DEFAULT_LOCKMETHOD as u8,
+            ..Default::default()
+        };
+        pg_sys::LockHasWaiters(&tag, pg_sys::ExclusiveLock as pg_sys::LOCKMODE, false)
+    }
 }
 
 /// Whether the transaction may not write.
