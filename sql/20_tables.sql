@@ -169,9 +169,11 @@ CREATE TABLE amazon_pii.run (
     archived        bigint      NOT NULL DEFAULT 0,
     redacted        bigint      NOT NULL DEFAULT 0,
     failed          bigint      NOT NULL DEFAULT 0,
-    overdue         bigint      NOT NULL DEFAULT 0
+    overdue         bigint      NOT NULL DEFAULT 0,
+    note            text
 );
 COMMENT ON TABLE amazon_pii.run IS 'Cycles; one without finished_at was interrupted';
+COMMENT ON COLUMN amazon_pii.run.note IS 'What the cycle waits for, or did not wait for any longer';
 CREATE INDEX run_policy ON amazon_pii.run (policy, run_id);
 
 CREATE TABLE amazon_pii.heartbeat (

@@ -52,7 +52,7 @@ COMMENT ON VIEW amazon_pii.upcoming IS 'What is due within the next seven days';
 
 CREATE VIEW amazon_pii.runs WITH (security_barrier) AS
 SELECT r.run_id, r.policy, r.started_at, r.finished_at, r.started_by, r.flagged, r.archived, r.redacted, r.failed,
-       r.overdue
+       r.overdue, r.note
   FROM amazon_pii.run AS r;
 COMMENT ON VIEW amazon_pii.runs IS 'Cycles and their counts';
 

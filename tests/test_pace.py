@@ -1,10 +1,11 @@
-"""A cycle is not in the way: batches take a limited time, whoever waits for one gets its row after that batch, and nothing is held
-during a pause."""
+"""A cycle is not in the way: batches take a limited time, whoever waits for one gets its row after that batch, nothing is held
+during a pause, and replicas are waited for, but not for ever."""
+import psycopg2
 import pytest
 from cluster import Cluster, wait_until
 from conftest import new_database, prepare
 from support import (
-    Background, at_gate, close_gate, fill, open_gate, open_shop, refused, run_cycle, shop_policy, states,
+    Background, at_gate, close_gate, fill, open_gate, open_shop, refused, run_cycle, shop_policy, standby_of, states,
 )
 
 CALL = "CALL amazon_pii.run_cycle()"
@@ -12,7 +13,7 @@ HELPERS = "SELECT pid FROM pg_stat_activity WHERE datname = current_database() A
 WORKER = "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND backend_type = 'amazon_pii worker'"
 DEFAULTS = {
     "amazon_pii.batch_pause": "0", "amazon_pii.batch_size": "2000", "amazon_pii.batch_time": "1h", "amazon_pii.enabled": "off",
-    "amazon_pii.workers": "1",
+    "amazon_pii.replica_lag": "1MB", "amazon_pii.replica_wait": "1h", "amazon_pii.workers": "1",
 }
 
 
@@ -189,3 +190,101 @@ def test_helpers_pause_too_and_end_with_their_cycle(db):
     set_up(db.cluster, batch_pause="0")
     run_cycle(db)
     assert redacted(db) == 1200
+
+
+# Replicas
+
+
+@pytest.fixture
+def standby(server):
+    with standby_of(server) as standby:
+        standby.configure("wal_receiver_status_interval = '1s'")
+        standby.reload()
+        yield standby
+
+
+@pytest.fixture
+def late(db, standby):
+    """A standby that has stopped replaying, and is further behind than it may be."""
+    wait_until(lambda: db.sql("SELECT state FROM pg_stat_replication") == [("streaming",)])
+    standby.sql("SELECT pg_wal_replay_pause()")
+    wait_until(lambda: standby.sql("SELECT pg_get_wal_replay_pause_state()") == [("paused",)])
+    db.sql("CREATE TABLE public.wal AS SELECT repeat(md5(i::text), 30) AS t FROM generate_series(1, 4000) AS i")
+    wait_until(lambda: db.value("SELECT pg_current_wal_lsn() - replay_lsn > 2 * 1024 * 1024 FROM pg_stat_replication"))
+    set_up(db.cluster, batch_size="16")
+    fill(db, 60)
+    return standby
+
+
+def note(db):
+    """What the view says of the last cycle that has done anything."""
+    runs = db.sql("SELECT note FROM amazon_pii.runs ORDER BY run_id DESC LIMIT 1", user="pii_auditor")
+    return runs[0][0] if runs else None
+
+
+def wait_for_note(db):
+    wait_until(lambda: (note(db) or "").startswith("waits for a replica: the one of process "))
+
+
+@pytest.mark.parametrize("by", ["call", "worker"])
+def test_a_cycle_waits_while_a_standby_falls_back(db, late, by):
+    """Breaks when nobody looks at standbys, or when only roles that may see their statistics can. The caller may not."""
+    if by == "worker":
+        set_up(db.cluster, enabled="on")
+    else:
+        call = Background(db, CALL)
+    wait_for_note(db)
+    sender = db.value("SELECT pid FROM pg_stat_replication")
+    assert f" {sender} is " in note(db)
+    in_pause(db, db.sql(WORKER)[0][0] if by == "worker" else call.pid)
+    assert_nothing_is_held(db)
+    assert redacted(db) == 16
+    late.sql("SELECT pg_wal_replay_resume()")
+    wait_until(lambda: redacted(db) == 60)
+    wait_until(lambda: db.value("SELECT count(*) FROM amazon_pii.runs WHERE finished_at IS NOT NULL AND redacted = 60") == 1)
+    assert note(db) is None
+    if by == "call":
+        assert call.result()[0][2] == 60
+
+
+def test_a_standby_that_does_not_come_is_not_waited_for_for_ever(db, late):
+    """Breaks when a dead-slow replica can stop redaction."""
+    set_up(db.cluster, replica_wait="1s")
+    call = Background(db, CALL)
+    assert call.result()[0][2] == 60
+    assert redacted(db) == 60
+    assert note(db).startswith("went on although a replica lags: the one of process ")
+    assert any("went on although a replica lags" in notice for notice in call.connection.notices)
+
+
+def test_a_standby_that_goes_away_is_not_waited_for(db, late):
+    """Breaks when a cycle waits for a replica that nobody sends to any more."""
+    call = Background(db, CALL)
+    wait_for_note(db)
+    assert redacted(db) == 16
+    late.stop("immediate")
+    assert call.result()[0][2] == 60
+    assert note(db) is None
+
+
+def test_standbys_can_be_left_to_themselves(db, late):
+    """Breaks when the setting is not heeded: a standby may be late on purpose."""
+    set_up(db.cluster, replica_lag="-1")
+    assert Background(db, CALL).result()[0][2] == 60
+    assert note(db) is None
+
+
+def test_the_last_batch_waits_for_nobody(db, late):
+    """Breaks when a cycle that has nothing left to do waits all the same."""
+    db.sql("DELETE FROM shop.orders WHERE id > 10", user="shop_owner")
+    assert Background(db, CALL).result()[0][2] == 10
+    assert note(db) is None
+
+
+def test_whoever_ends_a_cycle_that_waits_for_a_standby_ends_it_at_once(db, late):
+    call = Background(db, CALL)
+    in_pause(db, call.pid)
+    db.sql("SELECT pg_terminate_backend(%s)", [call.pid])
+    with pytest.raises(psycopg2.OperationalError):
+        call.result(timeout=10)
+    assert redacted(db) == 16

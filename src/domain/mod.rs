@@ -6,6 +6,7 @@ pub mod document;
 pub mod filter;
 pub mod json_merge;
 pub mod json_text;
+pub mod lag;
 pub mod number;
 pub mod pace;
 pub mod policy;

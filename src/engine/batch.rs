@@ -77,6 +77,8 @@ impl<'a> Batches<'a> {
     pub fn take(&mut self) -> Result<Vec<Due>> {
         if self.full > 0 {
             self.pace.wait()?;
+        } else {
+            self.pace.look();
         }
         turn::take(&self.plan.policy, self.mode)?;
         self.taken = Instant::now();

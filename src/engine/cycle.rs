@@ -354,6 +354,7 @@ impl Run<'_> {
             )
         })?;
         self.id = rows.first().map(|r| r.int(0)).transpose()?;
+        self.batches.pace.run = self.id;
         Ok(())
     }
 

@@ -14,6 +14,8 @@ static ENABLED: GucSetting<bool> = GucSetting::<bool>::new(true);
 static KEY_COMMAND: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(None);
 static KEY_FILE: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(None);
 static NAPTIME: GucSetting<i32> = GucSetting::<i32>::new(60);
+static REPLICA_LAG: GucSetting<i32> = GucSetting::<i32>::new(64);
+static REPLICA_WAIT: GucSetting<i32> = GucSetting::<i32>::new(300);
 static STATEMENT_TIMEOUT: GucSetting<i32> = GucSetting::<i32>::new(300_000);
 static WORKERS: GucSetting<i32> = GucSetting::<i32>::new(1);
 
@@ -94,6 +96,26 @@ pub fn register() {
         c"Time between two cycles of the background worker.",
         c"",
         &NAPTIME,
+        1,
+        86_400,
+        GucContext::Sighup,
+        GucFlags::UNIT_S,
+    );
+    GucRegistry::define_int_guc(
+        c"amazon_pii.replica_lag",
+        c"WAL that a connected standby or subscriber may have to catch up with before a cycle waits for it.",
+        c"A cycle waits between two batches while one that is further behind falls back further. -1: never.",
+        &REPLICA_LAG,
+        -1,
+        i32::MAX,
+        GucContext::Sighup,
+        GucFlags::UNIT_MB,
+    );
+    GucRegistry::define_int_guc(
+        c"amazon_pii.replica_wait",
+        c"Longest time that a cycle waits at once for standbys and subscribers.",
+        c"Then it goes on, and waits for none of them that has not caught up meanwhile.",
+        &REPLICA_WAIT,
         1,
         86_400,
         GucContext::Sighup,
@@ -185,6 +207,16 @@ pub fn key_file() -> Option<String> {
 /// Seconds between two cycles.
 pub fn naptime() -> u64 {
     NAPTIME.get().unsigned_abs().into()
+}
+
+/// Bytes that a replica may be behind before a cycle waits for it; `None` when it never does.
+pub fn replica_lag() -> Option<u64> {
+    u64::try_from(REPLICA_LAG.get()).ok().map(|megabytes| megabytes << 20)
+}
+
+/// Longest time that a cycle waits at once for a replica.
+pub fn replica_wait() -> Duration {
+    Duration::from_secs(REPLICA_WAIT.get().unsigned_abs().into())
 }
 
 /// Milliseconds that a statement with code of a table's owner may take in a cycle; 0 is no limit.
