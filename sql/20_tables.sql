@@ -86,7 +86,8 @@ COMMENT ON COLUMN amazon_pii.order_state.records IS 'The rows of the user''s tha
 -- Partial: an import of orders that are not dispatched yet does not touch it.
 CREATE INDEX order_state_due ON amazon_pii.order_state (policy, next_due_at) WHERE next_due_at IS NOT NULL;
 CREATE INDEX order_state_stale ON amazon_pii.order_state (policy, stale_at) WHERE status = 'flagged' AND stale_at IS NOT NULL;
-CREATE INDEX order_state_number ON amazon_pii.order_state (order_number);
+-- By hash: numbers come in no order, and are only ever asked for one by one.
+CREATE INDEX order_state_number ON amazon_pii.order_state USING hash (order_number);
 
 CREATE TABLE amazon_pii.record_state (
     policy          text        COLLATE "C" NOT NULL,
