@@ -108,7 +108,7 @@ pub fn speaks_for(table: &Table, call: &TriggerCall) -> Result<bool> {
 
 /// Flags orders, and marks those whose records changed.
 fn note(plan: &Plan, table: usize, call: &TriggerCall) -> Result<()> {
-    if call.event == Event::Update {
+    if call.event == Event::Update && !call.same_keys {
         rekey::changed(plan, table, call)?;
     }
     if table == 0 {

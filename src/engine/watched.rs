@@ -145,12 +145,16 @@ fn find(call: &TriggerCall) -> Result<Watched> {
         return Ok(Watched::Nothing);
     }
     match names(&plan, entry.table)? {
-        Some(names) => Ok(Watched::These(Watch::of(call, &names)?)),
+        Some(names) => {
+            let keys = plan.tables[entry.table].key.len();
+            Ok(Watched::These(Watch::of(call, &names, keys)?))
+        }
         None => Ok(Watched::All),
     }
 }
 
-/// The columns of a table that the policy's expressions read, those of its key and those that it treats; `None` for all.
+/// The columns of a table that the policy's expressions read, those of its key, which come first, and those that it treats;
+/// `None` for all.
 fn names(plan: &Plan, index: usize) -> Result<Option<Vec<String>>> {
     let table = &plan.tables[index];
     let mut names: Vec<String> = table.key.iter().map(|(name, _)| name.bare().to_owned()).collect();

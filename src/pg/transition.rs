@@ -36,6 +36,7 @@ struct Column {
     at: usize,
     length: i16,
     by_value: bool,
+    is_key: bool,
 }
 
 /// Columns of one table, ready to be compared. Keeps a description of its own: good until the table changes.
@@ -48,26 +49,33 @@ pub struct Watch {
 }
 
 impl Watch {
-    /// Watches these columns of the table that fired.
+    /// Watches these columns of the table that fired; the first `keys` of them are its key.
     ///
     /// # Errors
     /// One of them does not exist.
-    pub fn of(call: &TriggerCall, names: &[String]) -> Result<Self> {
+    pub fn of(call: &TriggerCall, names: &[String], keys: usize) -> Result<Self> {
         // SAFETY: the relation is open during the trigger's call; what is kept of its descriptor is a copy in a memory
         // context of its own, which lives as long as the watch.
         unsafe {
             let desc = (*(*call.data()).tg_relation).rd_att;
             let mut columns = Vec::with_capacity(names.len());
-            for name in names {
+            for (place, name) in names.iter().enumerate() {
                 let name = CString::new(name.as_str()).map_err(|_| Error::internal("a column name holds a NUL"))?;
                 let number = pg_sys::SPI_fnumber(desc, name.as_ptr());
                 let Some(at) = usize::try_from(number).ok().and_then(|n| n.checked_sub(1)) else {
                     return Err(Error::undefined("a column of the policy no longer exists"));
                 };
+                let is_key = place < keys;
                 let (mut length, mut by_value) = (0, false);
                 pg_sys::get_typlenbyval(pg_sys::SPI_gettypeid(desc, number), &mut length, &mut by_value);
-                columns.push(Column { at, length, by_value });
+                columns.push(Column {
+                    at,
+                    length,
+                    by_value,
+                    is_key,
+                });
             }
+            // The sort keeps a key before what else is said of its column.
             columns.sort_by_key(|c| c.at);
             columns.dedup_by_key(|c| c.at);
             let last = columns.last().map_or(0, |c| c.at as c_int + 1);
@@ -117,14 +125,15 @@ impl Watch {
                 return Differing::Unknown;
             }
             let watch = self;
-            let (kept_old, kept_new) = pg_sys::ffi::pg_guard_ffi_boundary(|| watch.filter(old, new));
+            let (kept_old, kept_new, same_keys) = pg_sys::ffi::pg_guard_ffi_boundary(|| watch.filter(old, new));
             if kept_old.is_null() {
                 return Differing::None;
             }
-            Differing::Some(call.with_rows(Rows {
+            let rows = Rows {
                 old: kept_old,
                 new: kept_new,
-            }))
+            };
+            Differing::Some(call.with_rows(rows, same_keys))
         }
     }
 
@@ -134,7 +143,8 @@ impl Watch {
         &self,
         old: *mut pg_sys::Tuplestorestate,
         new: *mut pg_sys::Tuplestorestate,
-    ) -> (*mut pg_sys::Tuplestorestate, *mut pg_sys::Tuplestorestate) {
+    ) -> (*mut pg_sys::Tuplestorestate, *mut pg_sys::Tuplestorestate, bool) {
+        let mut same_keys = true;
         let mut kept: (*mut pg_sys::Tuplestorestate, *mut pg_sys::Tuplestorestate) =
             (std::ptr::null_mut(), std::ptr::null_mut());
         // SAFETY: the caller's.
@@ -151,6 +161,7 @@ impl Watch {
                 if self.columns.iter().all(|c| same(*c, self.old, self.new)) {
                     continue;
                 }
+                same_keys = same_keys && self.columns.iter().all(|c| !c.is_key || same(*c, self.old, self.new));
                 if kept.0.is_null() {
                     kept.0 = raw::tuplestore_begin_heap(false, false, pg_sys::work_mem);
                     kept.1 = raw::tuplestore_begin_heap(false, false, pg_sys::work_mem);
@@ -165,7 +176,7 @@ impl Watch {
                 }
             }
         }
-        kept
+        (kept.0, kept.1, same_keys)
     }
 }
 

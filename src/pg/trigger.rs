@@ -28,6 +28,8 @@ pub struct TriggerCall {
     pub relation: pg_sys::Oid,
     /// The trigger.
     pub trigger: pg_sys::Oid,
+    /// An UPDATE that is known to have left every key as it was, byte by byte.
+    pub same_keys: bool,
     /// Transition tables other than the server's; they end with the call.
     _rows: Option<Rows>,
 }
@@ -58,6 +60,7 @@ impl TriggerCall {
                 event,
                 relation: (*(*data).tg_relation).rd_id,
                 trigger: (*(*data).tg_trigger).tgoid,
+                same_keys: false,
                 _rows: None,
             })
         }
@@ -83,8 +86,8 @@ impl TriggerCall {
         self.data
     }
 
-    /// The same call with other transition tables.
-    pub(super) fn with_rows(&self, rows: Rows) -> Self {
+    /// The same call with other transition tables, and whether their rows have the keys that they had.
+    pub(super) fn with_rows(&self, rows: Rows, same_keys: bool) -> Self {
         // SAFETY: the copy lives in the memory context of the trigger's call, as the original does.
         let data = unsafe {
             let copy = pg_sys::palloc(size_of::<pg_sys::TriggerData>()).cast::<pg_sys::TriggerData>();
@@ -95,6 +98,7 @@ impl TriggerCall {
         };
         Self {
             data,
+            same_keys,
             _rows: Some(rows),
             ..*self
         }
