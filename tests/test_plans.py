@@ -6,7 +6,7 @@ from statistics import mean
 import pytest
 from cluster import Cluster, pg_config, wait_until
 from conftest import new_database, prepare
-from support import fill, open_shop, order_number, retrieve, run_cycle, shop_policy
+from support import add_order, fill, open_shop, order_number, order_value, retrieve, run_cycle, shop_policy
 
 DUE, STORED = 1200, 20_000
 # What grows with the number of orders.
@@ -19,7 +19,8 @@ def unanalyzed():
     """A server without autovacuum; with pg_stat_statements, where there is one."""
     conf = ["autovacuum = off", "amazon_pii.workers = 1"]
     if (Path(pg_config("pkglibdir")) / "pg_stat_statements.so").exists():
-        conf += ["shared_preload_libraries = 'pg_stat_statements'", "pg_stat_statements.track = all"]
+        conf += ["shared_preload_libraries = 'pg_stat_statements'", "pg_stat_statements.track = all",
+                 "pg_stat_statements.track_planning = on"]
     with Cluster(conf=conf) as server:
         prepare(server)
         yield server
@@ -183,3 +184,62 @@ def test_verify_costs_the_same_for_each_order(shop):
     # The archive is read twice, in pages of 500 orders.
     assert few < 110 and many - few <= 2 * 6 * 7, "statements"
     assert large / 4000 < 1.15 * small / 1000 and large / 4000 < 30, "buffers of an order"
+
+
+# What triggers do with one row, by plans that a session keeps
+
+NEW, DONE_ORDER, SOON_ORDER, YOUNG_ORDER = 90_000, 7, 8, 9
+WRITES = {
+    "a new order": "INSERT INTO shop.orders (id, external_no, channel, shipped_at) VALUES ({new}, 'N-{new}', 'amazon', now())",
+    "an order that comes again": "UPDATE shop.orders SET gift_message = 'Gift {new}' WHERE id = {young}",
+    "a late row of a young order": "INSERT INTO shop.addresses (order_id, name) VALUES ({young}, 'Name {new}')",
+    "a late row of an order that is due soon": "INSERT INTO shop.addresses (order_id, name) VALUES ({soon}, 'Name {new}')",
+    "a late row of a redacted order": "INSERT INTO shop.addresses (order_id, name) VALUES ({done}, 'Name {new}')",
+}
+
+
+def test_a_row_costs_the_same_whatever_there_is_and_when_its_session_began(shop):
+    """Breaks when a plan that a session made while nothing was there reads a table or an index from end to end, or when
+    statements are planned again for each row. Many records wait for other orders, and none is retrieved."""
+    shop.need_contrib("pg_stat_statements")
+    shop.sql("CREATE EXTENSION pg_stat_statements")
+    names = {"done": DONE_ORDER, "soon": SOON_ORDER, "young": YOUNG_ORDER}
+
+    def write(n):
+        for kind, statement in WRITES.items():
+            shop.sql(statement.format(new=NEW + n, **names), user="shop_owner")
+            # Redacted and touched, again.
+            shop.sql("UPDATE amazon_pii.order_state SET next_due_at = NULL WHERE status = 'redacted'")
+
+    add_order(shop, DONE_ORDER)
+    assert run_cycle(shop)["redacted"] == 1
+    add_order(shop, SOON_ORDER, shipped="26 days")
+    add_order(shop, YOUNG_ORDER, shipped="5 days")
+    for n in range(3):
+        write(n)
+    importer = shop.session("shop_owner").info.backend_pid
+    small = {kind: None for kind in WRITES}
+    large = dict(small)
+
+    def measure(found, n):
+        for i, (kind, statement) in enumerate(WRITES.items()):
+            found[kind] = cost(shop, lambda: shop.sql(statement.format(new=NEW + 10 * n + i, **names), user="shop_owner"))
+            found[kind] += (shop.value("SELECT sum(plans)::int FROM public.pg_stat_statements AS p JOIN pg_database AS d ON d.oid = p.dbid "
+                                       "WHERE d.datname = current_database() AND toplevel IS FALSE AND query NOT LIKE '%%pg_stat_statements%%'"),)
+            shop.sql("UPDATE amazon_pii.order_state SET next_due_at = NULL WHERE status = 'redacted'")
+
+    measure(small, 1)
+    fill(shop, STORED, first=10, age="5 days", share=2)
+    shop.sql("INSERT INTO amazon_pii.record_state (policy, order_key, table_name, record_key, status) "
+             "SELECT 'shop', jsonb_build_array(i::text)::text, t, jsonb_build_array(i::text)::text, 'waiting' "
+             "FROM generate_series(10, %s) AS i, (VALUES ('shop.orders'), ('shop.addresses')) AS v (t)", [STORED])
+    measure(large, 2)
+    assert shop.session("shop_owner").info.backend_pid == importer
+    print(small, large)
+    for kind in WRITES:
+        assert large[kind][0] == small[kind][0] <= 4, f"{kind}: statements"
+        # The owner's expressions.
+        assert large[kind][2] == (kind in ("a new order", "an order that comes again")), f"{kind}: plans"
+        assert large[kind][1] <= small[kind][1] + 25 < 120, f"{kind}: buffers"
+    assert order_value(shop, NEW + 20) == "scheduled"
+    assert shop.sql("SELECT count(*) FROM pg_prepared_statements", user="shop_owner") == [(0,)]

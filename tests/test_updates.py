@@ -296,3 +296,82 @@ def test_an_import_runs_as_many_statements_whatever_its_size(counted, table):
     run(counted, range(1000, 1010))
     small = statements(counted, lambda: run(counted, range(2000, 2010)))
     assert statements(counted, lambda: run(counted, range(3000, 3900))) == small <= 3
+
+
+def test_a_large_import_runs_as_many_statements_whatever_its_size(counted):
+    """Keys of several lengths; some orders are done, some are due soon."""
+    fill(counted, 20)
+    fill(counted, 40, first=21, age="26 days")
+    assert run_cycle(counted)["redacted"] == 20
+    counted.sql("UPDATE amazon_pii.order_state SET next_due_at = NULL WHERE status = 'redacted'")
+    for table in ("orders", "addresses"):
+        IMPORTS[table](counted, range(90_000, 90_010))
+    found = {}
+    for count in (3000, 12_000):
+        first = 100_000 + count
+        found[count] = [
+            statements(counted, lambda: IMPORTS["orders"](counted, range(first, first + count))),
+            statements(counted, lambda: copy(counted, "shop.addresses", "order_id, name",
+                                             (f"{i}\tName{i}" for i in [*range(1, 41), *range(first, first + count)])))]
+        counted.sql("UPDATE amazon_pii.order_state SET next_due_at = NULL WHERE status = 'redacted'")
+    assert found[3000] == found[12_000]
+    assert found[3000][0] <= 4 and found[3000][1] <= 3, found
+
+
+def test_an_update_that_leaves_keys_alone_is_not_searched_for_new_keys(counted):
+    fill(counted, 1500, age="5 days")
+    change = "UPDATE shop.orders SET gift_message = 'x' || id WHERE id <= 900"
+    update(counted, change)
+    assert statements(counted, lambda: update(counted, change.replace("'x'", "'y'"))) <= 4
+
+
+def test_numbers_of_either_sign_are_found(shop):
+    """Breaks when the first and the last of some keys are taken for the least and the greatest text."""
+    shop.sql("INSERT INTO shop.orders (id, external_no, channel, shipped_at) "
+             "SELECT i, 'N' || i, 'amazon', now() - '40 days'::interval FROM generate_series(-12000, 12000, 3) AS i", user="shop_owner")
+    assert run_cycle(shop)["redacted"] == 8001
+    update(shop, "INSERT INTO shop.addresses (order_id, name) SELECT id, 'Late' FROM shop.orders WHERE id BETWEEN -11000 AND 11000")
+    assert shop.sql("SELECT min(((order_key::jsonb)->>0)::int), max(((order_key::jsonb)->>0)::int), count(*) "
+                    "FROM amazon_pii.order_state WHERE next_due_at <= now()") == [(-10998, 10998, 7333)]
+
+
+# Plans that a session keeps
+
+ANEW = "DROP EXTENSION amazon_pii CASCADE; DROP SCHEMA amazon_pii_archive CASCADE; CREATE EXTENSION amazon_pii"
+EVENTS = {
+    "the extension is made anew": ("postgres", ANEW),
+    "an index is made anew": ("postgres", "REINDEX TABLE amazon_pii.order_state"),
+    "a table of ours is written anew": ("postgres", "VACUUM FULL amazon_pii.order_state"),
+    "a table of ours gets a column": ("postgres", "ALTER TABLE amazon_pii.order_state ADD COLUMN later int DEFAULT 7"),
+    "the extension's tables change hands": (
+        "postgres", "ALTER TABLE amazon_pii.order_state OWNER TO other_owner; ALTER TABLE amazon_pii.order_state OWNER TO postgres"),
+    "the session forgets its plans": ("shop_owner", "DISCARD ALL"),
+    "the session hides operators": (
+        "shop_owner", "CREATE SCHEMA mine; CREATE FUNCTION mine.no(text, text) RETURNS boolean LANGUAGE sql AS 'SELECT false'; "
+                      "CREATE OPERATOR mine.= (FUNCTION = mine.no, LEFTARG = text, RIGHTARG = text); SET search_path = mine, pg_catalog"),
+    "the session plans otherwise": (
+        "shop_owner", "SET plan_cache_mode = force_custom_plan; SET enable_indexscan = off; SET enable_bitmapscan = off"),
+}
+
+
+@pytest.mark.parametrize("event", EVENTS)
+def test_a_session_that_has_written_before_flags_and_finds_all_the_same(shop, event):
+    """Breaks when a plan outlives what it was made for."""
+    shop.sql("GRANT CREATE ON DATABASE \"%s\" TO shop_owner" % shop.name)
+    add_order(shop, 7)
+    add_order(shop, 8, shipped="26 days")
+    assert run_cycle(shop)["redacted"] == 1
+    late = "INSERT INTO shop.addresses (order_id, name) VALUES (7, 'Late'), (8, 'Late')"
+    update(shop, late)
+    run_cycle(shop)
+    user, statement = EVENTS[event]
+    shop.sql(statement, user=user)
+    if statement == ANEW:
+        shop.apply_policy(shop_policy())
+        run_cycle(shop)
+        assert order_value(shop, 7) == "redacted"
+    update(shop, "INSERT INTO shop.orders (id, external_no, channel, shipped_at) VALUES (9, '9', 'amazon', now())")
+    assert order_value(shop, 9) == "scheduled"
+    update(shop, late)
+    assert run_cycle(shop)["redacted"] == 1
+    assert shop.sql("SELECT DISTINCT name FROM shop.addresses WHERE order_id = 7") == [(PLACEHOLDER,)]

@@ -6,113 +6,190 @@ use super::plan::{AnchorPlan, Plan};
 use super::walk::{Values, key_text};
 use crate::pg::error::{Error, Result};
 use crate::pg::identity::on_keys;
+use crate::pg::prepared;
 use crate::pg::sql::{self, Arg};
 
-/// An order that is redacted and has nothing due, or will be redacted soon. A subquery, so that the moment is worked out once.
-const CONCERNED: &str = "(status = 'redacted' AND (next_due_at IS NULL OR next_due_at > pg_catalog.now()) \
-    OR COALESCE(retrieved_until, redact_due_at) < (SELECT pg_catalog.now() + '8 days'::interval) \
-       AND status IN ('scheduled', 'archived', 'failed', 'retrieved'))";
+/// An order that is redacted and has nothing due. A subquery, so that the moment is worked out once.
+const DONE: &str = "(status = 'redacted' AND (next_due_at IS NULL OR next_due_at > (SELECT pg_catalog.now())))";
+
+/// One that will be redacted soon.
+const SOON: &str = "(COALESCE(retrieved_until, redact_due_at) < (SELECT pg_catalog.now() + '8 days'::interval) \
+    AND status IN ('scheduled', 'archived', 'failed', 'retrieved'))";
 
 /// From this many on, a range of the index is read: keys of one import lie close together.
 const MANY: usize = 1000;
+
+/// Orders that a write to their rows concerns.
+#[derive(Default)]
+struct Concerned {
+    done: Vec<String>,
+    soon: Vec<String>,
+}
 
 /// Of these orders those that are redacted, or are just being redacted, are looked at by the next cycle.
 ///
 /// # Errors
 /// Errors of the server.
 pub fn look_again(plan: &Plan, orders: &[String]) -> Result<()> {
-    if orders.is_empty() {
-        return Ok(());
-    }
-    on_keys(|| {
-        // Most rows that are written belong to orders of other channels, or to young ones: found out without a write.
-        let known = concerned(plan, orders)?;
-        if known.is_empty() {
-            return Ok(());
-        }
-        sql::execute(
-            // One that is due soon is kept from being redacted until this transaction is over, so that its new rows are
-            // seen; if a cycle is at it already, it is noted for the next.
-            "WITH again AS (UPDATE amazon_pii.order_state SET next_due_at = pg_catalog.now() WHERE policy IS NOT DISTINCT FROM $1 AND order_key = ANY ($2) \
-                AND status = 'redacted' AND (next_due_at IS NULL OR next_due_at > pg_catalog.now())), \
-             soon AS (SELECT order_key FROM amazon_pii.order_state WHERE policy IS NOT DISTINCT FROM $1 AND order_key = ANY ($2) \
-                AND status IN ('scheduled', 'archived', 'failed', 'retrieved') \
-                AND COALESCE(retrieved_until, redact_due_at) < pg_catalog.now() + '8 days'::interval), \
-             kept AS (SELECT order_key FROM amazon_pii.order_state WHERE policy = $1 AND order_key IN (SELECT order_key FROM soon) \
-                FOR KEY SHARE SKIP LOCKED) \
-             INSERT INTO amazon_pii.touched (policy, entry, row_key) SELECT $1, '', order_key FROM soon \
-             WHERE order_key NOT IN (SELECT order_key FROM kept)",
-            &[Arg::Text(Some(&plan.policy)), Arg::texts(&known)],
-        )?;
-        Ok(())
-    })
+    let mut keys: Vec<&str> = orders.iter().map(String::as_str).collect();
+    // Keys of one length are a range: numbers are in order within it.
+    keys.sort_unstable_by_key(|k| (k.len(), *k));
+    let parts = keys.chunk_by(|a, b| a.len() == b.len());
+    mark(
+        plan,
+        &concerned(plan, parts, |part, key| part.binary_search(&key).is_ok())?,
+    )
 }
 
-/// Those of these orders that are concerned. Where there are many, the index is read from the least key to the greatest, for
-/// as long as that is cheaper than to look for each. Keys of one length are a range: numbers are in order within it.
-fn concerned(plan: &Plan, orders: &[String]) -> Result<Vec<String>> {
-    if orders.len() < MANY {
-        return each_concerned(plan, orders);
+/// [`look_again`] at orders whose key is one number, sorted. Their keys are written down only where they are looked for.
+///
+/// # Errors
+/// As [`look_again`].
+pub fn look_again_at_numbers(plan: &Plan, orders: &[i64]) -> Result<()> {
+    let is_in = |part: &[i64], key: &str| {
+        let number = key.trim_start_matches("[\"").trim_end_matches("\"]").parse();
+        number.is_ok_and(|n| part.binary_search(&n).is_ok())
+    };
+    let parts = orders.chunk_by(|a, b| digits(*a) == digits(*b));
+    mark(plan, &concerned(plan, parts, is_in)?)
+}
+
+/// Sign and length: among numbers that have these in common, texts are in order.
+fn digits(number: i64) -> (i64, Option<u32>) {
+    (number.signum(), number.unsigned_abs().checked_ilog10())
+}
+
+/// One that is redacted becomes due. One that will be soon is kept from being redacted until this transaction is over, so
+/// that its new rows are seen; if a cycle is at it already, or was meanwhile, it is noted for the next.
+fn mark(plan: &Plan, concerned: &Concerned) -> Result<()> {
+    if !concerned.done.is_empty() {
+        prepared::execute(
+            &[
+                "UPDATE amazon_pii.order_state SET next_due_at = pg_catalog.now() WHERE policy IS NOT DISTINCT FROM $1 \
+                AND order_key = ANY ($2) AND ",
+                DONE,
+            ]
+            .concat(),
+            &[Arg::Text(Some(&plan.policy)), Arg::texts(&concerned.done)],
+        )?;
     }
-    let mut keys: Vec<&str> = orders.iter().map(String::as_str).collect();
-    keys.sort_unstable_by_key(|k| (k.len(), *k));
-    let (mut found, mut each) = (Vec::new(), Vec::new());
-    for part in keys.chunk_by(|a, b| a.len() == b.len()) {
+    if !concerned.soon.is_empty() {
+        prepared::execute(
+            "WITH kept AS (SELECT order_key FROM amazon_pii.order_state WHERE policy IS NOT DISTINCT FROM $1 AND order_key = ANY ($2) \
+                AND status IN ('scheduled', 'archived', 'failed', 'retrieved') FOR KEY SHARE SKIP LOCKED) \
+             INSERT INTO amazon_pii.touched (policy, entry, row_key) SELECT $1, '', k FROM pg_catalog.unnest($2) AS k \
+             WHERE k NOT IN (SELECT order_key FROM kept)",
+            &[Arg::Text(Some(&plan.policy)), Arg::texts(&concerned.soon)],
+        )?;
+    }
+    Ok(())
+}
+
+/// Those of some sorted lists that are concerned. Of a long one the index is read from the least key to the greatest, for as
+/// long as that is cheaper than to look for each. Most rows that are written belong to orders of other channels, or to young
+/// ones: found out without a write.
+fn concerned<'a, K: ToKey + 'a>(
+    plan: &Plan,
+    parts: impl Iterator<Item = &'a [K]>,
+    is_in: impl Fn(&[K], &str) -> bool,
+) -> Result<Concerned> {
+    let (mut found, mut each) = (Concerned::default(), Vec::new());
+    for part in parts {
         match concerned_in_range(plan, part)? {
-            Some(some) => found.extend(some),
-            None => each.extend_from_slice(part),
+            Some(mut some) => {
+                some.done.retain(|key| is_in(part, key));
+                some.soon.retain(|key| is_in(part, key));
+                found.done.extend(some.done);
+                found.soon.extend(some.soon);
+            }
+            None => each.extend(part.iter().map(ToKey::to_key)),
         }
     }
     if !each.is_empty() {
-        found.extend(each_concerned(plan, &each)?);
+        each_concerned(plan, &each, &mut found)?;
     }
     Ok(found)
 }
 
-fn each_concerned<S: AsRef<str>>(plan: &Plan, orders: &[S]) -> Result<Vec<String>> {
-    let rows = sql::read(
+fn each_concerned(plan: &Plan, orders: &[String], found: &mut Concerned) -> Result<()> {
+    let rows = prepared::rows(
         &[
-            "SELECT order_key FROM amazon_pii.order_state WHERE policy IS NOT DISTINCT FROM $1 AND order_key = ANY ($2) AND ",
-            CONCERNED,
+            "SELECT order_key, ",
+            DONE,
+            " FROM amazon_pii.order_state WHERE policy IS NOT DISTINCT FROM $1 AND order_key = ANY ($2) AND (",
+            DONE,
+            " OR ",
+            SOON,
+            ")",
         ]
         .concat(),
         &[Arg::Text(Some(&plan.policy)), Arg::texts(orders)],
     )?;
-    rows.iter().map(|r| r.string(0)).collect()
+    for row in &rows {
+        let list = if row.bool(1)? { &mut found.done } else { &mut found.soon };
+        list.push(row.string(0)?);
+    }
+    Ok(())
 }
 
-/// Those of sorted keys that are concerned; `None` if others lie between them in such number that reading on does not pay.
-fn concerned_in_range(plan: &Plan, keys: &[&str]) -> Result<Option<Vec<String>>> {
+/// All that are concerned between the first and the last of sorted keys; `None` if these are few, or others lie between them
+/// in such number that reading on does not pay.
+fn concerned_in_range<K: ToKey>(plan: &Plan, keys: &[K]) -> Result<Option<Concerned>> {
     let (Some(first), Some(last), true) = (keys.first(), keys.last(), keys.len() >= MANY) else {
         return Ok(None);
     };
+    // The text of a negative number is the greater the less it is.
+    let (a, b) = (first.to_key(), last.to_key());
     let limit = i64::try_from(2 * keys.len()).unwrap_or(i64::MAX);
-    let rows = sql::read(
-        &[
-            "SELECT pg_catalog.count(*), pg_catalog.to_json(pg_catalog.array_agg(s.order_key) FILTER (WHERE s.concerned)) \
-             FROM (SELECT order_key, ",
-            CONCERNED,
-            " AS concerned FROM amazon_pii.order_state WHERE policy IS NOT DISTINCT FROM $1 AND order_key BETWEEN $2 AND $3 LIMIT $4) AS s",
-        ]
-        .concat(),
-        &[
-            Arg::Text(Some(&plan.policy)),
-            Arg::Text(Some(first)),
-            Arg::Text(Some(last)),
-            Arg::Int(limit),
-        ],
-    )?;
+    let rows = on_keys(|| {
+        sql::read(
+            &[
+                "SELECT pg_catalog.count(*), pg_catalog.to_json(pg_catalog.array_agg(s.order_key) FILTER (WHERE s.done)), \
+                    pg_catalog.to_json(pg_catalog.array_agg(s.order_key) FILTER (WHERE s.soon)) FROM (SELECT order_key, ",
+                DONE,
+                " AS done, ",
+                SOON,
+                " AS soon FROM amazon_pii.order_state \
+                    WHERE policy IS NOT DISTINCT FROM $1 AND order_key BETWEEN $2 AND $3 LIMIT $4) AS s",
+            ]
+            .concat(),
+            &[
+                Arg::Text(Some(&plan.policy)),
+                Arg::Text(Some(a.as_str().min(&b))),
+                Arg::Text(Some(a.as_str().max(&b))),
+                Arg::Int(limit),
+            ],
+        )
+    })?;
     let row = rows.first().ok_or_else(|| Error::internal("no row"))?;
     if row.int(0)? == limit {
         return Ok(None);
     }
-    let list: Vec<String> = serde_json::from_str(row.text(1)?.unwrap_or("[]"))
-        .map_err(|_| Error::internal("a list of keys could not be read"))?;
-    Ok(Some(
-        list.into_iter()
-            .filter(|k| keys.binary_search(&k.as_str()).is_ok())
-            .collect(),
-    ))
+    let list = |column| {
+        serde_json::from_str(row.text(column)?.unwrap_or("[]"))
+            .map_err(|_| Error::internal("a list of keys could not be read"))
+    };
+    Ok(Some(Concerned {
+        done: list(1)?,
+        soon: list(2)?,
+    }))
+}
+
+/// The key of an order, as it is stored.
+trait ToKey {
+    fn to_key(&self) -> String;
+}
+
+impl ToKey for &str {
+    fn to_key(&self) -> String {
+        (*self).to_owned()
+    }
+}
+
+impl ToKey for i64 {
+    fn to_key(&self) -> String {
+        format!("[\"{self}\"]")
+    }
 }
 
 /// Orders whose linked rows changed: redacted ones are looked at again, clocks that linked rows set are set anew.
@@ -127,12 +204,12 @@ pub fn linked_changed(plan: &Plan, orders: &[Values], tell: Tell) -> Result<()> 
     set_clocks(plan, orders, tell)
 }
 
-/// [`linked_changed`] of orders whose key is one number.
+/// [`linked_changed`] of orders whose key is one number, sorted.
 ///
 /// # Errors
 /// As [`linked_changed`].
 pub fn numbered_changed(plan: &Plan, orders: &[i64], tell: Tell) -> Result<()> {
-    look_again(plan, &orders.iter().map(|n| format!("[\"{n}\"]")).collect::<Vec<_>>())?;
+    look_again_at_numbers(plan, orders)?;
     if has_linked_anchors(plan) {
         let keys: Vec<Values> = orders.iter().map(|n| vec![Some(n.to_string())]).collect();
         set_clocks(plan, &keys, tell)?;

@@ -2,11 +2,14 @@
 
 use std::collections::{BTreeMap, HashSet};
 
+use pgrx::pg_sys;
+
 use super::news::{self, Tell};
 use super::plan::{AnchorPlan, Plan};
 use super::walk::{self, Values, down, key_text};
 use crate::pg::error::Result;
 use crate::pg::identity::{Identity, act_as, as_extension, on_keys};
+use crate::pg::prepared;
 use crate::pg::sql::{self, Arg, Row};
 use crate::pg::subxact::subtransaction;
 use crate::pg::trigger::TriggerCall;
@@ -92,63 +95,85 @@ pub fn by_keys(plan: &Plan, keys: &[Values]) -> Result<Vec<OrderFact>> {
 
 /// Reads what [`select`] selected, and adds what linked rows say about the anchor.
 pub(super) fn facts<'a>(plan: &Plan, rows: impl Iterator<Item = (&'a Row, usize)>) -> Result<Vec<OrderFact>> {
-    struct Candidate {
-        fact: OrderFact,
-        amazon: bool,
-        replaces: Option<String>,
-        anchors: Vec<Option<String>>,
-    }
-    let keys = plan.orders().key.len();
+    let width = plan.orders().key.len();
     let mut candidates = Vec::new();
-    let mut seen = HashSet::new();
     for (row, base) in rows {
-        let key = row.texts(base..base + keys)?;
-        let text = key_text(&key)?;
-        if !seen.insert(text.clone()) {
-            continue;
+        let key = row.texts(base..base + width)?;
+        let at = base + width;
+        let fact = OrderFact {
+            key_text: key_text(&key)?,
+            key,
+            number: row.owned(at)?,
+            anchor: None,
+            placed: row.owned(at + 3)?,
+        };
+        candidates.push((fact, row, at));
+    }
+    // Each row is there once, and in most imports in the order of its key.
+    if !candidates.is_sorted_by(|(a, ..), (b, ..)| by_length(&a.key_text) < by_length(&b.key_text)) {
+        let mut seen = HashSet::new();
+        candidates.retain(|(fact, ..)| seen.insert(fact.key_text.clone()));
+    }
+    let mut replaced = Vec::new();
+    for (_, row, at) in &candidates {
+        if !row.bool(at + 1)? {
+            replaced.extend(row.text(at + 2)?);
         }
-        let at = base + keys;
-        candidates.push(Candidate {
-            fact: OrderFact {
-                key,
-                key_text: text,
-                number: row.owned(at)?,
-                anchor: None,
-                placed: row.owned(at + 3)?,
-            },
-            amazon: row.bool(at + 1)?,
-            replaces: row.owned(at + 2)?,
-            anchors: row.texts(at + 4..at + 4 + plan.anchors.len())?,
+    }
+    let flagged = flagged_numbers(plan, &replaced)?;
+    let is_flagged = |row: &Row, at: usize| -> Result<bool> {
+        Ok(row.bool(at + 1)? || row.text(at + 2)?.is_some_and(|r| flagged.contains(r)))
+    };
+    let mut kept = Vec::with_capacity(candidates.len());
+    for (fact, row, at) in candidates {
+        if is_flagged(row, at)? {
+            kept.push((fact, row, at));
+        }
+    }
+    let moments = linked_moments(plan, &kept)?;
+    kept.into_iter()
+        .enumerate()
+        .map(|(order, (fact, row, at))| {
+            let mut anchor = None;
+            for (i, linked) in moments.iter().enumerate() {
+                anchor = match linked {
+                    None => row.owned(at + 4 + i)?,
+                    Some(linked) if row.bool(at + 4 + i)? => linked.get(&order).cloned().flatten(),
+                    Some(_) => None,
+                };
+                if anchor.is_some() {
+                    break;
+                }
+            }
+            Ok(OrderFact { anchor, ..fact })
+        })
+        .collect()
+}
+
+/// Numbers as text are in order among those of one length.
+fn by_length(key: &str) -> (usize, &str) {
+    (key.len(), key)
+}
+
+/// The last moment of orders' linked rows, by their place in a list of orders.
+type Moments = BTreeMap<usize, Option<String>>;
+
+/// For each anchor that is in linked rows what these say.
+fn linked_moments(plan: &Plan, orders: &[(OrderFact, &Row, usize)]) -> Result<Vec<Option<Moments>>> {
+    let mut inputs: Vec<Values> = Vec::new();
+    let mut out = Vec::new();
+    for anchor in &plan.anchors {
+        out.push(match anchor {
+            AnchorPlan::Order(_) => None,
+            AnchorPlan::Linked { entry, at, filter, .. } => {
+                if inputs.is_empty() {
+                    inputs = orders.iter().map(|(fact, ..)| fact.key.clone()).collect();
+                }
+                Some(last_moments(plan, &inputs, *entry, at, filter.as_ref())?)
+            }
         });
     }
-    let replaced: Vec<&str> = candidates
-        .iter()
-        .filter(|c| !c.amazon)
-        .filter_map(|c| c.replaces.as_deref())
-        .collect();
-    let flagged = flagged_numbers(plan, &replaced)?;
-    candidates.retain(|c| c.amazon || c.replaces.as_ref().is_some_and(|r| flagged.contains(r)));
-    let inputs: Vec<Values> = candidates.iter().map(|c| c.fact.key.clone()).collect();
-    for (i, anchor) in plan.anchors.iter().enumerate() {
-        if let AnchorPlan::Linked { entry, at, filter, .. } = anchor {
-            let linked = last_moments(plan, &inputs, *entry, at, filter.as_ref())?;
-            for (order, candidate) in candidates.iter_mut().enumerate() {
-                let complete = candidate.anchors[i].as_deref() == Some("t");
-                candidate.anchors[i] = if complete {
-                    linked.get(&order).cloned().flatten()
-                } else {
-                    None
-                };
-            }
-        }
-    }
-    Ok(candidates
-        .into_iter()
-        .map(|c| OrderFact {
-            anchor: c.anchors.into_iter().flatten().next(),
-            ..c.fact
-        })
-        .collect())
+    Ok(out)
 }
 
 /// The last moment of each order's linked rows; absent without a row, `None` while one has no moment.
@@ -158,8 +183,8 @@ fn last_moments(
     entry: usize,
     at: &str,
     filter: Option<&crate::pg::ident::Expr>,
-) -> Result<BTreeMap<usize, Option<String>>> {
-    let mut out: BTreeMap<usize, Option<String>> = BTreeMap::new();
+) -> Result<Moments> {
+    let mut out = Moments::new();
     for found in down(plan, orders, entry, &[at.to_owned()], filter)? {
         let moment = found.row.owned(walk::FIRST)?;
         out.entry(found.input)
@@ -194,18 +219,15 @@ const ROWS: &str = "INSERT INTO amazon_pii.order_state AS o (policy, order_key, 
                    FROM ROWS FROM (pg_catalog.unnest($2), pg_catalog.unnest($3), pg_catalog.unnest($4::timestamptz[]), \
                         pg_catalog.unnest($8::timestamptz[])) AS u (k, n, t, p) OFFSET 0) AS s ";
 
-/// Of orders none of which is known. An index that finds one ends it.
-const INSERT: &[&str] = &["WITH changed AS (", ROWS, "RETURNING order_key, 'flagged' AS news) "];
-
 /// Rows that were there before are looked up as they were before the statement; new ones need no such look.
-const UPSERT: &[&str] = &[
-    "WITH written AS (",
-    ROWS,
-    "WHERE $10 OR NOT EXISTS (SELECT FROM amazon_pii.order_state AS e WHERE e.policy = $1 AND e.order_key = s.k \
+const UP_TO_DATE: &str = "WHERE NOT EXISTS (SELECT FROM amazon_pii.order_state AS e WHERE e.policy = $1 AND e.order_key = s.k \
                 AND e.status <> 'gone' AND e.order_number IS NOT DISTINCT FROM s.n AND (e.archived_at IS NOT NULL \
                      OR e.anchor_at IS NOT DISTINCT FROM s.a \
-                        AND e.stale_at IS NOT DISTINCT FROM CASE WHEN s.a IS NULL THEN s.p + $9::interval END)) \
-             ON CONFLICT (policy, order_key) DO UPDATE SET \
+                        AND e.stale_at IS NOT DISTINCT FROM CASE WHEN s.a IS NULL THEN s.p + $9::interval END)) ";
+
+/// What becomes of orders that are known: in this order, which of them are looked at again, and what is told.
+const KNOWN: [&str; 3] = [
+    "ON CONFLICT (policy, order_key) DO UPDATE SET \
                 order_number = EXCLUDED.order_number, stale_at = EXCLUDED.stale_at, \
                 status = CASE WHEN o.status IN ('flagged', 'scheduled') AND o.archived_at IS NULL OR o.status = 'gone' THEN EXCLUDED.status ELSE o.status END, \
                 anchor_at = CASE WHEN o.archived_at IS NULL OR o.status = 'gone' THEN EXCLUDED.anchor_at ELSE o.anchor_at END, \
@@ -214,12 +236,13 @@ const UPSERT: &[&str] = &[
                 archived_at = CASE WHEN o.status = 'gone' THEN NULL ELSE o.archived_at END, \
                 redacted_at = CASE WHEN o.status = 'gone' THEN NULL ELSE o.redacted_at END, \
                 next_due_at = CASE WHEN o.status IN ('flagged', 'scheduled') AND o.archived_at IS NULL OR o.status = 'gone' THEN EXCLUDED.next_due_at \
-                    WHEN o.status = 'redacted' AND $10 THEN pg_catalog.now() ELSE o.next_due_at END \
+                    WHEN o.status = 'redacted' AND ",
+    " THEN pg_catalog.now() ELSE o.next_due_at END \
              WHERE o.status = 'gone' OR o.order_number IS DISTINCT FROM EXCLUDED.order_number \
                 OR (o.archived_at IS NULL AND o.anchor_at IS DISTINCT FROM EXCLUDED.anchor_at) \
                 OR (o.archived_at IS NULL AND o.stale_at IS DISTINCT FROM EXCLUDED.stale_at) \
-                OR ($10 AND o.status = 'redacted' AND (o.next_due_at IS NULL OR o.next_due_at > pg_catalog.now())) \
-             RETURNING o.order_key, o.status, o.xmax = 0 AS is_new), \
+                OR (o.status = 'redacted' AND (o.next_due_at IS NULL OR o.next_due_at > pg_catalog.now()) AND ",
+    ") RETURNING o.order_key, o.status, o.xmax = 0 AS is_new), \
      changed AS (SELECT w.order_key, CASE WHEN w.is_new THEN 'flagged' ELSE (SELECT CASE WHEN b.status = 'gone' THEN 'flagged' \
             WHEN b.status = 'flagged' AND w.status = 'scheduled' THEN 'scheduled' END FROM amazon_pii.order_state AS b \
          WHERE b.policy = $1 AND b.order_key = w.order_key) END AS news FROM written AS w) ",
@@ -235,43 +258,48 @@ pub fn upsert(plan: &Plan, facts: &[OrderFact], by: &str, touched: bool, tell: T
     if facts.is_empty() {
         return Ok(0);
     }
-    let end = match tell {
-        Tell::Now => "SELECT order_key, news FROM changed WHERE news IS NOT NULL",
-        Tell::Later => news::NOTE,
-    };
-    let args = |with_touched| {
-        let mut args = vec![
-            Arg::Text(Some(&plan.policy)),
-            Arg::Texts(facts.iter().map(|f| Some(f.key_text.as_str())).collect()),
-            Arg::Texts(facts.iter().map(|f| f.number.as_deref()).collect()),
-            Arg::Texts(facts.iter().map(|f| f.anchor.as_deref()).collect()),
-            Arg::Text(Some(by)),
-            Arg::Text(Some(&plan.document.archive_after)),
-            Arg::Text(Some(&plan.document.redact_after)),
-            Arg::Texts(facts.iter().map(|f| f.placed.as_deref()).collect()),
-            Arg::Text(plan.document.orders.stale_after.as_deref()),
-        ];
-        if with_touched {
-            args.push(Arg::Bool(touched));
-        }
-        args
-    };
-    if facts.len() >= MANY && matches!(tell, Tell::Later) && !any_known(plan, facts)? {
-        let statement = [INSERT.concat().as_str(), end].concat();
-        match subtransaction(|| on_keys(|| sql::execute(&statement, &args(false)))) {
-            Ok(_) => return Ok(0),
+    // Neighbours in the index, one after the other.
+    let mut facts: Vec<&OrderFact> = facts.iter().collect();
+    facts.sort_by(|a, b| a.key_text.cmp(&b.key_text));
+    let interval = |text| Arg::Typed(pg_sys::INTERVALOID, text);
+    let args = [
+        Arg::Text(Some(&plan.policy)),
+        Arg::Texts(facts.iter().map(|f| Some(f.key_text.as_str())).collect()),
+        Arg::Texts(facts.iter().map(|f| f.number.as_deref()).collect()),
+        Arg::Texts(facts.iter().map(|f| f.anchor.as_deref()).collect()),
+        Arg::Text(Some(by)),
+        interval(Some(plan.document.archive_after.as_str())),
+        interval(Some(plan.document.redact_after.as_str())),
+        Arg::Texts(facts.iter().map(|f| f.placed.as_deref()).collect()),
+        interval(plan.document.orders.stale_after.as_deref()),
+    ];
+    if facts.len() >= MANY && matches!(tell, Tell::Later) && !any_known(plan, &facts)? {
+        match subtransaction(|| insert(plan, &facts, &args)) {
             // One was known after all.
             Err(e) if e.is_duplicate() => {}
-            Err(e) => return Err(e),
+            done => return done.map(|()| 0),
         }
     }
     // A conflict locks its row even where nothing changes, and waits for whoever has it: a sweep leaves out what is up to
     // date. Not so a trigger, which must see what a cycle is doing to the order.
-    let rows = on_keys(|| sql::write(&[UPSERT.concat().as_str(), end].concat(), &args(true)))?;
+    let (only, again) = if touched { ("", "true") } else { (UP_TO_DATE, "false") };
+    let statement = |end| ["WITH written AS (", ROWS, only, &KNOWN.join(again), end].concat();
     match tell {
-        Tell::Now => news::tell(&plan.policy, &rows),
-        Tell::Later => Ok(0),
+        Tell::Now => {
+            let told = statement("SELECT order_key, news FROM changed WHERE news IS NOT NULL");
+            news::tell(&plan.policy, &on_keys(|| sql::write(&told, &args))?)
+        }
+        Tell::Later if touched => prepared::execute(&statement(news::NOTE), &args).map(|_| 0),
+        // May be planned in several ways.
+        Tell::Later => on_keys(|| sql::execute(&statement(news::NOTE), &args)).map(|_| 0),
     }
+}
+
+/// Flags orders none of which is known. An index that finds one ends it.
+fn insert(plan: &Plan, facts: &[&OrderFact], args: &[Arg<'_>]) -> Result<()> {
+    on_keys(|| sql::execute(ROWS, args))?;
+    let keys: Vec<&str> = facts.iter().map(|f| f.key_text.as_str()).collect();
+    news::flagged(&plan.policy, &keys)
 }
 
 /// From this many orders on it pays to try whether all of them are new: a row that may conflict costs a second look at the
@@ -279,7 +307,7 @@ pub fn upsert(plan: &Plan, facts: &[OrderFact], by: &str, touched: bool, tell: T
 const MANY: usize = 1000;
 
 /// Whether any of some of these orders is known.
-fn any_known(plan: &Plan, facts: &[OrderFact]) -> Result<bool> {
+fn any_known(plan: &Plan, facts: &[&OrderFact]) -> Result<bool> {
     let some: Vec<&str> = facts
         .iter()
         .step_by(facts.len().div_ceil(20))

@@ -8,23 +8,26 @@ use super::walk::key_text;
 use crate::pg::catalog::{self, Compare};
 use crate::pg::error::{Error, Result};
 use crate::pg::ident;
-use crate::pg::identity::as_extension;
-use crate::pg::sql::{self, Arg};
+use crate::pg::prepared;
+use crate::pg::sql::Arg;
 use crate::pg::subxact::subtransaction;
 use crate::pg::trigger::{TriggerCall, is_engine_write};
 
-/// Whether rows of a table are retrieved now: any at all, or some of these.
-fn is_retrieved(table: &str, keys: Option<&[String]>) -> Result<bool> {
-    let rows = as_extension(|| {
-        sql::read(
-            "SELECT true FROM amazon_pii.record_state WHERE status = 'retrieved' AND table_name = $1 \
-             AND ($2::text[] IS NULL OR record_key = ANY ($2)) LIMIT 1",
-            &[
-                Arg::Text(Some(table)),
-                keys.map_or(Arg::Typed(pg_sys::TEXTARRAYOID, None), Arg::texts),
-            ],
-        )
-    })?;
+/// Whether any row of a table is retrieved now.
+fn any_retrieved(table: &str) -> Result<bool> {
+    let rows = prepared::rows(
+        "SELECT true FROM amazon_pii.record_state WHERE status = 'retrieved' AND table_name = $1 LIMIT 1",
+        &[Arg::Text(Some(table))],
+    )?;
+    Ok(!rows.is_empty())
+}
+
+/// Whether some of these rows are retrieved now.
+fn is_retrieved(table: &str, keys: &[String]) -> Result<bool> {
+    let rows = prepared::rows(
+        "SELECT true FROM amazon_pii.record_state WHERE status = 'retrieved' AND table_name = $1 AND record_key = ANY ($2) LIMIT 1",
+        &[Arg::Text(Some(table)), Arg::texts(keys)],
+    )?;
     Ok(!rows.is_empty())
 }
 
@@ -34,7 +37,7 @@ fn is_retrieved(table: &str, keys: Option<&[String]>) -> Result<bool> {
 /// Errors of the server.
 pub fn refusal(plan: &Plan, table: &Table, call: &TriggerCall) -> Result<Option<Error>> {
     let shown = table.archived_as.clone();
-    if table.cells.is_empty() || !is_retrieved(&shown, None)? {
+    if table.cells.is_empty() || !any_retrieved(&shown)? {
         return Ok(None);
     }
     let same_key: Vec<String> = table
@@ -63,7 +66,7 @@ pub fn refusal(plan: &Plan, table: &Table, call: &TriggerCall) -> Result<Option<
         ),
         &differs.join(" OR "),
     )?;
-    Ok((!keys.is_empty() && is_retrieved(&shown, Some(&keys))?).then(|| Error::read_only(&shown)))
+    Ok((!keys.is_empty() && is_retrieved(&shown, &keys)?).then(|| Error::read_only(&shown)))
 }
 
 /// The row that an UPDATE shall write: its own, with the PII of a retrieved row as it was.
@@ -88,7 +91,7 @@ pub fn ignore(call: &TriggerCall) -> Result<pg_sys::Datum> {
             return Ok(None);
         }
         let key = call_key(&plan, table, call)?;
-        if !is_retrieved(&table.archived_as, Some(&[key_text(&key)?]))? {
+        if !is_retrieved(&table.archived_as, &[key_text(&key)?])? {
             return Ok(None);
         }
         Ok(Some(

@@ -15,6 +15,27 @@ pub enum Tell {
     Later,
 }
 
+/// Orders of which one payload can list the keys; of the others it has their number.
+const LISTED: usize = 300;
+
+/// Notes orders that a trigger flagged.
+///
+/// # Errors
+/// Errors of the server.
+pub fn flagged(policy: &str, orders: &[&str]) -> Result<()> {
+    as_extension(|| {
+        sql::execute(
+            "INSERT INTO amazon_pii.news (policy, status, orders, order_count) VALUES ($1, 'flagged', $2, $3)",
+            &[
+                Arg::Text(Some(policy)),
+                Arg::texts(&orders[..orders.len().min(LISTED)]),
+                Arg::Int(i64::try_from(orders.len()).unwrap_or(i64::MAX)),
+            ],
+        )
+    })?;
+    Ok(())
+}
+
 /// The end of a trigger's statement that begins with `WITH changed AS (… RETURNING order_key, … AS news)` and has the
 /// policy in $1. News may be NULL. Keys beyond what one payload can list are counted only.
 pub const NOTE: &str = "INSERT INTO amazon_pii.news (policy, status, orders, order_count) \

@@ -356,6 +356,14 @@ impl Plan {
             })
     }
 
+    /// The key of an order, where it is one whole number.
+    pub fn number_key(&self) -> Option<&Ident> {
+        match self.orders().key.as_slice() {
+            [(name, pg_sys::INT2OID | pg_sys::INT4OID | pg_sys::INT8OID)] => Some(name),
+            _ => None,
+        }
+    }
+
     /// The column of an entry's rows that holds the key of their order, where that is one whole number.
     pub fn order_column(&self, index: usize) -> Option<&Ident> {
         let entry = &self.entries[index];

@@ -118,8 +118,12 @@ fn note(plan: &Plan, table: usize, call: &TriggerCall) -> Result<()> {
                 flag::upsert(plan, &facts, "import", true, Tell::Later)?;
                 if call.event == Event::Update {
                     // One that is tracked stays so, whatever an import calls it now.
-                    let keys = transition_keys(plan, plan.orders(), call, "amazon_pii_new AS new_or_old", "true")?;
-                    again::look_again(plan, &keys)?;
+                    if let Some(key) = plan.number_key() {
+                        again::look_again_at_numbers(plan, &transition::integers(call, key.bare())?)?;
+                    } else {
+                        let keys = transition_keys(plan, plan.orders(), call, "amazon_pii_new AS new_or_old", "true")?;
+                        again::look_again(plan, &keys)?;
+                    }
                 }
             }
             Event::Delete => deleted(plan, call)?,

@@ -56,8 +56,8 @@ pub const KEYED: &[(&str, &str)] = &[
     ("enable_mergejoin", "off"),
 ];
 
-/// Runs `f` in a subtransaction as `who`, with `search_path`, the pinned settings and `extra`; all of it is undone on
-/// every way out.
+/// Runs `f` in a subtransaction as `who`, with `search_path`, the pinned settings and `extra`, which comes before them; all of
+/// it is undone on every way out.
 ///
 /// # Errors
 /// As `f`; an error of the server keeps its SQLSTATE only.
@@ -86,7 +86,10 @@ fn switch<T>(role: pg_sys::Oid, search_path: &str, extra: &[(&str, &str)], f: im
             pg_sys::NewGUCNestLevel()
         };
         set_local("search_path", search_path)?;
-        for (name, value) in PINNED.iter().chain(extra) {
+        let pinned = PINNED
+            .iter()
+            .filter(|(name, _)| extra.iter().all(|(other, _)| other != name));
+        for (name, value) in pinned.chain(extra) {
             set_local(name, value)?;
         }
         if IMPATIENT.get() {

@@ -16,6 +16,7 @@ pub mod identity;
 pub mod invalidation;
 pub mod keys;
 mod params;
+pub mod prepared;
 pub mod replicas;
 mod rows;
 mod size;

@@ -65,21 +65,13 @@ fn run(query: &str, args: &[Arg<'_>], want: Want, call: Option<&TriggerCall>) ->
                 if let Some(call) = call {
                     pg_sys::SPI_register_trigger_data(call.data());
                 }
-                let mut types = Vec::with_capacity(args.len());
-                let mut values = Vec::with_capacity(args.len());
-                let mut nulls: Vec<c_char> = Vec::with_capacity(args.len());
-                for arg in args {
-                    let (oid, value) = datum(arg)?;
-                    types.push(oid);
-                    nulls.push(if value.is_some() { b' ' } else { b'n' } as c_char);
-                    values.push(value.unwrap_or(pg_sys::Datum::from(0)));
-                }
+                let mut given = Parameters::of(args)?;
                 let status = pg_sys::SPI_execute_with_args(
                     text.as_ptr(),
                     args.len() as c_int,
-                    types.as_mut_ptr(),
-                    values.as_mut_ptr(),
-                    nulls.as_ptr(),
+                    given.types.as_mut_ptr(),
+                    given.values.as_mut_ptr(),
+                    given.nulls.as_ptr(),
                     false,
                     0,
                 );
@@ -90,6 +82,33 @@ fn run(query: &str, args: &[Arg<'_>], want: Want, call: Option<&TriggerCall>) ->
             }
         })
     })
+}
+
+/// Parameters as SPI wants them.
+pub(super) struct Parameters {
+    pub types: Vec<pg_sys::Oid>,
+    pub values: Vec<pg_sys::Datum>,
+    pub nulls: Vec<c_char>,
+}
+
+impl Parameters {
+    /// # Safety
+    /// Inside an SPI session, with which the values end.
+    pub unsafe fn of(args: &[Arg<'_>]) -> Result<Self> {
+        let mut given = Self {
+            types: Vec::with_capacity(args.len()),
+            values: Vec::with_capacity(args.len()),
+            nulls: Vec::with_capacity(args.len()),
+        };
+        for arg in args {
+            // SAFETY: the caller's.
+            let (oid, value) = unsafe { datum(arg)? };
+            given.types.push(oid);
+            given.nulls.push(if value.is_some() { b' ' } else { b'n' } as c_char);
+            given.values.push(value.unwrap_or(pg_sys::Datum::from(0)));
+        }
+        Ok(given)
+    }
 }
 
 /// SPI insists on a snapshot around its own where no portal has one: in a background worker.
