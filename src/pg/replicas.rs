@@ -34,7 +34,8 @@ pub fn connected() -> Vec<Replica> {
             };
             found.push(Replica {
                 pid,
-                behind: pg_sys::GetXLogWriteRecPtr().saturating_sub(upto),
+                // What is not written yet counts, too: commits need not wait for that.
+                behind: pg_sys::GetXLogInsertRecPtr().saturating_sub(upto),
             });
         }
     }
