@@ -75,11 +75,13 @@ CREATE TABLE amazon_pii.order_state (
     last_error      text,
     next_due_at     timestamptz,
     records         text,
+    effective_at    timestamptz,
     -- The order's key first: it alone finds a row, whatever the server believes of the number of policies.
     PRIMARY KEY (order_key, policy)
 );
 COMMENT ON TABLE amazon_pii.order_state IS 'One row a flagged order';
 COMMENT ON COLUMN amazon_pii.order_state.order_key IS 'JSON array of the key''s text forms';
+COMMENT ON COLUMN amazon_pii.order_state.effective_at IS 'Before this moment the order is not touched; NULL: from the start';
 COMMENT ON COLUMN amazon_pii.order_state.stale_at IS 'When an order without an anchor is stale; NULL where the policy does not say';
 COMMENT ON COLUMN amazon_pii.order_state.next_due_at IS 'When a cycle has to look at the order again; NULL: nothing to do';
 COMMENT ON COLUMN amazon_pii.order_state.records IS 'The rows of the user''s that hold, or held, its personal data: JSON array of [table, key, entry, newest archived version]';

@@ -8,7 +8,7 @@ COMMENT ON VIEW amazon_pii.policies IS 'The policies in force, with their docume
 CREATE VIEW amazon_pii.orders WITH (security_barrier) AS
 SELECT o.policy, o.order_key, o.order_number, o.status, o.flagged_at, o.anchor_at, o.archive_due_at, o.archived_at,
        o.redact_due_at, o.redacted_at, o.retrieved_at, o.retrieved_until, o.held_until, o.attempts, o.next_attempt_at,
-       o.last_error, o.pushed_by, o.redacted_version, o.stale_at
+       o.last_error, o.pushed_by, o.redacted_version, o.stale_at, o.effective_at
   FROM amazon_pii.order_state AS o;
 COMMENT ON VIEW amazon_pii.orders IS 'One row a flagged order: where it stands and what is due when';
 
@@ -42,7 +42,7 @@ SELECT o.policy, o.order_key, o.order_number, o.status,
        CASE WHEN o.status IN ('flagged', 'scheduled') THEN 'archive' ELSE 'redact' END AS action,
        CASE o.status WHEN 'scheduled' THEN o.archive_due_at WHEN 'retrieved' THEN o.retrieved_until
                      ELSE o.redact_due_at END AS due_at,
-       o.pushed_by
+       o.pushed_by, o.effective_at
   FROM amazon_pii.order_state AS o
  WHERE o.status IN ('scheduled', 'archived', 'failed', 'retrieved')
    AND o.next_due_at < pg_catalog.now() + '7 days'::interval
@@ -81,7 +81,8 @@ SELECT p.policy, p.version, p.enabled, p.suspended,
                      3 * COALESCE(pg_catalog.current_setting('amazon_pii.naptime', true), '1 minute')::interval, '1 minute'::interval) THEN 'running'
             WHEN h.worker IS NOT NULL THEN 'not running since ' || h.beat_at
             ELSE 'no worker runs' END AS worker,
-       h.beat_at AS worker_beat_at, h.last_error AS worker_error
+       h.beat_at AS worker_beat_at, h.last_error AS worker_error,
+       COALESCE(c.not_in_effect, 0) AS not_in_effect, c.next_in_effect_at
   FROM amazon_pii.policy AS p
   LEFT JOIN LATERAL (
        SELECT pg_catalog.count(*) FILTER (WHERE o.status = 'flagged') AS flagged,
@@ -90,7 +91,11 @@ SELECT p.policy, p.version, p.enabled, p.suspended,
               pg_catalog.count(*) FILTER (WHERE o.status = 'redacted') AS redacted,
               pg_catalog.count(*) FILTER (WHERE o.status = 'retrieved') AS retrieved,
               pg_catalog.count(*) FILTER (WHERE o.status = 'failed') AS failed,
-              pg_catalog.count(*) FILTER (WHERE o.status = 'flagged' AND o.stale_at <= pg_catalog.now()) AS stale
+              pg_catalog.count(*) FILTER (WHERE o.status = 'flagged' AND o.stale_at <= pg_catalog.now()) AS stale,
+              pg_catalog.count(*) FILTER (WHERE o.effective_at > pg_catalog.now()
+                  AND o.status IN ('flagged', 'scheduled', 'archived', 'failed')) AS not_in_effect,
+              pg_catalog.min(o.effective_at) FILTER (WHERE o.effective_at > pg_catalog.now()
+                  AND o.status IN ('flagged', 'scheduled', 'archived', 'failed')) AS next_in_effect_at
          FROM amazon_pii.order_state AS o WHERE o.policy = p.policy) AS c ON true
   LEFT JOIN LATERAL (
        SELECT pg_catalog.count(*) AS overdue, pg_catalog.max(v.overdue_by) AS worst_overdue_by

@@ -72,7 +72,7 @@ fn spans(window: &Window, now: DateTime<Utc>) -> Vec<(DateTime<Utc>, DateTime<Ut
 }
 
 /// The first instant at which the zone's clocks show this time.
-fn first_instant(zone: Tz, local: NaiveDateTime) -> DateTime<Utc> {
+pub fn first_instant(zone: Tz, local: NaiveDateTime) -> DateTime<Utc> {
     zone.from_local_datetime(&local)
         .earliest()
         .map_or_else(|| after_gap(zone, local), |time| time.to_utc())

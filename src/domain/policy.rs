@@ -5,12 +5,13 @@
 
 mod check;
 mod document;
+mod moment;
 mod name;
 mod read;
 #[cfg(test)]
 mod tests;
 
-use chrono::NaiveTime;
+use chrono::{DateTime, NaiveTime, Utc};
 use chrono_tz::Tz;
 use serde::Deserialize;
 
@@ -45,6 +46,8 @@ pub struct Policy {
     pub timezone: String,
     /// Whether the first apply enables the policy.
     pub enabled: bool,
+    /// Before this moment orders are flagged and shown, and not touched.
+    pub effective_from: Option<DateTime<Utc>>,
     /// What a write to a retrieved order's personal data meets.
     pub when_retrieved: WhenRetrieved,
     /// Whether access needs a reason.
@@ -90,6 +93,8 @@ pub struct Orders {
     pub stale_after: Option<String>,
     /// What happens to a stale order.
     pub stale: Stale,
+    /// A column or expression: the moment before which the order is not touched.
+    pub effective_from: Option<String>,
     /// The personal data in the order's own row.
     pub redact: Redact,
 }

@@ -285,7 +285,7 @@ fn alive(
         sql::read(
             &format!(
                 "SELECT o.order_key, {LET_GO} OR (NOT $5 AND (o.status = 'redacted' OR (o.status = 'archived' AND {REDACT_DUE}))), \
-                    pg_catalog.date_part('epoch', GREATEST(o.redact_due_at, o.retrieved_until, o.held_until))::bigint \
+                    pg_catalog.date_part('epoch', LEAST(GREATEST(o.redact_due_at, o.retrieved_until, o.held_until), '9999-01-01'::timestamptz))::bigint \
                  FROM amazon_pii.order_state o WHERE o.policy IS NOT DISTINCT FROM $1 AND o.order_key = ANY ($3)"
             ),
             &[

@@ -10,6 +10,7 @@ use crate::domain::policy::{Policy, QualifiedName};
 use crate::pg::error::{Error, Result};
 use crate::pg::identity::{as_extension, require_role, session_user};
 use crate::pg::sql::{self, Arg};
+use crate::pg::xact::timestamp_text;
 use crate::pg::{catalog, invalidation, keys};
 
 /// Parses a document and makes it ready in the caller's name, checking that the caller owns every table.
@@ -233,17 +234,54 @@ fn archived_as(names: &mut Vec<(pg_sys::Oid, String)>, relation: pg_sys::Oid, sh
 
 /// A new version: clocks of orders that are not redacted follow it, and those that are done are looked at again.
 fn reschedule(plan: &Plan) -> Result<()> {
+    // What an order's own row says of its date of effect is found by the sweep that is asked for here; until then the old
+    // date stands.
+    const EFFECTIVE: &str = "GREATEST($4::timestamptz, CASE WHEN $5 THEN effective_at END)";
+    let due = |after: &str| {
+        let due = ["COALESCE(anchor_at + ", after, "::interval, stale_at)"].concat();
+        [
+            "CASE WHEN status <> 'flagged' AND ",
+            &due,
+            " IS NOT NULL THEN GREATEST(",
+            &due,
+            ", ",
+            EFFECTIVE,
+            ") END",
+        ]
+        .concat()
+    };
+    let (archive, redact) = (&due("$2"), &due("$3"));
     as_extension(|| {
         sql::execute(
-            "UPDATE amazon_pii.order_state SET archive_due_at = COALESCE(anchor_at + $2::interval, stale_at), \
-                redact_due_at = COALESCE(anchor_at + $3::interval, stale_at), \
-                pushed_by = NULL, next_due_at = CASE status WHEN 'scheduled' THEN COALESCE(anchor_at + $2::interval, stale_at) \
-                    WHEN 'archived' THEN GREATEST(COALESCE(anchor_at + $3::interval, stale_at), held_until) ELSE next_due_at END \
-             WHERE policy = $1 AND status IN ('scheduled', 'archived', 'failed')",
+            &[
+                "UPDATE amazon_pii.order_state SET pushed_by = NULL, effective_at = ",
+                EFFECTIVE,
+                ", archive_due_at = ",
+                archive,
+                ", redact_due_at = ",
+                redact,
+                ", next_due_at = CASE WHEN status = 'scheduled' THEN ",
+                archive,
+                " WHEN status = 'archived' THEN GREATEST(",
+                redact,
+                ", held_until) WHEN status = 'failed' AND ",
+                EFFECTIVE,
+                " > pg_catalog.now() THEN CASE WHEN archived_at IS NULL THEN ",
+                archive,
+                " ELSE GREATEST(",
+                redact,
+                ", held_until) END ELSE next_due_at END WHERE policy = $1 AND (status IN ('scheduled', 'archived', 'failed') \
+                    OR status = 'flagged' AND effective_at IS DISTINCT FROM ",
+                EFFECTIVE,
+                ")",
+            ]
+            .concat(),
             &[
                 Arg::Text(Some(&plan.policy)),
                 Arg::Text(Some(&plan.document.archive_after)),
                 Arg::Text(Some(&plan.document.redact_after)),
+                Arg::Text(plan.document.effective_from.map(timestamp_text).as_deref()),
+                Arg::Bool(plan.effective.is_some()),
             ],
         )
     })?;

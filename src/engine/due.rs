@@ -81,8 +81,10 @@ impl Share {
 /// The condition that an order is in one of the parts $8 of $7.
 const IN_SHARE: &str = "($7::bigint = 1 OR (pg_catalog.hashtextextended(o.order_key, 0) & 9223372036854775807) % $7::bigint = ANY ($8::bigint[]))";
 
-/// The condition under which an order's overwrite is due, over `o` with $2 = now and $4 = the redaction horizon.
-pub const REDACT_DUE: &str = "(o.held_until IS NULL OR o.held_until <= $2::timestamptz) AND (o.status = 'redacted' \
+/// The condition under which an order's overwrite is due, over `o` with $2 = now and $4 = the redaction horizon. No window is
+/// a reason to touch an order before it is in effect.
+pub const REDACT_DUE: &str = "(o.held_until IS NULL OR o.held_until <= $2::timestamptz) \
+     AND (o.effective_at IS NULL OR o.effective_at <= $2::timestamptz) AND (o.status = 'redacted' \
      OR CASE WHEN o.status = 'retrieved' OR o.retrieved_until IS NOT NULL THEN o.retrieved_until ELSE o.redact_due_at END <= $4::timestamptz)";
 
 /// The condition that a cycle may go on: the policy is at work, in version $5.

@@ -13,6 +13,7 @@ use crate::pg::prepared;
 use crate::pg::sql::{self, Arg, Row};
 use crate::pg::subxact::subtransaction;
 use crate::pg::trigger::TriggerCall;
+use crate::pg::xact::timestamp_text;
 
 /// A row of the orders table that is to be flagged.
 #[derive(Debug, Clone)]
@@ -24,6 +25,8 @@ pub struct OrderFact {
     pub anchor: Option<String>,
     /// When it was placed, for orders whose clock never starts.
     pub placed: Option<String>,
+    /// The moment before which it is not touched, where its own row says so.
+    pub effective: Option<String>,
 }
 
 /// The columns that decide about an order, in the order in which [`facts`] reads them.
@@ -46,6 +49,7 @@ pub(super) fn select(plan: &Plan) -> Vec<String> {
             }
         });
     }
+    out.extend(plan.effective.clone());
     out
 }
 
@@ -106,6 +110,10 @@ pub(super) fn facts<'a>(plan: &Plan, rows: impl Iterator<Item = (&'a Row, usize)
             number: row.owned(at)?,
             anchor: None,
             placed: row.owned(at + 3)?,
+            effective: match plan.effective {
+                Some(_) => row.owned(at + 4 + plan.anchors.len())?,
+                None => None,
+            },
         };
         candidates.push((fact, row, at));
     }
@@ -219,34 +227,75 @@ const ROWS: &str = "INSERT INTO amazon_pii.order_state AS o (policy, order_key, 
                    FROM ROWS FROM (pg_catalog.unnest($2), pg_catalog.unnest($3), pg_catalog.unnest($4::timestamptz[]), \
                         pg_catalog.unnest($8::timestamptz[])) AS u (k, n, t, p) OFFSET 0) AS s ";
 
+/// [`ROWS`] of a policy under which an order may not be in effect yet: nothing is due before it is.
+const DATED_ROWS: &str = "INSERT INTO amazon_pii.order_state AS o (policy, order_key, order_number, status, flagged_by, anchor_at, \
+           archive_due_at, redact_due_at, next_due_at, stale_at, effective_at) \
+             SELECT $1, k, n, CASE WHEN a IS NULL THEN 'flagged' ELSE 'scheduled' END, $5, a, \
+                    CASE WHEN a IS NOT NULL THEN GREATEST(a + $6::interval, e) END, \
+                    CASE WHEN a IS NOT NULL THEN GREATEST(a + $7::interval, e) END, \
+                    CASE WHEN a IS NOT NULL THEN GREATEST(a + $6::interval, e) END, \
+                    CASE WHEN a IS NULL AND p + $9::interval IS NOT NULL THEN GREATEST(p + $9::interval, e) END, e \
+             FROM (SELECT k, n, p, CASE WHEN pg_catalog.isfinite(t) THEN t END AS a, \
+                          NULLIF(GREATEST(f, $11::timestamptz), '-infinity') AS e \
+                   FROM ROWS FROM (pg_catalog.unnest($2), pg_catalog.unnest($3), pg_catalog.unnest($4::timestamptz[]), \
+                        pg_catalog.unnest($8::timestamptz[]), pg_catalog.unnest($10::timestamptz[])) AS u (k, n, t, p, f) OFFSET 0) AS s ";
+
 /// Rows that were there before are looked up as they were before the statement; new ones need no such look.
 const UP_TO_DATE: &str = "WHERE NOT EXISTS (SELECT FROM amazon_pii.order_state AS e WHERE e.policy = $1 AND e.order_key = s.k \
                 AND e.status <> 'gone' AND e.order_number IS NOT DISTINCT FROM s.n AND (e.archived_at IS NOT NULL \
                      OR e.anchor_at IS NOT DISTINCT FROM s.a \
                         AND e.stale_at IS NOT DISTINCT FROM CASE WHEN s.a IS NULL THEN s.p + $9::interval END)) ";
 
-/// What becomes of orders that are known: in this order, which of them are looked at again, and what is told.
-const KNOWN: [&str; 3] = [
-    "ON CONFLICT (policy, order_key) DO UPDATE SET \
-                order_number = EXCLUDED.order_number, stale_at = EXCLUDED.stale_at, \
+/// [`UP_TO_DATE`] for [`DATED_ROWS`].
+const DATED_UP_TO_DATE: &str = "WHERE NOT EXISTS (SELECT FROM amazon_pii.order_state AS e WHERE e.policy = $1 AND e.order_key = s.k \
+                AND e.status <> 'gone' AND e.order_number IS NOT DISTINCT FROM s.n \
+                AND (e.effective_at IS NOT DISTINCT FROM s.e OR e.status IN ('redacted', 'retrieved', 'purged')) AND (e.archived_at IS NOT NULL \
+                     OR e.anchor_at IS NOT DISTINCT FROM s.a AND e.stale_at IS NOT DISTINCT FROM \
+                        CASE WHEN s.a IS NULL AND s.p + $9::interval IS NOT NULL THEN GREATEST(s.p + $9::interval, s.e) END)) ";
+
+/// What becomes of orders that are known: which of them are looked at again, and what is told. A date of effect that moved
+/// moves what is due, until the order is redacted.
+fn known(again: &str, dated: bool) -> String {
+    const MOVED: &str =
+        "o.status NOT IN ('redacted', 'retrieved', 'purged') AND o.effective_at IS DISTINCT FROM EXCLUDED.effective_at";
+    const DUE: &str =
+        "GREATEST(COALESCE(o.anchor_at + $7::interval, o.stale_at, o.redact_due_at), EXCLUDED.effective_at";
+    let [redact_due, next_due, set, changed] = if dated {
+        [
+            format!("WHEN {MOVED} THEN {DUE}) "),
+            format!(
+                "WHEN {MOVED} AND o.archived_at IS NULL THEN EXCLUDED.next_due_at WHEN {MOVED} THEN {DUE}, o.held_until) "
+            ),
+            format!(
+                "effective_at = CASE WHEN o.status = 'gone' OR {MOVED} THEN EXCLUDED.effective_at ELSE o.effective_at END, \
+                 pushed_by = CASE WHEN {MOVED} THEN NULL ELSE o.pushed_by END, "
+            ),
+            format!("OR ({MOVED}) "),
+        ]
+    } else {
+        Default::default()
+    };
+    format!(
+        "ON CONFLICT (policy, order_key) DO UPDATE SET \
+                order_number = EXCLUDED.order_number, stale_at = EXCLUDED.stale_at, {set}\
                 status = CASE WHEN o.status IN ('flagged', 'scheduled') AND o.archived_at IS NULL OR o.status = 'gone' THEN EXCLUDED.status ELSE o.status END, \
                 anchor_at = CASE WHEN o.archived_at IS NULL OR o.status = 'gone' THEN EXCLUDED.anchor_at ELSE o.anchor_at END, \
                 archive_due_at = CASE WHEN o.archived_at IS NULL OR o.status = 'gone' THEN EXCLUDED.archive_due_at ELSE o.archive_due_at END, \
-                redact_due_at = CASE WHEN o.archived_at IS NULL OR o.status = 'gone' THEN EXCLUDED.redact_due_at ELSE o.redact_due_at END, \
+                redact_due_at = CASE WHEN o.archived_at IS NULL OR o.status = 'gone' THEN EXCLUDED.redact_due_at {redact_due}ELSE o.redact_due_at END, \
                 archived_at = CASE WHEN o.status = 'gone' THEN NULL ELSE o.archived_at END, \
                 redacted_at = CASE WHEN o.status = 'gone' THEN NULL ELSE o.redacted_at END, \
                 next_due_at = CASE WHEN o.status IN ('flagged', 'scheduled') AND o.archived_at IS NULL OR o.status = 'gone' THEN EXCLUDED.next_due_at \
-                    WHEN o.status = 'redacted' AND ",
-    " THEN pg_catalog.now() ELSE o.next_due_at END \
+                    {next_due}WHEN o.status = 'redacted' AND {again} THEN pg_catalog.now() ELSE o.next_due_at END \
              WHERE o.status = 'gone' OR o.order_number IS DISTINCT FROM EXCLUDED.order_number \
                 OR (o.archived_at IS NULL AND o.anchor_at IS DISTINCT FROM EXCLUDED.anchor_at) \
-                OR (o.archived_at IS NULL AND o.stale_at IS DISTINCT FROM EXCLUDED.stale_at) \
-                OR (o.status = 'redacted' AND (o.next_due_at IS NULL OR o.next_due_at > pg_catalog.now()) AND ",
-    ") RETURNING o.order_key, o.status, o.xmax = 0 AS is_new), \
+                OR (o.archived_at IS NULL AND o.stale_at IS DISTINCT FROM EXCLUDED.stale_at) {changed}\
+                OR (o.status = 'redacted' AND (o.next_due_at IS NULL OR o.next_due_at > pg_catalog.now()) AND {again}\
+         ) RETURNING o.order_key, o.status, o.xmax = 0 AS is_new), \
      changed AS (SELECT w.order_key, CASE WHEN w.is_new THEN 'flagged' ELSE (SELECT CASE WHEN b.status = 'gone' THEN 'flagged' \
             WHEN b.status = 'flagged' AND w.status = 'scheduled' THEN 'scheduled' END FROM amazon_pii.order_state AS b \
-         WHERE b.policy = $1 AND b.order_key = w.order_key) END AS news FROM written AS w) ",
-];
+         WHERE b.policy = $1 AND b.order_key = w.order_key) END AS news FROM written AS w) "
+    )
+}
 
 /// Writes what was found: new orders are flagged, clocks of those that are not archived yet follow their anchor, and
 /// with `touched` redacted ones are looked at again by the next cycle. Returns the number of newly flagged orders, where
@@ -262,7 +311,9 @@ pub fn upsert(plan: &Plan, facts: &[OrderFact], by: &str, touched: bool, tell: T
     let mut facts: Vec<&OrderFact> = facts.iter().collect();
     facts.sort_by(|a, b| a.key_text.cmp(&b.key_text));
     let interval = |text| Arg::Typed(pg_sys::INTERVALOID, text);
-    let args = [
+    let dated = plan.is_dated();
+    let from = plan.document.effective_from.map(timestamp_text);
+    let mut args = vec![
         Arg::Text(Some(&plan.policy)),
         Arg::Texts(facts.iter().map(|f| Some(f.key_text.as_str())).collect()),
         Arg::Texts(facts.iter().map(|f| f.number.as_deref()).collect()),
@@ -273,8 +324,17 @@ pub fn upsert(plan: &Plan, facts: &[OrderFact], by: &str, touched: bool, tell: T
         Arg::Texts(facts.iter().map(|f| f.placed.as_deref()).collect()),
         interval(plan.document.orders.stale_after.as_deref()),
     ];
+    if dated {
+        args.push(Arg::Texts(facts.iter().map(|f| f.effective.as_deref()).collect()));
+        args.push(Arg::Text(from.as_deref()));
+    }
+    let (rows, up_to_date) = if dated {
+        (DATED_ROWS, DATED_UP_TO_DATE)
+    } else {
+        (ROWS, UP_TO_DATE)
+    };
     if facts.len() >= MANY && matches!(tell, Tell::Later) && !any_known(plan, &facts)? {
-        match subtransaction(|| insert(plan, &facts, &args)) {
+        match subtransaction(|| insert(plan, &facts, rows, &args)) {
             // One was known after all.
             Err(e) if e.is_duplicate() => {}
             done => return done.map(|()| 0),
@@ -282,8 +342,8 @@ pub fn upsert(plan: &Plan, facts: &[OrderFact], by: &str, touched: bool, tell: T
     }
     // A conflict locks its row even where nothing changes, and waits for whoever has it: a sweep leaves out what is up to
     // date. Not so a trigger, which must see what a cycle is doing to the order.
-    let (only, again) = if touched { ("", "true") } else { (UP_TO_DATE, "false") };
-    let statement = |end| ["WITH written AS (", ROWS, only, &KNOWN.join(again), end].concat();
+    let (only, again) = if touched { ("", "true") } else { (up_to_date, "false") };
+    let statement = |end| ["WITH written AS (", rows, only, &known(again, dated), end].concat();
     match tell {
         Tell::Now => {
             let told = statement("SELECT order_key, news FROM changed WHERE news IS NOT NULL");
@@ -296,8 +356,8 @@ pub fn upsert(plan: &Plan, facts: &[OrderFact], by: &str, touched: bool, tell: T
 }
 
 /// Flags orders none of which is known. An index that finds one ends it.
-fn insert(plan: &Plan, facts: &[&OrderFact], args: &[Arg<'_>]) -> Result<()> {
-    on_keys(|| sql::execute(ROWS, args))?;
+fn insert(plan: &Plan, facts: &[&OrderFact], rows: &str, args: &[Arg<'_>]) -> Result<()> {
+    on_keys(|| sql::execute(rows, args))?;
     let keys: Vec<&str> = facts.iter().map(|f| f.key_text.as_str()).collect();
     news::flagged(&plan.policy, &keys)
 }

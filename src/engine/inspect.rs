@@ -10,6 +10,7 @@ use super::walk::{Values, key_parts};
 use crate::pg::error::{Error, Result};
 use crate::pg::identity::{as_extension, require_role};
 use crate::pg::sql::{self, Arg};
+use crate::pg::xact::timestamp_text;
 
 /// What a cycle would do with one table.
 pub struct Preview {
@@ -94,11 +95,11 @@ fn actions(plan: &Plan, facts: &[OrderFact], as_of: &str) -> Result<Vec<Action>>
     let rows = as_extension(|| {
         sql::read(
             "SELECT o.order_key IS NULL, \
-                    (o.archived_at IS NULL) AND COALESCE(o.archive_due_at, n.a::timestamptz + $5::interval) <= $4::timestamptz, \
+                    (o.archived_at IS NULL) AND COALESCE(o.archive_due_at, CASE WHEN n.a IS NOT NULL THEN GREATEST(n.a::timestamptz + $5::interval, n.e::timestamptz, $8::timestamptz) END) <= $4::timestamptz, \
                     (o.held_until IS NULL OR o.held_until <= $4::timestamptz) AND CASE WHEN o.status = 'redacted' THEN false \
                         WHEN o.status = 'retrieved' THEN o.retrieved_until <= $4::timestamptz \
-                        ELSE COALESCE(o.redact_due_at, n.a::timestamptz + $6::interval) <= $4::timestamptz END \
-             FROM ROWS FROM (pg_catalog.unnest($2), pg_catalog.unnest($3)) WITH ORDINALITY AS n (k, a, i) \
+                        ELSE COALESCE(o.redact_due_at, CASE WHEN n.a IS NOT NULL THEN GREATEST(n.a::timestamptz + $6::interval, n.e::timestamptz, $8::timestamptz) END) <= $4::timestamptz END \
+             FROM ROWS FROM (pg_catalog.unnest($2), pg_catalog.unnest($3), pg_catalog.unnest($7)) WITH ORDINALITY AS n (k, a, e, i) \
              LEFT JOIN amazon_pii.order_state o ON o.policy = $1 AND o.order_key = n.k ORDER BY n.i",
             &[
                 Arg::Text(Some(&plan.policy)),
@@ -107,6 +108,8 @@ fn actions(plan: &Plan, facts: &[OrderFact], as_of: &str) -> Result<Vec<Action>>
                 Arg::Text(Some(as_of)),
                 Arg::Text(Some(&plan.document.archive_after)),
                 Arg::Text(Some(&plan.document.redact_after)),
+                Arg::Texts(facts.iter().map(|f| f.effective.as_deref()).collect()),
+                Arg::Text(plan.document.effective_from.map(timestamp_text).as_deref()),
             ],
         )
     })?;
@@ -140,7 +143,8 @@ pub fn explain(number: &str) -> Result<Vec<Step>> {
     let orders = as_extension(|| {
         sql::read(
             "SELECT policy, order_key, status, flagged_at, flagged_by, anchor_at, archive_due_at, archived_at, redact_due_at, \
-                    redacted_at, redacted_version, retrieved_until, held_until, pushed_by, attempts, next_attempt_at, last_error \
+                    redacted_at, redacted_version, retrieved_until, held_until, pushed_by, attempts, next_attempt_at, last_error, \
+                    effective_at, effective_at > pg_catalog.now() \
              FROM amazon_pii.order_state WHERE order_number = $1 ORDER BY policy, order_key",
             &[Arg::Text(Some(number))],
         )
@@ -171,6 +175,14 @@ pub fn explain(number: &str) -> Result<Vec<Step>> {
                 plan.as_ref().map(|p| origin(p, &key)).unwrap_or_default()
             ),
         );
+        if let Some(from) = o.text(17)? {
+            let until = if o.bool(18)? {
+                "; until then it is only flagged and shown"
+            } else {
+                ""
+            };
+            say("effective", format!("from {from}{until}"));
+        }
         say("archive", format!("due {}, done {}", or_none(6)?, or_none(7)?));
         let pushed = o
             .text(13)?

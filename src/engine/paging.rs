@@ -158,6 +158,9 @@ fn digest(plan: &Plan) -> Option<String> {
     if let Some(placed) = &plan.placed {
         parts.push(moment(placed, 3));
     }
+    if let Some(effective) = &plan.effective {
+        parts.push(moment(effective, 4));
+    }
     if parts.is_empty() {
         parts.push("0".to_owned());
     }

@@ -176,6 +176,8 @@ pub struct Plan {
     pub replaces: Option<Expr>,
     /// A time with zone: when the order was placed.
     pub placed: Option<String>,
+    /// A time with zone: before it the order is not touched.
+    pub effective: Option<String>,
     pub archive_schema: Ident,
 }
 
@@ -289,6 +291,11 @@ impl Plan {
             .as_deref()
             .map(|e| builder.instant(0, e, "orders.placed"))
             .transpose()?;
+        let effective = orders
+            .effective_from
+            .as_deref()
+            .map(|e| builder.instant(0, e, "orders.effective_from"))
+            .transpose()?;
         let anchors = orders
             .anchor
             .iter()
@@ -324,7 +331,13 @@ impl Plan {
             number,
             replaces,
             placed,
+            effective,
         })
+    }
+
+    /// Whether some orders may not be in effect yet.
+    pub fn is_dated(&self) -> bool {
+        self.effective.is_some() || self.document.effective_from.is_some()
     }
 
     /// The entry of that alias.

@@ -202,8 +202,8 @@ pub fn set_back(plan: &Plan, batch: &[&Due], wait_seconds: i64, archive_again: b
 pub fn pushed(plan: &Plan, due: &Due, until: &str, by: &str) -> Result<()> {
     on_keys(|| {
         sql::execute(
-            "UPDATE amazon_pii.order_state o SET redact_due_at = $3::timestamptz + $5::interval, pushed_by = $4, \
-                next_due_at = GREATEST($3::timestamptz + $5::interval, held_until) \
+            "UPDATE amazon_pii.order_state o SET redact_due_at = GREATEST($3::timestamptz + $5::interval, effective_at), pushed_by = $4, \
+                next_due_at = GREATEST($3::timestamptz + $5::interval, effective_at, held_until) \
              WHERE policy = $1 AND order_key = $2",
             &[
                 Arg::Text(Some(&plan.policy)),

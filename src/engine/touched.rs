@@ -180,8 +180,9 @@ fn settle_failed(plan: &Plan, keys: &[Values], facts: &[flag::OrderFact]) -> Res
             &[Arg::Text(Some(&plan.policy)), Arg::texts(&all), Arg::texts(&known)],
         )?;
         let rows = sql::write(
+            // A trigger may have set its clock meanwhile, which is to start anew with its state.
             "UPDATE amazon_pii.order_state SET status = 'flagged', flagged_by = 'import', last_error = NULL, attempts = 0, \
-                next_attempt_at = NULL WHERE policy = $1 AND order_key = ANY ($2) AND status = 'failed' AND flagged_by = 'failed' \
+                next_attempt_at = NULL, anchor_at = NULL WHERE policy = $1 AND order_key = ANY ($2) AND status = 'failed' AND flagged_by = 'failed' \
              RETURNING order_key",
             &[Arg::Text(Some(&plan.policy)), Arg::texts(&known)],
         )?;

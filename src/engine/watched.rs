@@ -222,7 +222,7 @@ fn expressions(plan: &Plan, index: usize) -> Vec<String> {
     if index == 0 {
         out.push(plan.amazon.to_string());
         out.extend(plan.number.iter().chain(&plan.replaces).map(Expr::to_string));
-        out.extend(plan.placed.clone());
+        out.extend(plan.placed.iter().chain(&plan.effective).cloned());
     }
     out
 }

@@ -5,6 +5,7 @@ use chrono_tz::Tz;
 use serde_json::Value;
 
 use super::document::{Node, nearest, suggestion};
+use super::moment::moment;
 use super::{
     Anchor, Archive, Linked, Orders, Policy, PolicyError, QualifiedName, Redact, Role, Shared, Treatment, Window,
 };
@@ -26,6 +27,7 @@ const POLICY: &[&str] = &[
     "window",
     "timezone",
     "enabled",
+    "effective_from",
     "when_retrieved",
     "reason",
 ];
@@ -39,6 +41,7 @@ const ORDERS: &[&str] = &[
     "placed",
     "stale_after",
     "stale",
+    "effective_from",
     "redact",
 ];
 const ANCHOR: &[&str] = &["linked", "at", "where", "complete"];
@@ -101,6 +104,10 @@ pub(super) fn policy(root: &Node<'_>) -> Result<Policy> {
             .map(|node| node.boolean())
             .transpose()?
             .unwrap_or(false),
+        effective_from: document
+            .get("effective_from")
+            .map(|node| moment(&node, timezone))
+            .transpose()?,
         when_retrieved: document.word_or_default("when_retrieved", &["refuse", "ignore"])?,
         reason: document.word_or_default("reason", &["required", "optional"])?,
     })
@@ -145,6 +152,7 @@ fn orders(node: &Node<'_>) -> Result<Orders> {
         placed,
         stale_after,
         stale: orders.word_or_default("stale", &["report", "redact"])?,
+        effective_from: orders.text("effective_from")?,
         redact: redact(orders.get("redact").as_ref())?,
     })
 }

@@ -136,10 +136,17 @@ fn compare(
             "Link by keys, not by columns that hold personal data.",
         ));
     }
-    let shown = |list: &[flag::OrderFact]| -> Vec<(String, Option<String>, Option<String>)> {
+    let shown = |list: &[flag::OrderFact]| -> Vec<[Option<String>; 4]> {
         let mut all: Vec<_> = list
             .iter()
-            .map(|f| (f.key_text.clone(), f.number.clone(), f.anchor.clone()))
+            .map(|f| {
+                [
+                    Some(f.key_text.clone()),
+                    f.number.clone(),
+                    f.anchor.clone(),
+                    f.effective.clone(),
+                ]
+            })
             .collect();
         all.sort();
         all
@@ -148,7 +155,10 @@ fn compare(
         out.push(Problem::new(
             Severity::Error,
             table.relation.shown(),
-            "\"amazon\", \"number\" or \"anchor\" gives another result once its columns are redacted",
+            match plan.effective {
+                None => "\"amazon\", \"number\" or \"anchor\" gives another result once its columns are redacted",
+                Some(_) => "\"amazon\", \"number\", \"anchor\" or \"effective_from\" gives another result once its columns are redacted",
+            },
             "Leave the columns that these expressions read out of \"redact\".",
         ));
     }
