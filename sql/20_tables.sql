@@ -161,6 +161,33 @@ CREATE TABLE amazon_pii.renamed (
 COMMENT ON COLUMN amazon_pii.renamed.order_key IS 'The order whose record it is; NULL where the order''s own key changed';
 COMMENT ON TABLE amazon_pii.renamed IS 'Changes of keys that the archive has yet to follow';
 
+CREATE TABLE amazon_pii.aged_table (
+    policy          text        COLLATE "C" NOT NULL,
+    entry           text        COLLATE "C" NOT NULL,
+    next_look_at    timestamptz NOT NULL DEFAULT '-infinity',
+    begun_at        timestamptz,
+    passed          text,
+    overdue         bigint      NOT NULL DEFAULT 0,
+    PRIMARY KEY (policy, entry)
+);
+COMMENT ON TABLE amazon_pii.aged_table IS 'Tables of by_age: rows that no order leads to';
+COMMENT ON COLUMN amazon_pii.aged_table.next_look_at IS 'When a cycle has to look for old rows again';
+COMMENT ON COLUMN amazon_pii.aged_table.begun_at IS 'When a pass over all old rows last began';
+COMMENT ON COLUMN amazon_pii.aged_table.passed IS 'The last row that it has looked at: JSON array of its moment and its key''s text forms';
+COMMENT ON COLUMN amazon_pii.aged_table.overdue IS 'Rows that were past their age and there when a cycle last looked';
+
+CREATE TABLE amazon_pii.aged_row (
+    policy          text        COLLATE "C" NOT NULL,
+    entry           text        COLLATE "C" NOT NULL,
+    row_key         text        COLLATE "C" NOT NULL,
+    attempts        int         NOT NULL DEFAULT 0,
+    next_attempt_at timestamptz NOT NULL,
+    last_error      text,
+    PRIMARY KEY (policy, entry, row_key)
+);
+COMMENT ON TABLE amazon_pii.aged_row IS 'Rows of by_age that are set aside until they are tried again: they failed, or somebody had locked them';
+COMMENT ON COLUMN amazon_pii.aged_row.last_error IS 'NULL: it was locked';
+
 CREATE TABLE amazon_pii.run (
     run_id          bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     policy          text        COLLATE "C" NOT NULL,
@@ -173,9 +200,11 @@ CREATE TABLE amazon_pii.run (
     redacted        bigint      NOT NULL DEFAULT 0,
     failed          bigint      NOT NULL DEFAULT 0,
     overdue         bigint      NOT NULL DEFAULT 0,
-    note            text
+    note            text,
+    aged            bigint      NOT NULL DEFAULT 0
 );
 COMMENT ON TABLE amazon_pii.run IS 'Cycles; one without finished_at was interrupted';
+COMMENT ON COLUMN amazon_pii.run.aged IS 'Rows of by_age that were removed or overwritten';
 COMMENT ON COLUMN amazon_pii.run.note IS 'What the cycle waits for, or did not wait for any longer';
 CREATE INDEX run_policy ON amazon_pii.run (policy, run_id);
 
@@ -212,7 +241,7 @@ DO $$
 DECLARE
     kept text;
 BEGIN
-    FOREACH kept IN ARRAY ARRAY['policy', 'policy_version', 'policy_table', 'order_state', 'record_state', 'renamed', 'run', 'audit_entry'] LOOP
+    FOREACH kept IN ARRAY ARRAY['policy', 'policy_version', 'policy_table', 'order_state', 'record_state', 'renamed', 'aged_table', 'aged_row', 'run', 'audit_entry'] LOOP
         PERFORM pg_extension_config_dump(('amazon_pii.' || kept)::regclass, '');
     END LOOP;
     PERFORM pg_extension_config_dump(pg_get_serial_sequence('amazon_pii.renamed', 'renamed_id')::regclass, '');

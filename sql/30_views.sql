@@ -52,7 +52,7 @@ COMMENT ON VIEW amazon_pii.upcoming IS 'What is due within the next seven days';
 
 CREATE VIEW amazon_pii.runs WITH (security_barrier) AS
 SELECT r.run_id, r.policy, r.started_at, r.finished_at, r.started_by, r.flagged, r.archived, r.redacted, r.failed,
-       r.overdue, r.note
+       r.overdue, r.note, r.aged
   FROM amazon_pii.run AS r;
 COMMENT ON VIEW amazon_pii.runs IS 'Cycles and their counts';
 
@@ -64,6 +64,16 @@ SELECT a.audit_id, a.at, a."user", a.actor, a.action, a.policy, a.policy_version
   LEFT JOIN LATERAL pg_catalog.jsonb_array_elements(a.lines::pg_catalog.jsonb) AS l (item) ON true;
 COMMENT ON VIEW amazon_pii.audit_log IS 'Who did what to which order, under which policy version, why and when; holds no personal data';
 
+CREATE VIEW amazon_pii.by_age WITH (security_barrier) AS
+SELECT a.policy, a.entry, t.relation::pg_catalog.text AS table_name, a.overdue, COALESCE(r.failed, 0) AS failed, r.last_error,
+       NULLIF(a.next_look_at, '-infinity') AS next_look_at
+  FROM amazon_pii.aged_table AS a
+  JOIN amazon_pii.policy_table AS t USING (policy, entry)
+  LEFT JOIN LATERAL (
+       SELECT pg_catalog.count(*) AS failed, pg_catalog.max(s.last_error) AS last_error FROM amazon_pii.aged_row AS s
+        WHERE s.policy = a.policy AND s.entry = a.entry AND s.last_error IS NOT NULL) AS r ON true;
+COMMENT ON VIEW amazon_pii.by_age IS 'One line a table of by_age: rows past their age that are still there, and how many of them failed';
+
 CREATE VIEW amazon_pii.status WITH (security_barrier) AS
 SELECT p.policy, p.version, p.enabled, p.suspended,
        COALESCE(c.flagged, 0) AS flagged, COALESCE(c.scheduled, 0) AS scheduled, COALESCE(c.archived, 0) AS archived,
@@ -74,7 +84,8 @@ SELECT p.policy, p.version, p.enabled, p.suspended,
          WHERE r.policy = p.policy AND r.status = 'waiting') AS records_waiting,
        p.cycled_at AS last_cycle_at,
        COALESCE(p.last_error, (SELECT t.error FROM amazon_pii.touched AS t WHERE t.policy = p.policy AND t.error IS NOT NULL
-                                ORDER BY t.touched_id DESC LIMIT 1)) AS last_error,
+                                ORDER BY t.touched_id DESC LIMIT 1),
+                (SELECT pg_catalog.max(b.last_error) FROM amazon_pii.by_age AS b WHERE b.policy = p.policy)) AS last_error,
        p.swept_at,
        CASE WHEN h.worker IS NOT NULL AND a.pid IS NOT NULL THEN 'running'
             WHEN h.worker IS NOT NULL AND h.beat_at > pg_catalog.now() - GREATEST(
@@ -82,7 +93,8 @@ SELECT p.policy, p.version, p.enabled, p.suspended,
             WHEN h.worker IS NOT NULL THEN 'not running since ' || h.beat_at
             ELSE 'no worker runs' END AS worker,
        h.beat_at AS worker_beat_at, h.last_error AS worker_error,
-       COALESCE(c.not_in_effect, 0) AS not_in_effect, c.next_in_effect_at
+       COALESCE(c.not_in_effect, 0) AS not_in_effect, c.next_in_effect_at,
+       COALESCE((SELECT pg_catalog.sum(b.overdue) FROM amazon_pii.aged_table AS b WHERE b.policy = p.policy), 0)::bigint AS rows_overdue
   FROM amazon_pii.policy AS p
   LEFT JOIN LATERAL (
        SELECT pg_catalog.count(*) FILTER (WHERE o.status = 'flagged') AS flagged,

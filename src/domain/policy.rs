@@ -26,6 +26,8 @@ pub struct Policy {
     pub orders: Orders,
     /// The entries that belong to an order, parents before their children.
     pub linked: Vec<Linked>,
+    /// Rows that no order leads to, in the document's order.
+    pub by_age: Vec<ByAge>,
     /// What stands in place of personal text.
     pub placeholder: String,
     /// Marks of earlier tools, which count as redacted already.
@@ -146,6 +148,26 @@ pub struct Linked {
     pub shared: Shared,
 }
 
+/// Rows that no order leads to, and that hold personal data until they are old. They are not archived: the document has said
+/// so in words.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ByAge {
+    /// The table, as in SQL.
+    pub table: String,
+    /// The key's columns; the primary key by default.
+    pub key: Option<Vec<String>>,
+    /// A column or expression: the moment from which a row's age counts.
+    pub at: String,
+    /// The age, as the text of a PostgreSQL interval.
+    pub after: String,
+    /// The condition that a row must meet (`where`).
+    pub filter: Option<String>,
+    /// The personal data in these rows; nothing where they go as a whole.
+    pub redact: Redact,
+    /// Whether a row is overwritten or removed.
+    pub on_redact: OnRedact,
+}
+
 /// The columns of a table that hold personal data.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Redact {
@@ -230,7 +252,7 @@ pub enum Stale {
     Redact,
 }
 
-/// What redaction does to a linked row.
+/// What redaction does to a row.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum OnRedact {

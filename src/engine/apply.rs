@@ -5,7 +5,7 @@ use pgrx::pg_sys;
 use super::audit::{self, AuditEntry};
 use super::check::{self, Problem, Severity};
 use super::plan::{Plan, require_ownership};
-use super::{state, sweep, trigger_ddl, vault};
+use super::{by_age, state, sweep, trigger_ddl, vault};
 use crate::domain::policy::{Policy, QualifiedName};
 use crate::pg::error::{Error, Result};
 use crate::pg::identity::{as_extension, require_role, session_user};
@@ -25,6 +25,9 @@ fn ready(document: &str) -> Result<Plan> {
     let mut oids = vec![table(&policy.orders.table, "orders.table")?];
     for linked in &policy.linked {
         oids.push(table(&linked.table, &format!("linked \"{}\"", linked.alias))?);
+    }
+    for (at, aged) in policy.by_age.iter().enumerate() {
+        oids.push(table(&aged.table, &format!("by_age[{at}].table"))?);
     }
     let path = catalog::search_path();
     // Ownership first: nobody learns of, or runs, anything in tables of others.
@@ -56,7 +59,9 @@ fn intervals(policy: &Policy) -> Result<()> {
         ("archive_for", Some(&policy.archive_for)),
         ("orders.stale_after", policy.orders.stale_after.as_ref()),
     ];
-    for (name, text) in named.into_iter().filter_map(|(n, t)| t.map(|t| (n, t))) {
+    let named = named.into_iter().filter_map(|(n, t)| t.map(|t| (n.to_owned(), t)));
+    let ages = policy.by_age.iter().enumerate();
+    for (name, text) in named.chain(ages.map(|(at, aged)| (format!("by_age[{at}].after"), &aged.after))) {
         let positive = as_extension(|| {
             let rows = sql::read("SELECT $1::interval >= '0'::interval", &[Arg::Text(Some(text))])?;
             rows.first().ok_or_else(|| Error::internal("no row"))?.bool(0)
@@ -198,20 +203,22 @@ fn store(plan: &Plan, document: &str) -> Result<(i64, bool)> {
         .iter()
         .map(|r| Ok((r.oid(0)?, r.string(1)?)))
         .collect::<Result<Vec<_>>>()?;
-        for entry in &plan.entries {
-            let table = &plan.tables[entry.table];
+        let entries = plan.entries.iter().map(|e| (e.alias.as_str(), &plan.tables[e.table]));
+        let aged = plan.by_age.iter().map(|a| (a.name.as_str(), &a.table));
+        for (entry, table) in entries.chain(aged) {
             let archived_as = archived_as(&mut names, table.relation.oid, table.relation.shown());
             sql::execute(
                 "INSERT INTO amazon_pii.policy_table (policy, entry, relation, owner, archived_as) VALUES ($1, $2, $3::regclass, $4, $5)",
                 &[
                     Arg::Text(Some(&plan.policy)),
-                    Arg::Text(Some(&entry.alias)),
+                    Arg::Text(Some(entry)),
                     Arg::Oid(table.relation.oid),
                     Arg::Text(Some(&crate::pg::error::role_name(table.owner))),
                     Arg::Text(Some(&archived_as)),
                 ],
             )?;
         }
+        by_age::begin(plan)?;
         invalidation::announce_policy_change()?;
         Ok((version, new && !known.is_empty()))
     })
@@ -302,6 +309,7 @@ pub fn enable(policy: &str, on: bool) -> Result<()> {
             "UPDATE amazon_pii.policy SET enabled = $2 WHERE policy = $1 RETURNING version",
             &[Arg::Text(Some(policy)), Arg::Bool(on)],
         )?;
+        by_age::look_now(policy)?;
         invalidation::announce_policy_change()?;
         rows.first().map(|r| r.int(0)).transpose()
     })?
@@ -335,6 +343,8 @@ pub fn drop(policy: &str) -> Result<()> {
             "DELETE FROM amazon_pii.touched WHERE policy = $1",
             "DELETE FROM amazon_pii.news WHERE policy = $1",
             "DELETE FROM amazon_pii.sweep_slice WHERE policy = $1",
+            "DELETE FROM amazon_pii.aged_table WHERE policy = $1",
+            "DELETE FROM amazon_pii.aged_row WHERE policy = $1",
         ] {
             sql::execute(statement, &[Arg::Text(Some(policy))])?;
         }

@@ -1,6 +1,7 @@
 //! What would go wrong on day 30, found out when the policy is applied: facts of the catalog, and a trial of the real
 //! treatment on real rows in a subtransaction that is rolled back.
 
+mod by_age;
 mod sample;
 mod trial;
 mod unique;
@@ -77,6 +78,7 @@ pub fn problems(plan: &Plan) -> Result<Vec<Problem>> {
     out.extend(anchors(plan));
     let (found, open) = unique::problems(plan)?;
     out.extend(found);
+    out.extend(by_age::problems(plan)?);
     let before_trial = out.iter().any(|p| p.severity == Severity::Error);
     if !before_trial {
         // A trial as a whole: functions that expressions call may write, too.
@@ -86,6 +88,7 @@ pub fn problems(plan: &Plan) -> Result<Vec<Problem>> {
             Err(e) if e.hint_text().is_none() => out.push(Problem::of(&e.hint(EXPRESSION_HINT))),
             Err(e) => out.push(Problem::of(&e)),
         }
+        out.extend(by_age::trials(plan)?);
     }
     Ok(out)
 }
@@ -180,9 +183,6 @@ fn lengths(plan: &Plan, table: &Table) -> Vec<Problem> {
 
 /// Foreign keys that would take rows along which are no part of the policy.
 fn cascades(plan: &Plan, table: &Table) -> Result<Vec<Problem>> {
-    if !table.delete {
-        return Ok(Vec::new());
-    }
     let oids = |wanted: &dyn Fn(usize, &Table) -> bool| -> Vec<i64> {
         let tables = plan.tables.iter().enumerate().filter(|(i, t)| wanted(*i, t));
         tables.map(|(_, t)| i64::from(u32::from(t.relation.oid))).collect()
@@ -190,6 +190,20 @@ fn cascades(plan: &Plan, table: &Table) -> Result<Vec<Problem>> {
     // What a cascade deletes must be archived first: every row of a table that goes as a whole, too.
     let going = oids(&|i, t| t.delete && plan.entries.iter().all(|e| e.table != i || e.filter.is_none()));
     let known = oids(&|_, _| true);
+    taken_along(
+        table,
+        going,
+        known,
+        "Make that table an entry of the policy that deletes its rows, without \"where\", or redact columns instead of deleting rows.",
+    )
+}
+
+/// Foreign keys through which the deletion of a table's rows would delete rows of tables that are not `going`, or change
+/// rows of tables that are not `known`.
+fn taken_along(table: &Table, going: Vec<i64>, known: Vec<i64>, hint: &str) -> Result<Vec<Problem>> {
+    if !table.delete {
+        return Ok(Vec::new());
+    }
     let rows = as_extension(|| {
         sql::read(
             "SELECT c.conname, c.conrelid::pg_catalog.regclass::text FROM pg_catalog.pg_constraint c WHERE c.contype = 'f' \
@@ -208,7 +222,7 @@ fn cascades(plan: &Plan, table: &Table) -> Result<Vec<Problem>> {
                     r.str(1)?,
                     r.str(0)?
                 ),
-                "Make that table an entry of the policy that deletes its rows, without \"where\", or redact columns instead of deleting rows.",
+                hint,
             ))
         })
         .collect()

@@ -6,10 +6,12 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 
 use super::batch::Batches;
+use super::by_age;
 use super::due::{Clock, Share};
 use super::idle;
 use super::news;
-use super::plan::Plan;
+use super::pace::Pace;
+use super::plan::{Aged, Plan};
 use super::rekey;
 use super::state;
 use super::sweep;
@@ -115,6 +117,8 @@ struct Run<'a> {
     helped: bool,
     /// Of its row in `run`, once it has one.
     id: Option<i64>,
+    /// Rows that no order leads to, and that were removed or overwritten.
+    aged: i64,
     /// What went wrong with flagging.
     trouble: Option<Error>,
     /// When the caller was last told how far it is.
@@ -143,6 +147,7 @@ fn run_policy(policy: &str, sweep: bool, boundary: Boundary) -> Result<Counts> {
         if counts.overdue > 0 {
             announce_overdue(policy, counts.overdue)?;
         }
+        by_age::count(&plan, &clock(&plan)?)?;
         boundary.commit()?;
         return Ok(counts);
     }
@@ -156,6 +161,7 @@ fn run_policy(policy: &str, sweep: bool, boundary: Boundary) -> Result<Counts> {
         team: None,
         helped: false,
         id: None,
+        aged: 0,
         trouble: None,
         told: Instant::now(),
     };
@@ -163,6 +169,7 @@ fn run_policy(policy: &str, sweep: bool, boundary: Boundary) -> Result<Counts> {
     // What flagging has just found due belongs to this cycle.
     run.batches.clock = self::clock(&plan)?;
     run.work()?;
+    run.by_age()?;
     run.batches.counts.overdue = overdue(policy)?;
     if run.batches.counts.overdue > 0 {
         announce_overdue(policy, run.batches.counts.overdue)?;
@@ -333,6 +340,45 @@ impl Run<'_> {
         self.batches.mode = Mode::Alone;
     }
 
+    /// Rows that no order leads to, table by table: what goes wrong with one keeps no other from being done.
+    fn by_age(&mut self) -> Result<()> {
+        let plan = self.plan;
+        for aged in &plan.by_age {
+            match self.grown_old(aged) {
+                Err(e) if e.is_cancel() => return Err(e),
+                Err(e) => {
+                    self.boundary.rollback();
+                    if !e.is_lock() {
+                        self.trouble = Some(e.at(&aged.name));
+                    }
+                }
+                Ok(()) => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn grown_old(&mut self, aged: &Aged) -> Result<()> {
+        let (keys, clock) = (keys::master_keys()?, self.batches.clock.clone());
+        let mut pace = Pace::new(self.boundary);
+        let Some(mut pass) = by_age::Pass::begin(self.plan, aged, &keys, &clock, self.boundary)? else {
+            return Ok(());
+        };
+        self.boundary.commit()?;
+        while let Some(done) = pass.batch(&mut pace)? {
+            self.aged += done.rows;
+            self.batches.counts.failed += done.failed;
+            if done != by_age::Done::default() {
+                self.start()?;
+                self.record(false)?;
+                pace.run = self.id;
+                self.boundary.commit()?;
+                pace.wait()?;
+            }
+        }
+        Ok(())
+    }
+
     /// What was done so far, by all.
     fn counts(&self) -> Counts {
         let mut counts = self.batches.counts;
@@ -380,7 +426,7 @@ impl Run<'_> {
         let c = self.counts();
         as_extension(|| {
             sql::execute(
-                "UPDATE amazon_pii.run SET flagged = $2, archived = $3, redacted = $4, failed = $5, overdue = $6, \
+                "UPDATE amazon_pii.run SET flagged = $2, archived = $3, redacted = $4, failed = $5, overdue = $6, aged = $8, \
                     finished_at = CASE WHEN $7 THEN pg_catalog.clock_timestamp() END WHERE run_id = $1",
                 &[
                     Arg::Int(id),
@@ -390,6 +436,7 @@ impl Run<'_> {
                     Arg::Int(c.failed),
                     Arg::Int(c.overdue),
                     Arg::Bool(finished),
+                    Arg::Int(self.aged),
                 ],
             )
         })?;

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use super::overwrite::{CellWrite, NewValue};
-use super::plan::Plan;
+use super::plan::{Plan, Table};
 use super::records::{Listed, Stored};
 use super::walk::{self, FIRST, Found, Hop, Values, by_key, hop, key_parts, key_text, own_key};
 use crate::domain::treatment::Outcome;
@@ -47,7 +47,14 @@ impl LiveRecord {
     /// # Errors
     /// A treatment cannot be applied to a cell; names the column, not the value.
     pub fn pii<'p>(&self, plan: &'p Plan) -> Result<Vec<(usize, Outcome<'p>)>> {
-        let table = &plan.tables[self.table];
+        self.pii_in(&plan.tables[self.table])
+    }
+
+    /// [`LiveRecord::pii`] of a row of this table.
+    ///
+    /// # Errors
+    /// As [`LiveRecord::pii`].
+    pub fn pii_in<'t>(&self, table: &'t Table) -> Result<Vec<(usize, Outcome<'t>)>> {
         let mut out = Vec::with_capacity(self.cells.len());
         for (i, cell) in self.cells.iter().enumerate() {
             let Some(cell) = cell else { continue };
@@ -293,7 +300,18 @@ fn add_stored(
 /// # Errors
 /// As [`gather`].
 pub fn by_stored_keys(plan: &Plan, index: usize, stored: &[&str]) -> Result<Vec<Option<LiveRecord>>> {
-    let table = &plan.tables[index];
+    let mut found = rows_of(plan, &plan.tables[index], stored)?;
+    for record in found.iter_mut().flatten() {
+        record.table = index;
+    }
+    Ok(found)
+}
+
+/// [`by_stored_keys`] of any table; of table 0.
+///
+/// # Errors
+/// As [`gather`].
+pub fn rows_of(plan: &Plan, table: &Table, stored: &[&str]) -> Result<Vec<Option<LiveRecord>>> {
     let keys = stored.iter().map(|k| key_parts(k)).collect::<Result<Vec<_>>>()?;
     let mut select: Vec<String> = table.cells.iter().map(|c| c.read(&c.name)).collect();
     let plain = select.len();
@@ -315,7 +333,7 @@ pub fn by_stored_keys(plan: &Plan, index: usize, stored: &[&str]) -> Result<Vec<
             .collect::<Result<Vec<_>>>()?;
         out[found.input] = Some(LiveRecord {
             order: 0,
-            table: index,
+            table: 0,
             entry: 0,
             key: keys[found.input].clone(),
             key_text: stored[found.input].to_owned(),

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use super::by_age;
 use super::flag::{self, OrderFact};
 use super::paging::{self, Range};
 use super::plan::{AnchorPlan, Plan};
@@ -73,7 +74,7 @@ pub fn preview(policy: &str, as_of: &str) -> Result<Vec<Preview>> {
             None => break,
         }
     }
-    Ok(counts
+    let mut out: Vec<Preview> = counts
         .into_iter()
         .map(|((action, table), (orders, records))| Preview {
             action: ["flag", "archive", "redact"][action],
@@ -81,7 +82,19 @@ pub fn preview(policy: &str, as_of: &str) -> Result<Vec<Preview>> {
             orders: orders.len() as i64,
             records,
         })
-        .collect())
+        .collect();
+    for aged in &plan.by_age {
+        let records = by_age::preview(&plan, aged, as_of)?;
+        if records > 0 {
+            out.push(Preview {
+                action: "by_age",
+                table: aged.table.relation.shown(),
+                orders: 0,
+                records,
+            });
+        }
+    }
+    Ok(out)
 }
 
 struct Action {

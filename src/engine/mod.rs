@@ -7,6 +7,7 @@ pub mod apply;
 pub mod archive;
 pub mod audit;
 pub mod batch;
+pub mod by_age;
 pub mod check;
 pub mod cycle;
 pub mod due;

@@ -3,7 +3,7 @@
 
 use std::borrow::Cow;
 
-use super::plan::{CellColumn, Entry, Plan, Table};
+use super::plan::{Aged, CellColumn, Entry, Plan, Table};
 use super::walk::{BATCH, ORDINAL, Values, batch_column, batch_rows, columns, link_condition};
 use crate::domain::treatment::Outcome;
 use crate::pg::catalog::{self, Compare};
@@ -166,6 +166,38 @@ pub fn lock<'k>(
             parameters.add(array);
         }
     }
+    take_locks(plan, table, &parameters, &condition, exclusively, &mut locked)?;
+    Ok(locked)
+}
+
+/// Locks rows as [`lock`] does, those only whose moment is not after `upto` and that meet their condition still.
+///
+/// # Errors
+/// Errors of the server or of the owner's expressions.
+pub fn lock_old(plan: &Plan, aged: &Aged, keys: &[&Values], upto: &str) -> Result<Vec<bool>> {
+    let mut locked = vec![false; keys.len()];
+    if locked.is_empty() {
+        return Ok(locked);
+    }
+    let mut parameters = Parameters::default();
+    let mut condition = key_condition(&aged.table, keys.iter().copied(), &mut parameters);
+    let upto = parameters.one(Arg::Typed(aged.at_type, Some(upto)));
+    let not_after = catalog::operator(Compare::NotGreater, aged.at_type, aged.at_type);
+    condition.push(format!("{} {not_after} {upto}", aged.at));
+    condition.extend(aged.filter.iter().map(ToString::to_string));
+    let table = &aged.table;
+    take_locks(plan, table, &parameters, &condition, table.delete, &mut locked)?;
+    Ok(locked)
+}
+
+fn take_locks(
+    plan: &Plan,
+    table: &Table,
+    parameters: &Parameters<'_>,
+    condition: &[String],
+    exclusively: bool,
+    locked: &mut [bool],
+) -> Result<()> {
     let strength = if exclusively { "UPDATE" } else { "NO KEY UPDATE" };
     let query = format!(
         "SELECT {ORDINAL} FROM {} JOIN {} AS {name} ON {} FOR {strength} OF {name} SKIP LOCKED",
@@ -179,9 +211,9 @@ pub fn lock<'k>(
     })
     .map_err(|e| e.at(&table.relation.shown()))?;
     for row in found {
-        mark(&mut locked, row.int(0)?)?;
+        mark(locked, row.int(0)?)?;
     }
-    Ok(locked)
+    Ok(())
 }
 
 /// Whether somebody holds a lock on one of the policy's tables that keeps everybody from writing to it.
@@ -442,6 +474,6 @@ fn run(plan: &Plan, table: &Table, rows: usize, query: &str, args: &[Arg<'_>]) -
         Err(Error::not_overwritten(format!(
             "{shown}: a row changed, or a trigger kept it from being written"
         ))
-        .hint("The order is tried again by itself."))
+        .hint("It is tried again by itself."))
     }
 }

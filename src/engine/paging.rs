@@ -192,7 +192,7 @@ fn next(plan: &Plan, rows: &[Row], limit: i64) -> Result<Option<Values>> {
 }
 
 /// Qualified: the number may be a column of the key, and is a result column of its name then.
-fn qualified(table: &Table) -> Vec<String> {
+pub fn qualified(table: &Table) -> Vec<String> {
     table
         .key_list()
         .iter()
@@ -257,7 +257,7 @@ fn within<'a>(table: &Table, keys: &[String], range: Range<'a>, from: End, args:
 }
 
 /// The condition that a row's key compares so with the one in the parameters from `$first` on.
-fn bounded(table: &Table, keys: &[String], compare: Compare, first: usize) -> String {
+pub fn bounded(table: &Table, keys: &[String], compare: Compare, first: usize) -> String {
     let operators = |compare| -> Vec<String> {
         let same = |(_, oid): &(_, pg_sys::Oid)| catalog::operator(compare, *oid, *oid);
         table.key.iter().map(same).collect()

@@ -146,6 +146,18 @@ pub struct Entry {
     pub exclusive: bool,
 }
 
+/// Rows that no order leads to.
+pub struct Aged {
+    /// Its place in the document, which is also its name among the policy's tables.
+    pub name: String,
+    pub table: Table,
+    /// The moment from which a row's age counts.
+    pub at: Expr,
+    pub at_type: pg_sys::Oid,
+    pub filter: Option<Expr>,
+    pub after: String,
+}
+
 /// One of the moments that may start the clock.
 pub enum AnchorPlan {
     /// A time with zone, as SQL over the order row.
@@ -170,6 +182,8 @@ pub struct Plan {
     pub tables: Vec<Table>,
     /// The first is the orders table; parents come before children.
     pub entries: Vec<Entry>,
+    /// Tables apart: no order leads to their rows.
+    pub by_age: Vec<Aged>,
     pub anchors: Vec<AnchorPlan>,
     pub amazon: Expr,
     pub number: Option<Expr>,
@@ -199,7 +213,9 @@ impl Plan {
         let Record { row, relations } = record;
         let document = Policy::parse(row.str(1)?).map_err(|e| Error::invalid(e.to_string()))?;
         let mut oids = Vec::new();
-        for alias in std::iter::once("").chain(document.linked.iter().map(|l| l.alias.as_str())) {
+        let aged: Vec<String> = (0..document.by_age.len()).map(aged_name).collect();
+        let linked = document.linked.iter().map(|l| l.alias.as_str());
+        for alias in std::iter::once("").chain(linked).chain(aged.iter().map(String::as_str)) {
             let known = relations
                 .iter()
                 .find(|r| r.str(0).is_ok_and(|a| a == alias))
@@ -234,7 +250,8 @@ impl Plan {
         Ok(plan)
     }
 
-    /// Makes a document ready for the given tables: the orders table's OID first, then one for each linked entry.
+    /// Makes a document ready for the given tables: the orders table's OID first, then one for each linked
+    /// entry, then one for each of `by_age`.
     ///
     /// # Errors
     /// The first thing that cannot work, naming the object.
@@ -301,6 +318,13 @@ impl Plan {
             .iter()
             .map(|a| builder.anchor(a))
             .collect::<Result<Vec<_>>>()?;
+        let by_age = document
+            .by_age
+            .iter()
+            .zip(oids.iter().skip(1 + document.linked.len()))
+            .enumerate()
+            .map(|(i, (aged, oid))| builder.aged(aged_name(i), aged, *oid))
+            .collect::<Result<Vec<_>>>()?;
         let Builder {
             mut tables, entries, ..
         } = builder;
@@ -326,6 +350,7 @@ impl Plan {
             document,
             tables,
             entries,
+            by_age,
             anchors,
             amazon,
             number,
@@ -405,6 +430,11 @@ impl Plan {
         path.reverse();
         path
     }
+}
+
+/// The name of the `i`th table of `by_age` among the policy's tables.
+fn aged_name(i: usize) -> String {
+    format!("by_age[{i}]")
 }
 
 /// Refuses unless the caller owns the table or is a member of its owner.

@@ -11,16 +11,48 @@ pub(super) fn consistent(policy: &Policy) -> Result<()> {
     parents(&policy.linked)?;
     anchors(&policy.orders, &policy.linked)?;
     let tables = Tables::of(policy)?;
+    by_age(policy, &tables)?;
     tables.agree()?;
     tables.identify(policy)
 }
 
 fn aliases(linked: &[Linked]) -> Result<()> {
     for (at, entry) in linked.iter().enumerate() {
+        // Names under which the tables of `by_age` are kept.
+        if entry.alias.starts_with("by_age[") {
+            return Err(PolicyError::new(
+                format!("linked[{at}].as"),
+                "a name that begins with \"by_age[\" is reserved",
+            )
+            .with_hint("Give the entry another name."));
+        }
         if let Some(first) = linked[..at].iter().position(|other| other.alias == entry.alias) {
             let problem = format!("entry \"{}\" has the name of linked[{first}]", entry.alias);
             return Err(PolicyError::new(format!("linked[{at}].as"), problem)
                 .with_hint("Give each entry a name of its own with \"as\"."));
+        }
+    }
+    Ok(())
+}
+
+/// Whatever an order leads to goes with its order, archived; what else is in the same table is not told apart safely.
+fn by_age(policy: &Policy, tables: &Tables<'_>) -> Result<()> {
+    for (at, entry) in policy.by_age.iter().enumerate() {
+        let name = QualifiedName::parse(&entry.table)?;
+        if let Some((place, ..)) = tables.0.iter().find(|(_, known, _)| *known == name) {
+            let problem = format!("{} is the table of {place}", entry.table);
+            return Err(
+                PolicyError::new(format!("by_age[{at}].table"), problem).with_hint("Its rows go with their orders.")
+            );
+        }
+        let key = entry.key.iter().flatten();
+        if let Some(column) = key
+            .chain([&entry.at])
+            .find(|c| entry.redact.columns().any(|(name, _)| name == *c))
+        {
+            let problem = format!("column \"{column}\" serves as key or age and is redacted");
+            return Err(PolicyError::new(format!("by_age[{at}].redact.{column}"), problem)
+                .with_hint("Use a column that holds no personal data."));
         }
     }
     Ok(())

@@ -7,7 +7,8 @@ use serde_json::Value;
 use super::document::{Node, nearest, suggestion};
 use super::moment::moment;
 use super::{
-    Anchor, Archive, Linked, Orders, Policy, PolicyError, QualifiedName, Redact, Role, Shared, Treatment, Window,
+    Anchor, Archive, ByAge, Linked, OnRedact, Orders, Policy, PolicyError, QualifiedName, Redact, Role, Shared,
+    Treatment, Window,
 };
 
 type Result<T> = std::result::Result<T, PolicyError>;
@@ -16,6 +17,7 @@ const POLICY: &[&str] = &[
     "policy",
     "orders",
     "linked",
+    "by_age",
     "placeholder",
     "also_redacted",
     "archive_after",
@@ -59,6 +61,7 @@ const LINKED: &[&str] = &[
     "role",
     "shared",
 ];
+const BY_AGE: &[&str] = &["table", "key", "at", "after", "where", "redact", "on_redact", "archive"];
 const ARCHIVE: &[&str] = &["schema", "foreign_table"];
 const WINDOW: &[&str] = &["from", "to", "timezone"];
 const TREATMENTS: &[&str] = &["value", "unique", "json", "sql", "array", "prefix"];
@@ -87,6 +90,14 @@ pub(super) fn policy(root: &Node<'_>) -> Result<Policy> {
         policy: policy_name(&name)?,
         orders: orders(&document.need("orders")?)?,
         linked,
+        by_age: match document.get("by_age") {
+            Some(node) => node
+                .list("a list of tables")?
+                .iter()
+                .map(by_age)
+                .collect::<Result<_>>()?,
+            None => Vec::new(),
+        },
         placeholder: document.text_or("placeholder", "[Redacted]")?,
         also_redacted: match document.get("also_redacted") {
             Some(node) => node.texts("a list of texts")?,
@@ -176,6 +187,44 @@ fn linked(node: &Node<'_>) -> Result<Linked> {
             .map(|node| node.word::<Role>(&["customer"]))
             .transpose()?,
         shared: entry.word_or_default::<Shared>("shared", &["any", "amazon"])?,
+    })
+}
+
+fn by_age(node: &Node<'_>) -> Result<ByAge> {
+    let entry = node.object(BY_AGE)?;
+    let on_redact = entry.word_or_default("on_redact", &["update", "delete"])?;
+    let columns = redact(entry.get("redact").as_ref())?;
+    match (&on_redact, &columns) {
+        (OnRedact::Update, Redact::Nothing) => {
+            return Err(node
+                .error("says nothing of what happens to its rows")
+                .with_hint("Name columns in \"redact\", or write \"on_redact\": \"delete\"."));
+        }
+        (OnRedact::Delete, Redact::Columns(_) | Redact::Treatments(_)) => {
+            return Err(entry
+                .need("redact")?
+                .error("names columns of rows that are deleted")
+                .with_hint("Leave \"redact\" or \"on_redact\" out."));
+        }
+        _ => {}
+    }
+    // Nobody loses data without having said so.
+    let archive = entry.need("archive").map_err(|e| {
+        e.with_hint("Rows by age are not archived: write \"archive\": false to say that they may go for good.")
+    })?;
+    if archive.boolean()? {
+        return Err(archive
+            .error("rows by age cannot be archived")
+            .with_hint("Write false, if they may go for good; otherwise link the table to the orders."));
+    }
+    Ok(ByAge {
+        table: table(&entry.need("table")?)?.0,
+        key: entry.get("key").map(|node| self::columns(&node)).transpose()?,
+        at: entry.need("at")?.text()?,
+        after: entry.need("after")?.text()?,
+        filter: entry.text("where")?,
+        redact: columns,
+        on_redact,
     })
 }
 

@@ -2,8 +2,8 @@
 
 use pgrx::pg_sys;
 
-use super::{AnchorPlan, CellColumn, EXPRESSION_HINT, Entry, Table};
-use crate::domain::policy::{Anchor, OnRedact, Policy, Redact, Treatment as Rule};
+use super::{Aged, AnchorPlan, CellColumn, EXPRESSION_HINT, Entry, Table};
+use crate::domain::policy::{Anchor, ByAge, OnRedact, Policy, Redact, Treatment as Rule};
 use crate::domain::treatment::{Shape, Treatment};
 use crate::pg::catalog::{self, TableFacts};
 use crate::pg::error::{Error, Result};
@@ -178,6 +178,51 @@ impl Builder<'_> {
             exclusive,
         });
         Ok(())
+    }
+
+    /// Rows that no order leads to; their table is none of the others.
+    pub(super) fn aged(&self, name: String, aged: &ByAge, oid: pg_sys::Oid) -> Result<Aged> {
+        if let Some(known) = self.tables.iter().find(|t| t.relation.oid == oid) {
+            return Err(
+                Error::invalid(format!("{name}: {} is a table of the orders", known.relation.shown()))
+                    .hint("Its rows go with their orders."),
+            );
+        }
+        let mut own = Builder {
+            document: self.document,
+            search_path: self.search_path,
+            tables: Vec::new(),
+            entries: Vec::new(),
+        };
+        let table = own.table(oid, &aged.table, aged.key.as_deref())?;
+        own.cells(table, &aged.redact, &name)?;
+        let place = format!("{name}.at");
+        let at = own.expression(table, &aged.at, &place)?;
+        let at_type = own
+            .link_types(table, std::slice::from_ref(&at), &place)?
+            .first()
+            .copied();
+        let at_type = at_type
+            .filter(|t| matches!(*t, pg_sys::TIMESTAMPTZOID | pg_sys::TIMESTAMPOID | pg_sys::DATEOID))
+            .ok_or_else(|| {
+                Error::invalid(format!("{place}: not a timestamp or date"))
+                    .hint("Convert it in the expression, for example created_on::timestamptz.")
+            })?;
+        let filter = aged
+            .filter
+            .as_deref()
+            .map(|w| own.expression(table, w, &format!("{name}.where")))
+            .transpose()?;
+        let mut table = own.tables.swap_remove(table);
+        table.delete = matches!(aged.on_redact, OnRedact::Delete);
+        Ok(Aged {
+            name,
+            table,
+            at,
+            at_type,
+            filter,
+            after: aged.after.clone(),
+        })
     }
 
     /// Every stored column of a row that goes as a whole.

@@ -227,3 +227,56 @@ fn not_supported_yet() {
         "\"wait\"",
     );
 }
+
+#[test]
+fn rows_by_age_say_that_they_are_not_archived() {
+    let aged = |changes: Value| {
+        let mut entry = json!({"table": "shop.raw_mail", "at": "received_at", "after": "30 days", "on_redact": "delete", "archive": false});
+        for (key, value) in changes.as_object().unwrap() {
+            match value {
+                Value::Null => drop(entry.as_object_mut().unwrap().remove(key)),
+                _ => entry[key] = value.clone(),
+            }
+        }
+        with("/by_age", json!([entry]))
+    };
+    assert!(Policy::parse(&aged(json!({})).to_string()).is_ok());
+    assert_refused(
+        &aged(json!({"archive": null})),
+        "by_age[0].archive",
+        "is missing",
+        "\"archive\": false",
+    );
+    assert_refused(
+        &aged(json!({"archive": true})),
+        "by_age[0].archive",
+        "cannot be archived",
+        "may go for good",
+    );
+    assert_refused(
+        &aged(json!({"on_redact": null})),
+        "by_age[0]",
+        "says nothing",
+        "\"redact\"",
+    );
+    assert_refused(
+        &aged(json!({"redact": ["body"]})),
+        "by_age[0].redact",
+        "are deleted",
+        "Leave",
+    );
+    assert_refused(&aged(json!({"at": null})), "by_age[0].at", "is missing", "");
+    assert_refused(
+        &aged(json!({"aftr": "x"})),
+        "by_age[0].aftr",
+        "unknown key",
+        "\"after\"",
+    );
+    let key = json!({"on_redact": null, "redact": ["id"], "key": ["id"]});
+    assert_refused(
+        &aged(key),
+        "by_age[0].redact.id",
+        "serves as key or age",
+        "no personal data",
+    );
+}
