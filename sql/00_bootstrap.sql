@@ -17,7 +17,7 @@ DO $$
 DECLARE
     capability pg_catalog.text;
 BEGIN
-    FOREACH capability IN ARRAY ARRAY['amazon_pii_admin', 'amazon_pii_operator', 'amazon_pii_auditor'] LOOP
+    FOREACH capability IN ARRAY ARRAY['amazon_pii_admin', 'amazon_pii_operator', 'amazon_pii_auditor', 'amazon_pii_files'] LOOP
         IF NOT EXISTS (SELECT FROM pg_catalog.pg_roles WHERE rolname OPERATOR(pg_catalog.=) capability) THEN
             EXECUTE pg_catalog.format('CREATE ROLE %I NOLOGIN', capability);
         END IF;

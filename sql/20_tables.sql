@@ -188,6 +188,32 @@ CREATE TABLE amazon_pii.aged_row (
 COMMENT ON TABLE amazon_pii.aged_row IS 'Rows of by_age that are set aside until they are tried again: they failed, or somebody had locked them';
 COMMENT ON COLUMN amazon_pii.aged_row.last_error IS 'NULL: it was locked';
 
+CREATE TABLE amazon_pii.file_outbox (
+    file_id         bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    policy          text        COLLATE "C" NOT NULL,
+    order_key       text        COLLATE "C" NOT NULL,
+    order_number    text        COLLATE "C",
+    table_name      text        COLLATE "C" NOT NULL,
+    record_key      text        COLLATE "C" NOT NULL,
+    path_mac        bytea       NOT NULL,
+    master_key_id   text,
+    wrapped         bytea,
+    sealed          bytea,
+    due_since       timestamptz NOT NULL DEFAULT pg_catalog.now(),
+    overdue_at      timestamptz NOT NULL,
+    acknowledged_at timestamptz,
+    acknowledged_by name,
+    CHECK ((acknowledged_at IS NULL) = (sealed IS NOT NULL AND wrapped IS NOT NULL AND master_key_id IS NOT NULL))
+);
+COMMENT ON TABLE amazon_pii.file_outbox IS 'Files outside of the database whose rows were redacted: somebody has to delete them';
+COMMENT ON COLUMN amazon_pii.file_outbox.path_mac IS 'Tells under the master key whether a path is the same';
+COMMENT ON COLUMN amazon_pii.file_outbox.sealed IS 'The path, which may hold personal data, under a key of its own; gone with the acknowledgement';
+COMMENT ON COLUMN amazon_pii.file_outbox.wrapped IS 'That key, wrapped by the master key';
+CREATE INDEX file_outbox_order ON amazon_pii.file_outbox (order_key, policy);
+CREATE INDEX file_outbox_waiting ON amazon_pii.file_outbox (policy, file_id) WHERE acknowledged_at IS NULL;
+-- For changes of keys.
+CREATE INDEX file_outbox_record ON amazon_pii.file_outbox (table_name, record_key);
+
 CREATE TABLE amazon_pii.run (
     run_id          bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     policy          text        COLLATE "C" NOT NULL,
@@ -241,10 +267,11 @@ DO $$
 DECLARE
     kept text;
 BEGIN
-    FOREACH kept IN ARRAY ARRAY['policy', 'policy_version', 'policy_table', 'order_state', 'record_state', 'renamed', 'aged_table', 'aged_row', 'run', 'audit_entry'] LOOP
+    FOREACH kept IN ARRAY ARRAY['policy', 'policy_version', 'policy_table', 'order_state', 'record_state', 'renamed', 'aged_table', 'aged_row', 'file_outbox', 'run', 'audit_entry'] LOOP
         PERFORM pg_extension_config_dump(('amazon_pii.' || kept)::regclass, '');
     END LOOP;
     PERFORM pg_extension_config_dump(pg_get_serial_sequence('amazon_pii.renamed', 'renamed_id')::regclass, '');
+    PERFORM pg_extension_config_dump(pg_get_serial_sequence('amazon_pii.file_outbox', 'file_id')::regclass, '');
     PERFORM pg_extension_config_dump(pg_get_serial_sequence('amazon_pii.run', 'run_id')::regclass, '');
     PERFORM pg_extension_config_dump(pg_get_serial_sequence('amazon_pii.audit_entry', 'audit_id')::regclass, '');
 END

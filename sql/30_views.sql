@@ -14,13 +14,22 @@ COMMENT ON VIEW amazon_pii.orders IS 'One row a flagged order: where it stands a
 
 CREATE VIEW amazon_pii.records WITH (security_barrier) AS
 SELECT o.policy, o.order_key, l.item->>0 AS table_name, l.item->>1 AS record_key, l.item->>2 AS entry,
-       COALESCE(r.status, CASE WHEN o.redacted_version IS NULL THEN 'archived' ELSE 'redacted' END) AS status,
+       CASE WHEN o.redacted_version IS NOT NULL AND COALESCE(r.status, 'gone') = 'gone' AND EXISTS (
+                SELECT FROM amazon_pii.file_outbox AS f WHERE f.order_key = o.order_key AND f.policy = o.policy
+                   AND f.table_name = l.item->>0 AND f.record_key = l.item->>1 AND f.acknowledged_at IS NULL) THEN 'file_waiting'
+            ELSE COALESCE(r.status, CASE WHEN o.redacted_version IS NULL THEN 'archived' ELSE 'redacted' END) END AS status,
        (l.item->>3)::int AS version, COALESCE(r.changed_at, o.redacted_at, o.archived_at) AS changed_at
   FROM amazon_pii.order_state AS o
  CROSS JOIN LATERAL pg_catalog.jsonb_array_elements(o.records::pg_catalog.jsonb) AS l (item)
   LEFT JOIN amazon_pii.record_state AS r ON r.policy = o.policy AND r.order_key = o.order_key
         AND r.table_name = l.item->>0 AND r.record_key = l.item->>1;
-COMMENT ON VIEW amazon_pii.records IS 'The rows that hold, or held, personal data of flagged orders; waiting: another order keeps it alive';
+COMMENT ON VIEW amazon_pii.records IS 'The rows that hold, or held, personal data of flagged orders; waiting: another order keeps it alive; file_waiting: its file is still to be deleted';
+
+CREATE VIEW amazon_pii.files WITH (security_barrier) AS
+SELECT f.file_id, f.policy, f.order_key, f.order_number, f.table_name, f.record_key, f.due_since, f.overdue_at, f.acknowledged_at,
+       f.acknowledged_by
+  FROM amazon_pii.file_outbox AS f;
+COMMENT ON VIEW amazon_pii.files IS 'Files outside of the database whose rows were redacted, without their paths; those not acknowledged are still to be deleted';
 
 -- An order is overdue when its personal data should be gone and is not.
 CREATE VIEW amazon_pii.overdue WITH (security_barrier) AS
@@ -34,8 +43,13 @@ SELECT o.policy, o.order_key, o.order_number, o.status,
         OR o.status = 'redacted' AND o.last_error IS NOT NULL)
    AND o.next_due_at <= pg_catalog.now()
    AND CASE WHEN o.status = 'retrieved' THEN o.retrieved_until ELSE o.redact_due_at END < pg_catalog.now()
-   AND (o.held_until IS NULL OR o.held_until < pg_catalog.now());
-COMMENT ON VIEW amazon_pii.overdue IS 'Orders past their deadline, until they are done; disabled and suspended policies included';
+   AND (o.held_until IS NULL OR o.held_until < pg_catalog.now())
+UNION ALL
+SELECT f.policy, f.order_key, pg_catalog.min(f.order_number), 'file_waiting', pg_catalog.min(f.overdue_at),
+       pg_catalog.now() - pg_catalog.min(f.overdue_at), 0, NULL, NULL
+  FROM amazon_pii.file_outbox AS f WHERE f.acknowledged_at IS NULL AND f.overdue_at < pg_catalog.now()
+ GROUP BY f.policy, f.order_key;
+COMMENT ON VIEW amazon_pii.overdue IS 'Orders past their deadline, until they are done; disabled and suspended policies included. file_waiting: a file of the order is still to be deleted';
 
 CREATE VIEW amazon_pii.upcoming WITH (security_barrier) AS
 SELECT o.policy, o.order_key, o.order_number, o.status,
@@ -94,7 +108,8 @@ SELECT p.policy, p.version, p.enabled, p.suspended,
             ELSE 'no worker runs' END AS worker,
        h.beat_at AS worker_beat_at, h.last_error AS worker_error,
        COALESCE(c.not_in_effect, 0) AS not_in_effect, c.next_in_effect_at,
-       COALESCE((SELECT pg_catalog.sum(b.overdue) FROM amazon_pii.aged_table AS b WHERE b.policy = p.policy), 0)::bigint AS rows_overdue
+       COALESCE((SELECT pg_catalog.sum(b.overdue) FROM amazon_pii.aged_table AS b WHERE b.policy = p.policy), 0)::bigint AS rows_overdue,
+       (SELECT pg_catalog.count(*) FROM amazon_pii.file_outbox AS f WHERE f.policy = p.policy AND f.acknowledged_at IS NULL) AS files_waiting
   FROM amazon_pii.policy AS p
   LEFT JOIN LATERAL (
        SELECT pg_catalog.count(*) FILTER (WHERE o.status = 'flagged') AS flagged,

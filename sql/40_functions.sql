@@ -93,6 +93,17 @@ CREATE FUNCTION amazon_pii.verify(policy text, scope text DEFAULT 'linked')
 COMMENT ON FUNCTION amazon_pii.verify(text, text) IS
     'Looks for archived values of redacted orders in the tables of the policy (linked), of their schemas (schema) or of the database: counts by column, never a value; and what it could not search. Logged like an access. Needs amazon_pii_admin or amazon_pii_auditor';
 
+CREATE FUNCTION amazon_pii.files_due(policy text DEFAULT NULL, max bigint DEFAULT 100)
+    RETURNS TABLE (file_id bigint, policy_name text, order_key text, table_name text, record_key text, path text, due_since timestamptz)
+    LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'files_due_wrapper';
+COMMENT ON FUNCTION amazon_pii.files_due(text, bigint) IS
+    'Files outside of the database that are to be deleted, because their rows were redacted: the oldest first. Logged before a path is opened. Needs amazon_pii_files or amazon_pii_operator';
+
+CREATE FUNCTION amazon_pii.ack_file(file_id bigint) RETURNS boolean
+    LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'ack_file_wrapper';
+COMMENT ON FUNCTION amazon_pii.ack_file(bigint) IS
+    'Says that a file was deleted; false: that was said before. Its order is clean when all of its files are. Needs amazon_pii_files or amazon_pii_operator. 42704 unknown';
+
 -- Triggers of ours on the user's tables. Nobody needs EXECUTE to fire one; creating one does.
 CREATE FUNCTION amazon_pii.on_change() RETURNS trigger
     LANGUAGE c AS 'MODULE_PATHNAME', 'on_change_wrapper';

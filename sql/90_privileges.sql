@@ -4,7 +4,7 @@ REVOKE ALL ON ALL TABLES IN SCHEMA amazon_pii FROM PUBLIC;
 REVOKE ALL ON ALL SEQUENCES IN SCHEMA amazon_pii FROM PUBLIC;
 REVOKE ALL ON ALL ROUTINES IN SCHEMA amazon_pii FROM PUBLIC;
 
-GRANT USAGE ON SCHEMA amazon_pii TO amazon_pii_admin, amazon_pii_operator, amazon_pii_auditor;
+GRANT USAGE ON SCHEMA amazon_pii TO amazon_pii_admin, amazon_pii_operator, amazon_pii_auditor, amazon_pii_files;
 
 GRANT EXECUTE ON FUNCTION amazon_pii.apply_policy(jsonb), amazon_pii.check_policy(jsonb), amazon_pii.enable_policy(text),
     amazon_pii.disable_policy(text), amazon_pii.drop_policy(text), amazon_pii.unflag(text, text, text, text)
@@ -14,13 +14,14 @@ GRANT EXECUTE ON FUNCTION amazon_pii.retrieve(text, text, text, text), amazon_pi
     amazon_pii.peek(text, text, text, text), amazon_pii.hold(text, text, timestamptz, text, text),
     amazon_pii.release(text, text, text)
     TO amazon_pii_operator;
+GRANT EXECUTE ON FUNCTION amazon_pii.files_due(text, bigint), amazon_pii.ack_file(bigint) TO amazon_pii_operator, amazon_pii_files;
 GRANT EXECUTE ON FUNCTION amazon_pii.find_orders(text) TO amazon_pii_admin, amazon_pii_operator;
 GRANT EXECUTE ON FUNCTION amazon_pii.verify(text, text) TO amazon_pii_admin, amazon_pii_auditor;
 GRANT EXECUTE ON FUNCTION amazon_pii.preview(text, timestamptz), amazon_pii.explain_order(text)
     TO amazon_pii_admin, amazon_pii_operator, amazon_pii_auditor;
 
 GRANT SELECT ON amazon_pii.policies TO amazon_pii_admin, amazon_pii_auditor;
-GRANT SELECT ON amazon_pii.status, amazon_pii.runs, amazon_pii.by_age TO amazon_pii_admin, amazon_pii_operator, amazon_pii_auditor;
+GRANT SELECT ON amazon_pii.status, amazon_pii.runs, amazon_pii.by_age, amazon_pii.files TO amazon_pii_admin, amazon_pii_operator, amazon_pii_auditor;
 GRANT SELECT ON amazon_pii.orders, amazon_pii.records, amazon_pii.overdue, amazon_pii.upcoming
     TO amazon_pii_admin, amazon_pii_operator;
 GRANT SELECT ON amazon_pii.audit_log TO amazon_pii_auditor;

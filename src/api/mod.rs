@@ -2,6 +2,7 @@
 
 mod access;
 mod cycle;
+mod files;
 mod policy;
 mod trigger;
 mod verify;

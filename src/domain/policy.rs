@@ -38,6 +38,8 @@ pub struct Policy {
     pub redact_after: String,
     /// From a retrieval to the next redaction, as the text of a PostgreSQL interval.
     pub retrieved_for: String,
+    /// How long a file may wait for its deletion before its order is overdue, as the text of a PostgreSQL interval.
+    pub files_within: String,
     /// How long the archive keeps a document, as the text of a PostgreSQL interval.
     pub archive_for: String,
     /// Where archived documents go.
@@ -99,6 +101,8 @@ pub struct Orders {
     pub effective_from: Option<String>,
     /// The personal data in the order's own row.
     pub redact: Redact,
+    /// A column or expression: where a file of the row's lies, outside of the database.
+    pub files: Option<String>,
 }
 
 /// What starts an order's clock.
@@ -146,6 +150,10 @@ pub struct Linked {
     pub role: Option<Role>,
     /// Which orders keep a row alive that several of them use.
     pub shared: Shared,
+    /// Whether a row is archived before it is overwritten or removed.
+    pub archive: bool,
+    /// A column or expression: where a file of the row's lies, outside of the database.
+    pub files: Option<String>,
 }
 
 /// Rows that no order leads to, and that hold personal data until they are old. They are not archived: the document has said

@@ -6,7 +6,9 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use super::audit::AuditEntry;
+use super::files;
 use super::plan::Plan;
+use super::records::RecordList;
 use super::rekey;
 use super::state;
 use super::sweep;
@@ -35,6 +37,7 @@ struct Order {
     archived: bool,
     redacted_version: Option<i64>,
     held: bool,
+    records: RecordList,
 }
 
 /// Whether the orders that a number stands for are locked until the transaction ends.
@@ -49,7 +52,7 @@ enum Lock {
 /// Finds the orders that bear a number.
 fn resolve(target: &Target<'_>, lock: Lock) -> Result<(Rc<Plan>, Vec<Order>)> {
     const FOUND: &str = "SELECT policy, order_key, status, archived_at IS NOT NULL, redacted_version, \
-            held_until IS NOT NULL AND held_until > pg_catalog.now() FROM amazon_pii.order_state \
+            held_until IS NOT NULL AND held_until > pg_catalog.now(), records FROM amazon_pii.order_state \
          WHERE order_number = $1 AND ($2::text IS NULL OR policy = $2) AND ($3::text IS NULL OR order_key = $3) \
          ORDER BY policy, order_key";
     let rows = as_extension(|| {
@@ -73,6 +76,7 @@ fn resolve(target: &Target<'_>, lock: Lock) -> Result<(Rc<Plan>, Vec<Order>)> {
             archived: row.bool(3)?,
             redacted_version: row.text(4)?.and_then(|v| v.parse().ok()),
             held: row.bool(5)?,
+            records: RecordList::parse(row.text(6)?)?,
         });
     }
     if by_policy.len() > 1 {
@@ -227,6 +231,10 @@ pub fn peek(target: &Target<'_>, reason: Option<&str>) -> Result<serde_json::Val
                 records.push(serde_json::json!({ "table": table, "record_key": key, "cells": cells }));
             }
         }
+        // Never archived: the policy said so.
+        for listed in order.records.iter().filter(|l| l.3 == 0) {
+            records.push(serde_json::json!({ "table": listed.0, "record_key": listed.1, "archived": false }));
+        }
         out.push(serde_json::json!({ "policy": plan.policy, "order_key": order.key, "records": records }));
     }
     Ok(serde_json::Value::Array(out))
@@ -368,6 +376,7 @@ pub fn unflag(target: &Target<'_>, reason: Option<&str>) -> Result<Vec<Restored>
         }
         Ok(())
     })?;
+    files::forget(&plan.policy, &order_keys)?;
     sweep::forget_sums(&plan.policy)?;
     state::announce_keys(&plan.policy, "unflagged", &order_keys)?;
     Ok(restored)

@@ -57,6 +57,7 @@ fn intervals(policy: &Policy) -> Result<()> {
         ("redact_after", Some(&policy.redact_after)),
         ("retrieved_for", Some(&policy.retrieved_for)),
         ("archive_for", Some(&policy.archive_for)),
+        ("files_within", Some(&policy.files_within)),
         ("orders.stale_after", policy.orders.stale_after.as_ref()),
     ];
     let named = named.into_iter().filter_map(|(n, t)| t.map(|t| (n.to_owned(), t)));

@@ -191,6 +191,17 @@ fn missing<'a>(
             .get(&due.order_key)
             .and_then(|a| a.record(&table.archived_as, &record.key_text));
         let mut pii = record.pii(plan)?;
+        let listed = |version| {
+            let entry = plan.entries[record.entry].alias.clone();
+            let listed = Listed(table.archived_as.clone(), record.key_text.clone(), entry, version);
+            (record.order, listed)
+        };
+        if table.no_copy {
+            if !pii.is_empty() {
+                notes.push(listed(newest.map_or(0, |n| n.version)));
+            }
+            continue;
+        }
         pii.extend(taken_out(plan, due, record, newest).map(|i| (i, Outcome::Keep)));
         if pii.is_empty() {
             continue;
@@ -218,14 +229,7 @@ fn missing<'a>(
                 plain: encode(pii.iter().map(|(i, _)| cell(*i)).collect()),
             });
         }
-        let entry = &plan.entries[record.entry].alias;
-        let listed = Listed(
-            table.archived_as.clone(),
-            record.key_text.clone(),
-            entry.clone(),
-            version,
-        );
-        notes.push((record.order, listed));
+        notes.push(listed(version));
     }
     Ok((documents, notes))
 }

@@ -131,6 +131,8 @@ fn expressions(plan: &Plan) -> Result<Vec<Problem>> {
         }
     }
     for (index, table) in plan.tables.iter().enumerate() {
+        let place = format!("{}.files", table.relation.shown());
+        all.extend(table.files.iter().map(|e| (place.clone(), index, e, false)));
         for cell in &table.cells {
             let place = || format!("{}.{}", table.relation.shown(), cell.name.bare());
             all.extend(cell.expression.iter().map(|e| (place(), index, e, false)));

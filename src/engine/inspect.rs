@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::by_age;
+use super::files;
 use super::flag::{self, OrderFact};
 use super::paging::{self, Range};
 use super::plan::{AnchorPlan, Plan};
@@ -60,7 +61,7 @@ pub fn preview(policy: &str, as_of: &str) -> Result<Vec<Preview>> {
             let keys: Vec<Values> = due.iter().map(|f| f.key.clone()).collect();
             let read = portable::gather(&plan, &keys)?;
             for record in read.gathered.records {
-                if record.pii(&plan)?.is_empty() {
+                if record.pii(&plan)?.is_empty() || (index == 1 && plan.tables[record.table].no_copy) {
                     continue;
                 }
                 let slot = counts.entry((index, record.table)).or_default();
@@ -237,7 +238,17 @@ pub fn explain(number: &str) -> Result<Vec<Step>> {
             out.push(Step {
                 step: "record",
                 object: format!("{} {}", r.str(0)?, r.str(1)?),
-                detail: format!("{}, archived version {}{alive}", r.str(2)?, r.str(3)?),
+                detail: match r.int(3)? {
+                    0 => format!("{}, not archived{alive}", r.str(2)?),
+                    version => format!("{}, archived version {version}{alive}", r.str(2)?),
+                },
+            });
+        }
+        for (object, detail) in files::explained(&policy, &key)? {
+            out.push(Step {
+                step: "file",
+                object,
+                detail,
             });
         }
     }

@@ -11,6 +11,7 @@ pub mod by_age;
 pub mod check;
 pub mod cycle;
 pub mod due;
+pub mod files;
 pub mod find;
 pub mod flag;
 pub mod former;

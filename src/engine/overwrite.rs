@@ -401,7 +401,11 @@ pub fn update(plan: &Plan, table: &Table, rows: &[&RowWrite<'_>]) -> Result<()> 
 pub fn delete(plan: &Plan, table: &Table, rows: &[&RowWrite<'_>]) -> Result<()> {
     let mut parameters = Parameters::default();
     let mut condition = key_condition(table, rows.iter().map(|r| r.key), &mut parameters);
-    for i in 0..table.cells.len() {
+    // Of a row that was not archived only the key is compared.
+    for i in (0..table.cells.len()).filter(|i| {
+        rows.iter()
+            .any(|r| !matches!(r.cells.get(*i), None | Some(CellWrite::Leave)))
+    }) {
         condition.push(column(table, rows, i, &mut parameters).condition);
     }
     let query = format!(

@@ -77,6 +77,10 @@ pub struct Table {
     pub archived_as: String,
     /// Redaction removes the row.
     pub delete: bool,
+    /// Nothing of its rows is archived: the policy says so in words.
+    pub no_copy: bool,
+    /// Where a file of a row's lies, outside of the database.
+    pub files: Option<Expr>,
     /// Several orders may use one of its rows.
     pub shared: bool,
     /// Only Amazon orders keep its rows alive.
@@ -266,6 +270,7 @@ impl Plan {
         let orders_oid = oids.first().copied().unwrap_or(pg_sys::InvalidOid);
         let table = builder.table(orders_oid, &orders.table, orders.key.as_deref())?;
         let cells = builder.cells(table, &orders.redact, "orders")?;
+        builder.files(table, orders.files.as_deref(), "orders")?;
         builder.entries.push(Entry {
             alias: String::new(),
             table,

@@ -10,6 +10,7 @@ use super::alive::{self, Keeper};
 use super::archive::{line, settle_gone, taken_out};
 use super::audit;
 use super::due::{Clock, Due};
+use super::files;
 use super::former::Former;
 use super::gather::{self, Gathered, LiveRecord};
 use super::overwrite::{self, CellWrite, RowWrite};
@@ -39,11 +40,11 @@ pub struct Redacted {
 }
 
 /// A row to be overwritten, for all orders of the batch that reach it.
-struct Target<'a> {
-    orders: Vec<usize>,
-    table: usize,
-    write: RowWrite<'a>,
-    key_text: &'a str,
+pub(super) struct Target<'a> {
+    pub(super) orders: Vec<usize>,
+    pub(super) table: usize,
+    pub(super) write: RowWrite<'a>,
+    pub(super) key_text: &'a str,
     /// The entry that led to it, and by which values.
     entry: usize,
     link: Option<&'a Values>,
@@ -97,7 +98,10 @@ pub fn batch(
     lock(plan, &targets, &mut excluded, &mut out)?;
     // What began to use a shared row before it was locked is seen by this second look.
     waiting.extend(wait_for_others(plan, others, clock, batch, &excluded, &mut targets)?);
+    let clean = live.records.iter().zip(&pii).filter(|(_, pii)| pii.is_empty());
+    let files = files::found(plan, batch, &stored, &targets, clean.map(|(r, _)| r), &excluded)?;
     write(plan, &targets, &excluded)?;
+    files::note(plan, keys, batch, &files)?;
 
     let mut changes = Changes::default();
     for target in &targets {
@@ -263,7 +267,7 @@ fn targets<'a>(
         let newest = archive
             .get(&due.order_key)
             .and_then(|a| a.record(&table.archived_as, &record.key_text));
-        let cells = if taken_out(plan, due, record, newest).next().is_some() {
+        let cells = if !table.no_copy && taken_out(plan, due, record, newest).next().is_some() {
             None
         } else if pii.is_empty() {
             continue;
@@ -320,6 +324,10 @@ fn proven<'a>(
 ) -> Result<Option<Vec<CellWrite<'a>>>> {
     let table = &plan.tables[record.table];
     record.writes(pii, |i, live| {
+        // There is to be no copy: it must be what was read, and no more.
+        if table.no_copy {
+            return Ok(Some(live));
+        }
         let opened = newest.and_then(|n| n.cell(table.cells[i].name.bare()));
         Ok(match opened {
             // What the statement compares with is the opened value, never the one that was read.

@@ -49,6 +49,11 @@ pub fn changed(plan: &Plan, index: usize, call: &TriggerCall) -> Result<()> {
              WHERE r.table_name = $1 AND r.record_key = n.old AND r.policy = $4",
             &[shown.clone(), from.clone(), to.clone(), policy.clone()],
         )?;
+        sql::execute(
+            "UPDATE amazon_pii.file_outbox f SET record_key = n.new FROM ROWS FROM (pg_catalog.unnest($2), pg_catalog.unnest($3)) AS n (old, new) \
+             WHERE f.table_name = $1 AND f.record_key = n.old AND f.policy = $4",
+            &[shown.clone(), from.clone(), to.clone(), policy.clone()],
+        )?;
         if index > 0 {
             return relist(
                 plan,
@@ -69,6 +74,8 @@ pub fn changed(plan: &Plan, index: usize, call: &TriggerCall) -> Result<()> {
         for statement in [
             "UPDATE amazon_pii.record_state r SET order_key = n.new FROM ROWS FROM (pg_catalog.unnest($2), pg_catalog.unnest($3)) AS n (old, new) \
              WHERE r.policy = $1 AND r.order_key = n.old",
+            "UPDATE amazon_pii.file_outbox f SET order_key = n.new FROM ROWS FROM (pg_catalog.unnest($2), pg_catalog.unnest($3)) AS n (old, new) \
+             WHERE f.policy = $1 AND f.order_key = n.old",
             "UPDATE amazon_pii.renamed r SET order_key = n.new FROM ROWS FROM (pg_catalog.unnest($2), pg_catalog.unnest($3)) AS n (old, new) \
              WHERE r.policy = $1 AND r.order_key = n.old",
         ] {

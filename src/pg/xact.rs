@@ -232,9 +232,11 @@ pub fn now() -> Result<chrono::DateTime<chrono::Utc>> {
     instant(micros)
 }
 
+/// From 1970-01-01 to 2000-01-01, in microseconds.
+const EPOCH_SHIFT: i64 = 946_684_800_000_000;
+
 /// Microseconds since 2000-01-01 UTC, PostgreSQL's clock, as an instant.
 fn instant(micros: i64) -> Result<chrono::DateTime<chrono::Utc>> {
-    const EPOCH_SHIFT: i64 = 946_684_800_000_000;
     micros
         .checked_add(EPOCH_SHIFT)
         .and_then(chrono::DateTime::from_timestamp_micros)
@@ -251,6 +253,17 @@ pub fn from_server(at: pgrx::datum::TimestampWithTimeZone) -> Result<String> {
         return Err(Error::invalid("the time must be finite"));
     }
     instant(micros).map(timestamp_text)
+}
+
+/// A time as a result, from microseconds since 1970-01-01 UTC.
+///
+/// # Errors
+/// It is out of range.
+pub fn to_server(micros: i64) -> Result<pgrx::datum::TimestampWithTimeZone> {
+    let shifted = micros.checked_sub(EPOCH_SHIFT);
+    shifted
+        .and_then(|micros| pgrx::datum::TimestampWithTimeZone::try_from(micros).ok())
+        .ok_or_else(|| Error::internal("a time is out of range"))
 }
 
 /// A time as PostgreSQL reads it.

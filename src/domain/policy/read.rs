@@ -4,7 +4,7 @@ use chrono::NaiveTime;
 use chrono_tz::Tz;
 use serde_json::Value;
 
-use super::document::{Node, nearest, suggestion};
+use super::document::{Node, Object, nearest, suggestion};
 use super::moment::moment;
 use super::{
     Anchor, Archive, ByAge, Linked, OnRedact, Orders, Policy, PolicyError, QualifiedName, Redact, Role, Shared,
@@ -25,6 +25,7 @@ const POLICY: &[&str] = &[
     "retrieved_for",
     "archive_for",
     "archive",
+    "files_within",
     "deadline",
     "window",
     "timezone",
@@ -45,6 +46,7 @@ const ORDERS: &[&str] = &[
     "stale",
     "effective_from",
     "redact",
+    "files",
 ];
 const ANCHOR: &[&str] = &["linked", "at", "where", "complete"];
 const LINKED: &[&str] = &[
@@ -60,6 +62,8 @@ const LINKED: &[&str] = &[
     "on_redact",
     "role",
     "shared",
+    "archive",
+    "files",
 ];
 const BY_AGE: &[&str] = &["table", "key", "at", "after", "where", "redact", "on_redact", "archive"];
 const ARCHIVE: &[&str] = &["schema", "foreign_table"];
@@ -106,6 +110,7 @@ pub(super) fn policy(root: &Node<'_>) -> Result<Policy> {
         archive_after: document.text_or("archive_after", "29 days")?,
         redact_after: document.text_or("redact_after", "30 days")?,
         retrieved_for: document.text_or("retrieved_for", "30 days")?,
+        files_within: document.text_or("files_within", "1 day")?,
         archive_for: document.text_or("archive_for", "10 years")?,
         archive: archive(document.get("archive").as_ref())?,
         window: document.get("window").map(|node| window(&node, timezone)).transpose()?,
@@ -165,12 +170,21 @@ fn orders(node: &Node<'_>) -> Result<Orders> {
         stale: orders.word_or_default("stale", &["report", "redact"])?,
         effective_from: orders.text("effective_from")?,
         redact: redact(orders.get("redact").as_ref())?,
+        files: files(&orders, orders.get("redact").is_some())?,
     })
 }
 
 fn linked(node: &Node<'_>) -> Result<Linked> {
     let entry = node.object(LINKED)?;
     let (table, name) = table(&entry.need("table")?)?;
+    let on_redact = entry.word_or_default("on_redact", &["update", "delete"])?;
+    let treated = entry.get("redact").is_some() || on_redact == OnRedact::Delete;
+    let archive = entry.get("archive");
+    if let (Some(node), false) = (&archive, treated) {
+        return Err(node
+            .error("says what becomes of rows that stay as they are")
+            .with_hint("Leave it out, or name columns in \"redact\"."));
+    }
     Ok(Linked {
         table,
         alias: entry.text("as")?.unwrap_or(name.name),
@@ -181,13 +195,25 @@ fn linked(node: &Node<'_>) -> Result<Linked> {
         number: entry.text("number")?,
         not_before: entry.text("not_before")?,
         redact: redact(entry.get("redact").as_ref())?,
-        on_redact: entry.word_or_default("on_redact", &["update", "delete"])?,
+        on_redact,
         role: entry
             .get("role")
             .map(|node| node.word::<Role>(&["customer"]))
             .transpose()?,
         shared: entry.word_or_default::<Shared>("shared", &["any", "amazon"])?,
+        archive: archive.map(|node| node.boolean()).transpose()?.unwrap_or(true),
+        files: files(&entry, treated)?,
     })
+}
+
+/// Where a row's file lies. It goes with what is redacted in the row: where nothing is, nobody would know when it is done.
+fn files(entry: &Object<'_>, treated: bool) -> Result<Option<String>> {
+    match entry.get("files") {
+        Some(node) if !treated => Err(node
+            .error("belongs to rows that stay as they are")
+            .with_hint("Name columns in \"redact\", the one with the file's path too.")),
+        _ => entry.text("files"),
+    }
 }
 
 fn by_age(node: &Node<'_>) -> Result<ByAge> {

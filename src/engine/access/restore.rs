@@ -1,5 +1,7 @@
 //! Writing archived values back.
 
+use std::collections::BTreeMap;
+
 use super::{Order, follow_keys};
 use crate::domain::treatment::Outcome;
 use crate::engine::former::Former;
@@ -20,7 +22,8 @@ pub struct Restored {
     pub table: String,
     pub records: i64,
     pub cells: i64,
-    /// Cells that did not come back, because they no longer hold what redaction put there, or their row is gone.
+    /// Cells that did not come back, because they no longer hold what redaction put there, or their row is gone. Of a table
+    /// that is not archived, records.
     pub kept: i64,
 }
 
@@ -40,6 +43,7 @@ fn write_all(plan: &Plan, orders: &[Order], number: &str) -> Result<Vec<Restored
     let archive = vault::open(&plan.archive_schema, &master, &plan.policy, &order_keys)?;
     let mut out = Vec::new();
     for order in orders {
+        out.extend(never_archived(order));
         let Some(archive) = archive.get(&order.key) else {
             continue;
         };
@@ -77,6 +81,22 @@ fn write_all(plan: &Plan, orders: &[Order], number: &str) -> Result<Vec<Restored
         }
     }
     Ok(out)
+}
+
+/// Records that cannot come back, because the policy wanted no copy of them: how many of each table.
+fn never_archived(order: &Order) -> Vec<Restored> {
+    let mut counts: BTreeMap<&str, i64> = BTreeMap::new();
+    for listed in order.records.iter().filter(|l| l.3 == 0) {
+        *counts.entry(&listed.0).or_default() += 1;
+    }
+    let restored = |(table, kept): (&str, i64)| Restored {
+        order_key: order.key.clone(),
+        table: table.to_owned(),
+        records: 0,
+        cells: 0,
+        kept,
+    };
+    counts.into_iter().map(restored).collect()
 }
 
 fn restore_table(

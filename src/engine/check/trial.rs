@@ -2,6 +2,7 @@
 
 use super::{Problem, Severity, sample, unique};
 use crate::domain::treatment::Outcome;
+use crate::engine::files;
 use crate::engine::flag;
 use crate::engine::gather::{self, LiveRecord};
 use crate::engine::overwrite::{self, RowWrite};
@@ -27,6 +28,7 @@ pub(super) fn try_out(plan: &Plan, open: &[unique::Open]) -> Result<Vec<Problem>
     for (index, table) in plan.tables.iter().enumerate() {
         let records: Vec<&LiveRecord> = distinct(before.records.iter().filter(|r| r.table == index));
         let tried = trial(|| {
+            files::paths(plan, table, &records.iter().map(|r| &r.key).collect::<Vec<_>>())?;
             let pii = records.iter().map(|r| r.pii(plan)).collect::<Result<Vec<_>>>()?;
             let rows = rows(&records, &pii)?;
             let locked = overwrite::lock(plan, table, rows.iter().map(|r| r.key), None, false)?;

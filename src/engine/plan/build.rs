@@ -73,6 +73,8 @@ impl Builder<'_> {
             key,
             cells: Vec::new(),
             delete: false,
+            no_copy: false,
+            files: None,
             shared: false,
             amazon_only: false,
             facts,
@@ -158,11 +160,22 @@ impl Builder<'_> {
                 key.iter()
                     .all(|column| on_parent.iter().any(|e| *e == Expr::column(column)))
             });
+        let first = self.tables[table].cells.is_empty();
         let cells = if matches!(linked.on_redact, OnRedact::Delete) {
-            self.whole_row(table)?
+            self.whole_row(table, !linked.archive)?
         } else {
             self.cells(table, &linked.redact, &place)?
         };
+        let own = &mut self.tables[table];
+        if first {
+            own.no_copy = !linked.archive;
+        } else if !cells.is_empty() && own.no_copy == linked.archive {
+            return Err(Error::invalid(format!(
+                "entries disagree on {}: archived or not",
+                own.relation.shown()
+            )));
+        }
+        self.files(table, linked.files.as_deref(), &place)?;
         self.entries.push(Entry {
             alias: linked.alias.clone(),
             table,
@@ -225,8 +238,23 @@ impl Builder<'_> {
         })
     }
 
-    /// Every stored column of a row that goes as a whole.
-    pub(super) fn whole_row(&mut self, index: usize) -> Result<Vec<usize>> {
+    /// Where the files of a table's rows lie; entries that say so must agree.
+    pub(super) fn files(&mut self, index: usize, text: Option<&str>, place: &str) -> Result<()> {
+        let Some(text) = text else { return Ok(()) };
+        let files = self.expression(index, text, &format!("{place}.files"))?;
+        let table = &mut self.tables[index];
+        if table.files.as_ref().is_some_and(|known| *known != files) {
+            return Err(Error::invalid(format!(
+                "entries disagree on the files of {}",
+                table.relation.shown()
+            )));
+        }
+        table.files = Some(files);
+        Ok(())
+    }
+
+    /// Every stored column of a row that goes as a whole; without a copy it goes by its key, whatever else is in it.
+    pub(super) fn whole_row(&mut self, index: usize, no_copy: bool) -> Result<Vec<usize>> {
         let table = &mut self.tables[index];
         if !table.cells.is_empty() && !table.delete {
             return Err(Error::invalid(format!(
@@ -255,7 +283,10 @@ impl Builder<'_> {
                 })
                 .collect();
         }
-        Ok((0..table.cells.len()).collect())
+        let is_key = |cell: &CellColumn| table.key.iter().any(|(name, _)| *name == cell.name);
+        Ok((0..table.cells.len())
+            .filter(|i| !no_copy || is_key(&table.cells[*i]))
+            .collect())
     }
 
     /// Compiles the treatments of an entry into the table's cells; entries that name one column must agree.

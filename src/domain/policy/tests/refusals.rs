@@ -280,3 +280,33 @@ fn rows_by_age_say_that_they_are_not_archived() {
         "no personal data",
     );
 }
+
+#[test]
+fn files_and_archive_belong_to_rows_that_are_treated() {
+    let linked = |more: Value| with("/linked", json!([link("a", more)]));
+    let read = |more: Value| Policy::parse(&linked(more).to_string()).unwrap().linked.remove(0);
+    let entry = read(json!({"redact": ["x"], "archive": false, "files": "path"}));
+    assert_eq!((entry.archive, entry.files.as_deref()), (false, Some("path")));
+    let entry = read(json!({"on_redact": "delete"}));
+    assert_eq!((entry.archive, entry.files), (true, None));
+    assert_refused(
+        &linked(json!({"archive": false})),
+        "linked[0].archive",
+        "stay as they are",
+        "\"redact\"",
+    );
+    assert_refused(
+        &linked(json!({"files": "path"})),
+        "linked[0].files",
+        "stay as they are",
+        "\"redact\"",
+    );
+    let more = json!({"redact": ["x"], "archive": "false"});
+    assert_refused(&linked(more), "linked[0].archive", "true or false", "");
+    assert_refused(
+        &with("/linked", json!([link("a", json!({"as": "by_age[0]"}))])),
+        "linked[0].as",
+        "reserved",
+        "another",
+    );
+}
