@@ -260,6 +260,20 @@ def test_preview_and_switches(shop):
     assert shop.sql("SELECT policy FROM amazon_pii.aged_table UNION ALL SELECT policy FROM amazon_pii.aged_row") == []
 
 
+def test_before_its_date_a_policy_touches_nothing(shop):
+    """Breaks when rows go before the policy is in effect, or each cycle looks for them until then."""
+    add_mail(shop, 1, 2, "40 days")
+    shop.apply_policy(aged_policy(MAIL, effective_from="2099-01-01"))
+    run_cycle(shop)
+    assert ids(shop) == [1, 2] and line(shop) == (0, 0, None)
+    assert shop.value("SELECT next_look_at = '2099-01-01 00:00+00' FROM amazon_pii.by_age")
+    preview = "SELECT records FROM amazon_pii.preview('shop', %s) WHERE action = 'by_age'"
+    assert shop.sql(preview, ["2098-12-31"], "pii_auditor") == [] and shop.sql(preview, ["2099-01-02"], "pii_auditor") == [(2,)]
+    shop.apply_policy(aged_policy(MAIL, effective_from="2020-01-01"))
+    run_cycle(shop)
+    assert ids(shop) == []
+
+
 def test_another_owner_suspends_and_code_runs_as_the_owner(shop):
     """Breaks when rows of by_age are handled with anybody's rights but their table's owner's."""
     add_mail(shop, 1, 2, "40 days")

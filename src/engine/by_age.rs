@@ -30,7 +30,7 @@ use crate::pg::ident::{Expr, Relation};
 use crate::pg::identity::{Identity, act_as};
 use crate::pg::sql::{self, Arg, Row};
 use crate::pg::subxact::{subtransaction, trial};
-use crate::pg::xact::{self, Boundary, Mode};
+use crate::pg::xact::{self, Boundary, Mode, timestamp_text};
 
 /// Rows that are counted at most, where a policy is not at work and they are only shown.
 const COUNTED: i64 = 100_000;
@@ -72,6 +72,12 @@ pub struct Pass<'a> {
     over: bool,
 }
 
+/// From when the policy is in effect, where that is after this moment.
+fn not_before(plan: &Plan, horizon: &str) -> Option<String> {
+    let from = plan.document.effective_from.map(timestamp_text);
+    from.filter(|from| from.as_str() > horizon)
+}
+
 /// The policy, in the version that is at work, may go on.
 fn in_force(plan: &Plan) -> Result<bool> {
     notes::in_force(&plan.policy, plan.version)
@@ -90,6 +96,10 @@ impl<'a> Pass<'a> {
         boundary: Boundary,
     ) -> Result<Option<Self>> {
         let notes = Notes { plan, aged };
+        if let Some(from) = not_before(plan, &clock.redact) {
+            notes.wait(&from)?;
+            return Ok(None);
+        }
         // Handled rows are not met again where they are gone, unless a condition leaves others in between.
         let vanish = aged.table.delete && aged.filter.is_none();
         let Some(passed) = notes.begin(clock, vanish)? else {
@@ -408,6 +418,9 @@ fn read(plan: &Plan, aged: &Aged, query: &str, args: &[Arg<'_>]) -> Result<Vec<R
 /// # Errors
 /// Errors of the server or of the owner's expressions.
 pub fn preview(plan: &Plan, aged: &Aged, as_of: &str) -> Result<i64> {
+    if not_before(plan, as_of).is_some() {
+        return Ok(0);
+    }
     let upto = Notes { plan, aged }.cutoff(as_of)?;
     let width = aged.table.key.len();
     let mut after: Option<Position> = None;
@@ -444,6 +457,9 @@ pub fn preview(plan: &Plan, aged: &Aged, as_of: &str) -> Result<i64> {
 /// # Errors
 /// Errors of the server or of the owner's expressions.
 pub fn count(plan: &Plan, clock: &Clock) -> Result<()> {
+    if not_before(plan, &clock.now).is_some() {
+        return Ok(());
+    }
     for aged in &plan.by_age {
         let notes = Notes { plan, aged };
         let Some(passed) = notes.peek(clock)? else { continue };

@@ -237,6 +237,15 @@ impl Notes<'_> {
         rows.first().map_or(Ok(0), |r| r.int(0))
     }
 
+    /// Nobody looks before this moment.
+    pub(super) fn wait(&self, from: &str) -> Result<()> {
+        self.run(
+            "UPDATE amazon_pii.aged_table a SET next_look_at = $3::timestamptz WHERE a.policy = $1 AND a.entry = $2",
+            vec![Arg::Text(Some(from))],
+        )?;
+        Ok(())
+    }
+
     /// What was counted while nothing is done.
     pub(super) fn counted(&self, overdue: i64) -> Result<()> {
         self.run(
