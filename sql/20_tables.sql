@@ -76,6 +76,7 @@ CREATE TABLE amazon_pii.order_state (
     next_due_at     timestamptz,
     records         text,
     effective_at    timestamptz,
+    follows         text        COLLATE "C",
     -- The order's key first: it alone finds a row, whatever the server believes of the number of policies.
     PRIMARY KEY (order_key, policy)
 );
@@ -85,6 +86,8 @@ COMMENT ON COLUMN amazon_pii.order_state.effective_at IS 'Before this moment the
 COMMENT ON COLUMN amazon_pii.order_state.stale_at IS 'When an order without an anchor is stale; NULL where the policy does not say';
 COMMENT ON COLUMN amazon_pii.order_state.next_due_at IS 'When a cycle has to look at the order again; NULL: nothing to do';
 COMMENT ON COLUMN amazon_pii.order_state.records IS 'The rows of the user''s that hold, or held, its personal data: JSON array of [table, key, entry, newest archived version]';
+COMMENT ON COLUMN amazon_pii.order_state.follows IS 'The retrieved order that it replaces: it is redacted when that retrieval ends';
+CREATE INDEX order_state_follows ON amazon_pii.order_state (follows, policy) WHERE follows IS NOT NULL;
 -- Partial: an import of orders that are not dispatched yet does not touch it.
 CREATE INDEX order_state_due ON amazon_pii.order_state (policy, next_due_at) WHERE next_due_at IS NOT NULL;
 CREATE INDEX order_state_stale ON amazon_pii.order_state (policy, stale_at) WHERE status = 'flagged' AND stale_at IS NOT NULL;
@@ -214,6 +217,17 @@ CREATE INDEX file_outbox_waiting ON amazon_pii.file_outbox (policy, file_id) WHE
 -- For changes of keys.
 CREATE INDEX file_outbox_record ON amazon_pii.file_outbox (table_name, record_key);
 
+-- regclass, as in policy_table.
+CREATE TABLE amazon_pii.own_row (
+    relation        regclass    NOT NULL,
+    row_key         text        COLLATE "C" NOT NULL,
+    words           text        NOT NULL,
+    written_at      timestamptz NOT NULL DEFAULT pg_catalog.now(),
+    PRIMARY KEY (relation, row_key)
+);
+COMMENT ON TABLE amazon_pii.own_row IS 'Lines that the extension wrote into a history of the shop''s: what they say is not redacted';
+COMMENT ON COLUMN amazon_pii.own_row.words IS 'JSON object of the columns and what was written there, expressions over the order left out';
+
 CREATE TABLE amazon_pii.run (
     run_id          bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     policy          text        COLLATE "C" NOT NULL,
@@ -267,7 +281,7 @@ DO $$
 DECLARE
     kept text;
 BEGIN
-    FOREACH kept IN ARRAY ARRAY['policy', 'policy_version', 'policy_table', 'order_state', 'record_state', 'renamed', 'aged_table', 'aged_row', 'file_outbox', 'run', 'audit_entry'] LOOP
+    FOREACH kept IN ARRAY ARRAY['policy', 'policy_version', 'policy_table', 'order_state', 'record_state', 'renamed', 'aged_table', 'aged_row', 'file_outbox', 'own_row', 'run', 'audit_entry'] LOOP
         PERFORM pg_extension_config_dump(('amazon_pii.' || kept)::regclass, '');
     END LOOP;
     PERFORM pg_extension_config_dump(pg_get_serial_sequence('amazon_pii.renamed', 'renamed_id')::regclass, '');

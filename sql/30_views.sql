@@ -8,7 +8,8 @@ COMMENT ON VIEW amazon_pii.policies IS 'The policies in force, with their docume
 CREATE VIEW amazon_pii.orders WITH (security_barrier) AS
 SELECT o.policy, o.order_key, o.order_number, o.status, o.flagged_at, o.anchor_at, o.archive_due_at, o.archived_at,
        o.redact_due_at, o.redacted_at, o.retrieved_at, o.retrieved_until, o.held_until, o.attempts, o.next_attempt_at,
-       o.last_error, o.pushed_by, o.redacted_version, o.stale_at, o.effective_at
+       o.last_error, o.pushed_by, o.redacted_version, o.stale_at, o.effective_at,
+       o.follows
   FROM amazon_pii.order_state AS o;
 COMMENT ON VIEW amazon_pii.orders IS 'One row a flagged order: where it stands and what is due when';
 

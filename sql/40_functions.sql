@@ -104,6 +104,17 @@ CREATE FUNCTION amazon_pii.ack_file(file_id bigint) RETURNS boolean
 COMMENT ON FUNCTION amazon_pii.ack_file(bigint) IS
     'Says that a file was deleted; false: that was said before. Its order is clean when all of its files are. Needs amazon_pii_files or amazon_pii_operator. 42704 unknown';
 
+CREATE FUNCTION amazon_pii.find_duplicates(policy text)
+    RETURNS TABLE (duplicate bigint, customer_key text)
+    LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'find_duplicates_wrapper';
+COMMENT ON FUNCTION amazon_pii.find_duplicates(text) IS
+    'Customers that are the same by the policy''s duplicate_by, in groups: keys, never a value; those whose orders are archived, redacted or retrieved are left out. Needs amazon_pii_admin or amazon_pii_operator';
+
+CREATE FUNCTION amazon_pii.assert_mergeable(policy text, key_a text, key_b text) RETURNS void
+    LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'assert_mergeable_wrapper';
+COMMENT ON FUNCTION amazon_pii.assert_mergeable(text, text, text) IS
+    'Fails (55000) unless the personal data of both customers is where it was: nothing of it archived, redacted or retrieved. Needs amazon_pii_admin or amazon_pii_operator';
+
 -- Triggers of ours on the user's tables. Nobody needs EXECUTE to fire one; creating one does.
 CREATE FUNCTION amazon_pii.on_change() RETURNS trigger
     LANGUAGE c AS 'MODULE_PATHNAME', 'on_change_wrapper';

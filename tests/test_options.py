@@ -99,6 +99,84 @@ def test_an_order_that_replaces_a_flagged_one_is_flagged_too(shop):
         (1, "[Redacted]"), (2, "[Redacted]"), (3, "Ada Invented"), (4, "Ada Invented")]
 
 
+ONE = "111-0000000-0000001"
+
+
+@pytest.fixture
+def retrieved(shop):
+    """Order 1 was redacted and is retrieved for 30 days."""
+    shop.apply_policy(policy(orders={"replaces": "replaces"}))
+    insert(shop, 1)
+    shop.sql("CALL amazon_pii.run_cycle()", user="pii_admin")
+    shop.sql("SELECT amazon_pii.retrieve(%s, 'return')", [ONE], user="pii_operator")
+    return shop
+
+
+def until(shop):
+    return shop.value("SELECT retrieved_until FROM amazon_pii.orders WHERE order_number = %s", [ONE])
+
+
+def dates(shop, id):
+    return shop.sql("SELECT status, redact_due_at, follows FROM amazon_pii.orders WHERE order_key = %s", [f'["{id}"]'])[0]
+
+
+@pytest.mark.parametrize("shipped", ["NULL", "now() - '40 days'::interval", "now() + '3 days'::interval"],
+                         ids=["not dispatched", "long ago", "soon"])
+@pytest.mark.parametrize("channel", ["amazon", "manual"])
+def test_a_replacement_goes_when_its_originals_retrieval_ends(retrieved, shipped, channel):
+    """pixi: returns and replacements are masked again 30 days after the retrieval of the original. Breaks when the
+    replacement has a clock of its own, whichever way its row is written afterwards."""
+    insert(retrieved, 2, shipped=shipped, replaces=ONE, channel=channel)
+    following = ("scheduled", until(retrieved), '["1"]')
+    assert dates(retrieved, 2) == following
+    retrieved.sql("UPDATE shop.orders SET shipped_at = now() - '35 days'::interval WHERE id = 2", user="shop_owner")
+    assert dates(retrieved, 2) == following
+    retrieved.sql("CALL amazon_pii.run_cycle('shop', true)", user="pii_admin")
+    assert retrieved.value("SELECT note FROM shop.orders WHERE id = 2") == "Ada Invented"
+    retrieved.sql("UPDATE amazon_pii.order_state SET retrieved_until = now() - '1 s'::interval, next_due_at = now() WHERE order_key = '[\"1\"]'; "
+                  "UPDATE amazon_pii.order_state SET redact_due_at = now() - '1 s'::interval, next_due_at = now() WHERE order_key = '[\"2\"]'")
+    retrieved.sql("CALL amazon_pii.run_cycle()", user="pii_admin")
+    assert retrieved.sql("SELECT DISTINCT note FROM shop.orders") == [("[Redacted]",)]
+
+
+def test_a_replacement_goes_with_a_retrieval_that_is_ended_early(retrieved):
+    """Breaks when it keeps the date of a retrieval that is over."""
+    insert(retrieved, 2, shipped="NULL", replaces=ONE, channel="manual")
+    insert(retrieved, 3, shipped="NULL", replaces="another", channel="amazon")
+    retrieved.sql("SELECT amazon_pii.end_retrieval(%s)", [ONE], user="pii_operator")
+    retrieved.sql("CALL amazon_pii.run_cycle()", user="pii_admin")
+    assert retrieved.sql("SELECT id, note FROM shop.orders ORDER BY id") == [
+        (1, "[Redacted]"), (2, "[Redacted]"), (3, "Ada Invented")]
+
+
+def test_a_replacement_follows_no_retrieval_that_it_was_not_made_for(shop):
+    """Breaks when an order that was there before gets another date by a retrieval, or when an original that is not retrieved
+    has one to follow."""
+    shop.apply_policy(policy(orders={"replaces": "replaces"}))
+    insert(shop, 1)
+    shop.sql("CALL amazon_pii.run_cycle()", user="pii_admin")
+    insert(shop, 2, shipped="now() - '5 days'::interval", replaces=ONE, channel="manual")
+    own = dates(shop, 2)
+    assert own[0] == "scheduled" and own[2] is None
+    shop.sql("SELECT amazon_pii.retrieve(%s, 'return')", [ONE], user="pii_operator")
+    shop.sql("UPDATE shop.orders SET channel = 'phone' WHERE id = 2", user="shop_owner")
+    shop.sql("CALL amazon_pii.run_cycle('shop', true)", user="pii_admin")
+    assert dates(shop, 2) == own
+    shop.sql("SELECT amazon_pii.end_retrieval(%s)", [ONE], user="pii_operator")
+    assert dates(shop, 2) == own
+
+
+def test_a_new_version_of_the_policy_leaves_the_replacements_date(retrieved):
+    """Breaks when a changed clock is set for orders that follow another."""
+    insert(retrieved, 2, shipped="now() - '5 days'::interval", replaces=ONE)
+    retrieved.apply_policy(policy(orders={"replaces": "replaces"}, redact_after="60 days"))
+    assert dates(retrieved, 2) == ("scheduled", until(retrieved), '["1"]')
+    retrieved.sql("CALL amazon_pii.run_cycle('shop', true)", user="pii_admin")
+    assert dates(retrieved, 2) == ("scheduled", until(retrieved), '["1"]')
+    assert ("follows", 'the retrieval of order ["1"], which it replaces') in retrieved.sql(
+        "SELECT step, detail FROM amazon_pii.explain_order('111-0000000-0000002')")
+
+
 def test_a_change_of_key_is_followed_into_the_archive(shop):
     """Breaks when the archive stays behind under the old key: the order's personal data could not be given back."""
     shop.sql("CREATE TABLE shop.parties (id int PRIMARY KEY, order_id bigint, name text)", user="shop_owner")

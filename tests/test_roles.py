@@ -23,6 +23,8 @@ FUNCTIONS = {
     "hold(text,text,timestamp with time zone,text,text)": ("SELECT amazon_pii.hold('nothing', 'x', '2999-01-01')", {OPERATOR}),
     "release(text,text,text)": ("SELECT amazon_pii.release('nothing')", {OPERATOR}),
     "find_orders(text)": ("SELECT amazon_pii.find_orders('nothing')", {ADMIN, OPERATOR}),
+    "find_duplicates(text)": ("SELECT amazon_pii.find_duplicates('nothing')", {ADMIN, OPERATOR}),
+    "assert_mergeable(text,text,text)": ("SELECT amazon_pii.assert_mergeable('nothing', '1', '2')", {ADMIN, OPERATOR}),
     "preview(text,timestamp with time zone)": ("SELECT amazon_pii.preview('nothing')", set(EVERYBODY)),
     "explain_order(text)": ("SELECT amazon_pii.explain_order('nothing')", set(EVERYBODY)),
     "verify(text,text)": ("SELECT amazon_pii.verify('nothing')", {ADMIN, AUDITOR}),

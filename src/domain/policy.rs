@@ -5,6 +5,7 @@
 
 mod check;
 mod document;
+mod history;
 mod moment;
 mod name;
 mod read;
@@ -15,6 +16,7 @@ use chrono::{DateTime, NaiveTime, Utc};
 use chrono_tz::Tz;
 use serde::Deserialize;
 
+pub use history::{Access, History, Source, Template};
 pub use name::QualifiedName;
 
 /// What a policy document asks for, defaults filled in.
@@ -56,6 +58,10 @@ pub struct Policy {
     pub when_retrieved: WhenRetrieved,
     /// Whether access needs a reason.
     pub reason: ReasonRule,
+    /// Where accesses are written besides the audit log.
+    pub history: Option<History>,
+    /// Roles that need not be operators for `retrieve_on_insert`.
+    pub retrieve_for: Vec<String>,
 }
 
 /// The archive of a policy.
@@ -99,6 +105,8 @@ pub struct Orders {
     pub stale: Stale,
     /// A column or expression: the moment before which the order is not touched.
     pub effective_from: Option<String>,
+    /// What an order of another channel meets whose customer Amazon orders have.
+    pub manual_orders: ManualOrders,
     /// The personal data in the order's own row.
     pub redact: Redact,
     /// A column or expression: where a file of the row's lies, outside of the database.
@@ -148,12 +156,18 @@ pub struct Linked {
     pub on_redact: OnRedact,
     /// What these rows are to the order.
     pub role: Option<Role>,
+    /// Columns or expressions over a row that are the same in duplicates of it.
+    pub duplicate_by: Vec<String>,
+    /// What pointing an order to another of these rows meets, when one of both is archived.
+    pub merge: Merge,
     /// Which orders keep a row alive that several of them use.
     pub shared: Shared,
     /// Whether a row is archived before it is overwritten or removed.
     pub archive: bool,
     /// A column or expression: where a file of the row's lies, outside of the database.
     pub files: Option<String>,
+    /// Whether a new row has its order retrieved.
+    pub retrieve_on_insert: RetrieveOnInsert,
 }
 
 /// Rows that no order leads to, and that hold personal data until they are old. They are not archived: the document has said
@@ -279,6 +293,39 @@ pub enum Role {
     Customer,
 }
 
+/// Whether a new row has its order retrieved, if that is redacted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum RetrieveOnInsert {
+    Never,
+    Always,
+    /// When it meets this condition.
+    When(String),
+}
+
+/// What an order of another channel meets whose customer Amazon orders have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ManualOrders {
+    /// Nothing.
+    #[default]
+    Allow,
+    /// A warning, and a line in the audit log.
+    Warn,
+    /// An error.
+    Refuse,
+}
+
+/// What a merge of customers meets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Merge {
+    /// Nothing.
+    #[default]
+    Allow,
+    /// An error, when one of them is archived.
+    Refuse,
+}
+
 /// Which orders keep a shared row alive.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -321,6 +368,12 @@ impl PolicyError {
 }
 
 impl Policy {
+    /// The customer's entry, where exactly one has that role.
+    pub fn customer(&self) -> Option<&Linked> {
+        let mut customers = self.linked.iter().filter(|l| l.role == Some(Role::Customer));
+        customers.next().filter(|_| customers.next().is_none())
+    }
+
     /// Reads a policy document.
     ///
     /// # Errors

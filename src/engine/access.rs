@@ -1,5 +1,6 @@
 //! People and their reasons: retrieve, peek, end a retrieval, hold, release, unflag.
 
+mod automatic;
 mod restore;
 
 use std::collections::BTreeMap;
@@ -7,9 +8,11 @@ use std::rc::Rc;
 
 use super::audit::AuditEntry;
 use super::files;
+use super::history;
 use super::plan::Plan;
 use super::records::RecordList;
 use super::rekey;
+use super::replacement;
 use super::state;
 use super::sweep;
 use super::vault;
@@ -21,6 +24,7 @@ use crate::pg::identity::{as_extension, require_role};
 use crate::pg::sql::{self, Arg};
 use crate::pg::{keys, xact};
 use crate::worker::evidence;
+pub use automatic::inserted;
 pub use restore::Restored;
 use restore::{marks, write_back};
 
@@ -38,6 +42,7 @@ struct Order {
     redacted_version: Option<i64>,
     held: bool,
     records: RecordList,
+    number: Option<String>,
 }
 
 /// Whether the orders that a number stands for are locked until the transaction ends.
@@ -77,6 +82,7 @@ fn resolve(target: &Target<'_>, lock: Lock) -> Result<(Rc<Plan>, Vec<Order>)> {
             redacted_version: row.text(4)?.and_then(|v| v.parse().ok()),
             held: row.bool(5)?,
             records: RecordList::parse(row.text(6)?)?,
+            number: Some(target.number.to_owned()),
         });
     }
     if by_policy.len() > 1 {
@@ -152,6 +158,14 @@ pub fn retrieve(target: &Target<'_>, reason: Option<&str>) -> Result<Vec<Restore
     witness(&plan, "retrieve", &orders, target.number, reason.as_deref())?;
     let restored = write_back(&plan, &orders, target.number)?;
     let order_keys: Vec<String> = orders.iter().map(|o| o.key.clone()).collect();
+    history::write(&plan, "retrieve", &order_keys, target.number, reason.as_deref())?;
+    state_retrieved(&plan, &order_keys)?;
+    state::announce_keys(&plan.policy, "retrieved", &order_keys)?;
+    Ok(restored)
+}
+
+/// Orders whose personal data is back in their rows, for `retrieved_for`.
+fn state_retrieved(plan: &Plan, orders: &[String]) -> Result<()> {
     as_extension(|| {
         sql::execute(
             "UPDATE amazon_pii.order_state SET status = 'retrieved', retrieved_at = pg_catalog.now(), \
@@ -160,13 +174,12 @@ pub fn retrieve(target: &Target<'_>, reason: Option<&str>) -> Result<Vec<Restore
              WHERE policy = $1 AND order_key = ANY ($2)",
             &[
                 Arg::Text(Some(&plan.policy)),
-                Arg::texts(&order_keys),
+                Arg::texts(orders),
                 Arg::Text(Some(&plan.document.retrieved_for)),
             ],
         )
     })?;
-    state::announce_keys(&plan.policy, "retrieved", &order_keys)?;
-    Ok(restored)
+    Ok(())
 }
 
 /// Gives the archived PII of an order to the caller alone.
@@ -269,6 +282,7 @@ pub fn end_retrieval(target: &Target<'_>) -> Result<()> {
                     &[Arg::Text(Some(&plan.policy)), Arg::texts(orders)],
                 )
             })?;
+            replacement::ended(plan, orders)?;
             crate::worker::wake();
             Ok(())
         },
@@ -364,6 +378,7 @@ pub fn unflag(target: &Target<'_>, reason: Option<&str>) -> Result<Vec<Restored>
     witness(&plan, "unflag", &orders, target.number, reason.as_deref())?;
     let restored = write_back(&plan, &orders, target.number)?;
     let order_keys: Vec<String> = orders.iter().map(|o| o.key.clone()).collect();
+    history::write(&plan, "unflag", &order_keys, target.number, reason.as_deref())?;
     as_extension(|| {
         for table in ["record_state", "order_state"] {
             sql::execute(
@@ -392,6 +407,7 @@ fn change(
     apply: impl FnOnce(&Plan, &[String]) -> Result<()>,
 ) -> Result<()> {
     let (plan, orders) = resolve(target, Lock::Taken)?;
+    let takes_reason = reason.is_some();
     let reason = match reason {
         Some(given) => checked(&plan, given)?,
         None => None,
@@ -401,6 +417,9 @@ fn change(
     }
     let order_keys: Vec<String> = orders.iter().map(|o| o.key.clone()).collect();
     apply(&plan, &order_keys)?;
+    if takes_reason {
+        history::write(&plan, action, &order_keys, target.number, reason.as_deref())?;
+    }
     let entries = orders
         .iter()
         .map(|o| entry(&plan, action, o, target.number, reason.as_deref()))

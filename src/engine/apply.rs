@@ -5,13 +5,13 @@ use pgrx::pg_sys;
 use super::audit::{self, AuditEntry};
 use super::check::{self, Problem, Severity};
 use super::plan::{Plan, require_ownership};
-use super::{by_age, state, sweep, trigger_ddl, vault};
+use super::{by_age, history, state, sweep, trigger_ddl, vault};
 use crate::domain::policy::{Policy, QualifiedName};
 use crate::pg::error::{Error, Result};
 use crate::pg::identity::{as_extension, require_role, session_user};
 use crate::pg::sql::{self, Arg};
 use crate::pg::xact::timestamp_text;
-use crate::pg::{catalog, invalidation, keys};
+use crate::pg::{catalog, identity, invalidation, keys};
 
 /// Parses a document and makes it ready in the caller's name, checking that the caller owns every table.
 fn ready(document: &str) -> Result<Plan> {
@@ -29,6 +29,9 @@ fn ready(document: &str) -> Result<Plan> {
     for (at, aged) in policy.by_age.iter().enumerate() {
         oids.push(table(&aged.table, &format!("by_age[{at}].table"))?);
     }
+    if let Some(history) = &policy.history {
+        oids.push(table(&history.table, "history.table")?);
+    }
     let path = catalog::search_path();
     // Ownership first: nobody learns of, or runs, anything in tables of others.
     for oid in &oids {
@@ -37,7 +40,17 @@ fn ready(document: &str) -> Result<Plan> {
         }
     }
     intervals(&policy)?;
-    Plan::build(policy, &path, &oids)
+    for role in &policy.retrieve_for {
+        if !identity::role_exists(role) {
+            return Err(
+                Error::undefined(format!("retrieve_for: role \"{role}\" does not exist"))
+                    .hint("Name the roles under which returns and credits are inserted."),
+            );
+        }
+    }
+    let mut plan = Plan::build(policy, &path, &oids)?;
+    plan.own_lines = history::tables_with_lines(&plan)?;
+    Ok(plan)
 }
 
 /// The OID of a table that the document names.
@@ -206,7 +219,8 @@ fn store(plan: &Plan, document: &str) -> Result<(i64, bool)> {
         .collect::<Result<Vec<_>>>()?;
         let entries = plan.entries.iter().map(|e| (e.alias.as_str(), &plan.tables[e.table]));
         let aged = plan.by_age.iter().map(|a| (a.name.as_str(), &a.table));
-        for (entry, table) in entries.chain(aged) {
+        let history = plan.history.iter().map(|h| (history::NAME, &h.table));
+        for (entry, table) in entries.chain(aged).chain(history) {
             let archived_as = archived_as(&mut names, table.relation.oid, table.relation.shown());
             sql::execute(
                 "INSERT INTO amazon_pii.policy_table (policy, entry, relation, owner, archived_as) VALUES ($1, $2, $3::regclass, $4, $5)",
@@ -281,7 +295,7 @@ fn reschedule(plan: &Plan) -> Result<()> {
                 ", held_until) END ELSE next_due_at END WHERE policy = $1 AND (status IN ('scheduled', 'archived', 'failed') \
                     OR status = 'flagged' AND effective_at IS DISTINCT FROM ",
                 EFFECTIVE,
-                ")",
+                ") AND follows IS NULL",
             ]
             .concat(),
             &[

@@ -108,6 +108,16 @@ fn expressions(plan: &Plan) -> Result<Vec<Problem>> {
         let place = |key: &str| format!("linked \"{}\".{key}", entry.alias);
         all.extend(entry.filter.iter().map(|e| (place("where"), entry.table, e, true)));
         all.extend(entry.number.iter().map(|e| (place("number"), entry.table, e, false)));
+        let on_insert = entry.retrieve_on_insert.iter().flatten();
+        all.extend(on_insert.map(|e| (place("retrieve_on_insert"), entry.table, e, true)));
+    }
+    if let Some(history) = &plan.history {
+        all.extend(history.expressions().map(|(place, e)| (place, 0, e, false)));
+    }
+    if let Some(customer) = &plan.customer {
+        let entry = &plan.entries[customer.entry];
+        let place = || format!("linked \"{}\".duplicate_by", entry.alias);
+        all.extend(customer.duplicate_by.iter().map(|e| (place(), entry.table, e, false)));
     }
     for anchor in &plan.anchors {
         if let AnchorPlan::Linked {

@@ -6,6 +6,7 @@ use pgrx::pg_sys;
 
 use super::news::{self, Tell};
 use super::plan::{AnchorPlan, Plan};
+use super::replacement;
 use super::walk::{self, Values, down, key_text};
 use crate::pg::error::Result;
 use crate::pg::identity::{Identity, act_as, as_extension, on_keys};
@@ -27,6 +28,8 @@ pub struct OrderFact {
     pub placed: Option<String>,
     /// The moment before which it is not touched, where its own row says so.
     pub effective: Option<String>,
+    /// The number of the order that it replaces.
+    pub replaces: Option<String>,
 }
 
 /// The columns that decide about an order, in the order in which [`facts`] reads them.
@@ -114,6 +117,7 @@ pub(super) fn facts<'a>(plan: &Plan, rows: impl Iterator<Item = (&'a Row, usize)
                 Some(_) => row.owned(at + 4 + plan.anchors.len())?,
                 None => None,
             },
+            replaces: row.owned(at + 2)?,
         };
         candidates.push((fact, row, at));
     }
@@ -307,6 +311,14 @@ pub fn upsert(plan: &Plan, facts: &[OrderFact], by: &str, touched: bool, tell: T
     if facts.is_empty() {
         return Ok(0);
     }
+    let flagged = write(plan, facts, by, touched, tell)?;
+    if plan.replaces.is_some() {
+        replacement::follow(plan, &facts.iter().collect::<Vec<_>>())?;
+    }
+    Ok(flagged)
+}
+
+fn write(plan: &Plan, facts: &[OrderFact], by: &str, touched: bool, tell: Tell) -> Result<i64> {
     // Neighbours in the index, one after the other.
     let mut facts: Vec<&OrderFact> = facts.iter().collect();
     facts.sort_by(|a, b| a.key_text.cmp(&b.key_text));

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 
+use super::history;
 use super::overwrite::{CellWrite, NewValue};
 use super::plan::{Plan, Table};
 use super::records::{Listed, Stored};
@@ -250,6 +251,7 @@ pub fn gather(plan: &Plan, orders: &[Values], stored: &Stored) -> Result<Gathere
         }
     }
     add_stored(plan, stored, &known, &mut gathered)?;
+    history::leave_own(plan, &mut gathered.records)?;
     Ok(gathered)
 }
 

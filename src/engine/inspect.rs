@@ -158,7 +158,7 @@ pub fn explain(number: &str) -> Result<Vec<Step>> {
         sql::read(
             "SELECT policy, order_key, status, flagged_at, flagged_by, anchor_at, archive_due_at, archived_at, redact_due_at, \
                     redacted_at, redacted_version, retrieved_until, held_until, pushed_by, attempts, next_attempt_at, last_error, \
-                    effective_at, effective_at > pg_catalog.now() \
+                    effective_at, effective_at > pg_catalog.now(), follows \
              FROM amazon_pii.order_state WHERE order_number = $1 ORDER BY policy, order_key",
             &[Arg::Text(Some(number))],
         )
@@ -209,6 +209,12 @@ pub fn explain(number: &str) -> Result<Vec<Step>> {
         );
         if let Some(until) = o.text(11)? {
             say("retrieved", format!("until {until}"));
+        }
+        if let Some(original) = o.text(19)? {
+            say(
+                "follows",
+                format!("the retrieval of order {original}, which it replaces"),
+            );
         }
         if let Some(until) = o.text(12)? {
             say("held", format!("until {until}"));

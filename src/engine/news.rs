@@ -23,13 +23,22 @@ const LISTED: usize = 300;
 /// # Errors
 /// Errors of the server.
 pub fn flagged(policy: &str, orders: &[&str]) -> Result<()> {
+    note(policy, "flagged", orders)
+}
+
+/// Notes what a trigger did to orders.
+///
+/// # Errors
+/// Errors of the server.
+pub fn note(policy: &str, status: &str, orders: &[impl AsRef<str>]) -> Result<()> {
     as_extension(|| {
         sql::execute(
-            "INSERT INTO amazon_pii.news (policy, status, orders, order_count) VALUES ($1, 'flagged', $2, $3)",
+            "INSERT INTO amazon_pii.news (policy, status, orders, order_count) VALUES ($1, $4, $2, $3)",
             &[
                 Arg::Text(Some(policy)),
                 Arg::texts(&orders[..orders.len().min(LISTED)]),
                 Arg::Int(i64::try_from(orders.len()).unwrap_or(i64::MAX)),
+                Arg::Text(Some(status)),
             ],
         )
     })?;

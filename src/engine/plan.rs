@@ -3,10 +3,13 @@
 mod build;
 mod cache;
 
-use build::{Builder, refuse_redacted_links};
+pub use build::Builder;
+use build::refuse_redacted_links;
 use cache::Record;
 
 use std::fmt::Display;
+
+use super::history::{self, History};
 
 use pgrx::pg_sys;
 
@@ -146,6 +149,8 @@ pub struct Entry {
     pub cells: Vec<usize>,
     pub not_before: Option<String>,
     pub number: Option<Expr>,
+    /// A new row has its order retrieved, if it meets the condition.
+    pub retrieve_on_insert: Option<Option<Expr>>,
     /// Each row belongs to one order at most.
     pub exclusive: bool,
 }
@@ -160,6 +165,13 @@ pub struct Aged {
     pub at_type: pg_sys::Oid,
     pub filter: Option<Expr>,
     pub after: String,
+}
+
+/// The entry that is the customer's, where exactly one is, and it is linked to the orders table.
+pub struct Customer {
+    pub entry: usize,
+    /// What is the same in duplicates.
+    pub duplicate_by: Vec<Expr>,
 }
 
 /// One of the moments that may start the clock.
@@ -196,6 +208,10 @@ pub struct Plan {
     pub placed: Option<String>,
     /// A time with zone: before it the order is not touched.
     pub effective: Option<String>,
+    pub customer: Option<Customer>,
+    pub history: Option<History>,
+    /// Tables that hold lines of the history that we wrote.
+    pub own_lines: Vec<usize>,
     pub archive_schema: Ident,
 }
 
@@ -219,7 +235,9 @@ impl Plan {
         let mut oids = Vec::new();
         let aged: Vec<String> = (0..document.by_age.len()).map(aged_name).collect();
         let linked = document.linked.iter().map(|l| l.alias.as_str());
-        for alias in std::iter::once("").chain(linked).chain(aged.iter().map(String::as_str)) {
+        let history = document.history.iter().map(|_| history::NAME);
+        let apart = aged.iter().map(String::as_str).chain(history);
+        for alias in std::iter::once("").chain(linked).chain(apart) {
             let known = relations
                 .iter()
                 .find(|r| r.str(0).is_ok_and(|a| a == alias))
@@ -251,11 +269,12 @@ impl Plan {
         plan.version = row.int(0)?;
         plan.enabled = row.bool(3)?;
         plan.suspended = row.owned(4)?;
+        plan.own_lines = history::tables_with_lines(&plan)?;
         Ok(plan)
     }
 
     /// Makes a document ready for the given tables: the orders table's OID first, then one for each linked
-    /// entry, then one for each of `by_age`.
+    /// entry, then one for each of `by_age`, then that of the history.
     ///
     /// # Errors
     /// The first thing that cannot work, naming the object.
@@ -283,6 +302,7 @@ impl Plan {
             cells,
             not_before: None,
             number: None,
+            retrieve_on_insert: None,
             exclusive: true,
         });
         for (linked, oid) in document.linked.iter().zip(oids.iter().skip(1)) {
@@ -318,6 +338,7 @@ impl Plan {
             .as_deref()
             .map(|e| builder.instant(0, e, "orders.effective_from"))
             .transpose()?;
+        let customer = document.customer().map(|c| builder.customer(c)).transpose()?.flatten();
         let anchors = orders
             .anchor
             .iter()
@@ -330,6 +351,13 @@ impl Plan {
             .enumerate()
             .map(|(i, (aged, oid))| builder.aged(aged_name(i), aged, *oid))
             .collect::<Result<Vec<_>>>()?;
+        let history = match (
+            &document.history,
+            oids.get(1 + document.linked.len() + document.by_age.len()),
+        ) {
+            (Some(history), Some(oid)) => Some(History::build(&builder, history, *oid)?),
+            _ => None,
+        };
         let Builder {
             mut tables, entries, ..
         } = builder;
@@ -362,6 +390,9 @@ impl Plan {
             replaces,
             placed,
             effective,
+            customer,
+            history,
+            own_lines: Vec::new(),
         })
     }
 

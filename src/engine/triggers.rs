@@ -1,6 +1,8 @@
 //! The triggers on the user's tables: made by the extension, light, and unable to fail the user's statement.
 
+use super::access;
 use super::again;
+use super::customer_guard;
 use super::flag;
 use super::guard;
 use super::news::{self, Tell};
@@ -52,6 +54,7 @@ pub fn changed(call: &TriggerCall) -> Result<()> {
         return Ok(());
     }
     let [policy, alias] = &made_for(call)?;
+    let mut comes_back = None;
     let outcome = subtransaction(|| {
         let mut left = looked?;
         if call.event == Event::Update && !few {
@@ -67,18 +70,27 @@ pub fn changed(call: &TriggerCall) -> Result<()> {
         if !speaks_for(&plan.tables[table], call)? {
             return Ok(None);
         }
-        let refused = if call.event == Event::Update && !engine_is_writing() {
-            guard::refusal(&plan, &plan.tables[table], call)?
-        } else {
-            None
-        };
-        if refused.is_none() {
-            note(&plan, table, call)?;
+        let by_user = !engine_is_writing();
+        if call.event == Event::Update && by_user {
+            let refused = guard::refusal(&plan, &plan.tables[table], call)?;
+            if refused.is_some() {
+                return Ok(refused);
+            }
         }
-        Ok(refused)
+        note(&plan, table, call)?;
+        if table == 0 && by_user {
+            return customer_guard::refusal(&plan, call);
+        }
+        if call.event == Event::Insert && by_user && retrieves(&plan, table) {
+            comes_back = Some((plan, table));
+        }
+        Ok(None)
     });
     match outcome {
-        Ok(None) => Ok(()),
+        Ok(None) => match comes_back {
+            Some((plan, table)) => access::inserted(&plan, table, call),
+            None => Ok(()),
+        },
         Ok(Some(refusal)) => Err(refusal),
         Err(e) if e.is_cancel() => Err(e),
         Err(e) => {
@@ -86,6 +98,13 @@ pub fn changed(call: &TriggerCall) -> Result<()> {
             Ok(())
         }
     }
+}
+
+/// Whether rows of a table have the order that they belong to retrieved.
+fn retrieves(plan: &Plan, table: usize) -> bool {
+    plan.entries
+        .iter()
+        .any(|e| e.table == table && e.retrieve_on_insert.is_some())
 }
 
 /// Whether the table that fired is the policy's, or a partition of it: one that was detached kept its triggers, and may

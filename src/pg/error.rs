@@ -173,6 +173,32 @@ impl Error {
         .hint("Call amazon_pii.end_retrieval() first; columns that hold no personal data can be written.")
     }
 
+    /// An order of another channel for a customer that Amazon orders have.
+    pub fn manual_order(policy: &str) -> Self {
+        Self::ours(
+            Code::ERRCODE_RESTRICT_VIOLATION,
+            format!("policy \"{policy}\" allows no order of another channel for a customer of Amazon orders"),
+        )
+        .hint("Make a customer of its own for the order.")
+    }
+
+    /// Customers that must not be merged: this one's personal data is archived, redacted or retrieved.
+    pub fn not_mergeable(key: &str, state: &str) -> Self {
+        Self::ours(
+            Code::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
+            format!("customer {key} cannot be merged: its personal data is {state}"),
+        )
+        .hint(
+            "A customer whose Amazon orders are archived, redacted or retrieved stays as it is; \
+             amazon_pii.find_duplicates() leaves it out.",
+        )
+    }
+
+    /// A row that does not exist.
+    pub fn no_row(what: impl Into<String>) -> Self {
+        Self::ours(Code::ERRCODE_NO_DATA_FOUND, what)
+    }
+
     /// A row that changed, or that the shop's own code wrote differently from what was asked.
     pub fn not_overwritten(what: impl Into<String>) -> Self {
         Self::ours(Code::ERRCODE_TRIGGERED_DATA_CHANGE_VIOLATION, what)

@@ -242,12 +242,21 @@ pub fn is_superuser() -> bool {
     unsafe { pg_sys::superuser() }
 }
 
-/// Whether the current user has the privileges of a capability role.
+/// Whether the current user has the privileges of a role that is named.
 pub fn has_role(role: &str) -> bool {
-    let Ok(name) = CString::new(role) else { return false };
+    named(role).is_some_and(|oid| has_privileges(current_role(), oid))
+}
+
+/// Whether there is a role of that name.
+pub fn role_exists(role: &str) -> bool {
+    named(role).is_some()
+}
+
+fn named(role: &str) -> Option<pg_sys::Oid> {
+    let name = CString::new(role).ok()?;
     // SAFETY: NUL-terminated name; a missing role gives InvalidOid.
     let oid = unsafe { pg_sys::get_role_oid(name.as_ptr(), true) };
-    oid != pg_sys::InvalidOid && has_privileges(current_role(), oid)
+    (oid != pg_sys::InvalidOid).then_some(oid)
 }
 
 /// Refuses unless the current user is a member of one of the named capability roles.

@@ -1,7 +1,10 @@
 //! What the entries of a policy must be to each other. Entries are in the document's order here.
 
 use super::document::suggestion;
-use super::{Anchor, Linked, Orders, Policy, PolicyError, QualifiedName, Redact, Treatment};
+use super::{
+    Anchor, Linked, ManualOrders, Merge, Orders, Policy, PolicyError, QualifiedName, Redact, RetrieveOnInsert, Role,
+    Treatment,
+};
 
 type Result<T> = std::result::Result<T, PolicyError>;
 
@@ -10,6 +13,18 @@ pub(super) fn consistent(policy: &Policy) -> Result<()> {
     aliases(&policy.linked)?;
     parents(&policy.linked)?;
     anchors(&policy.orders, &policy.linked)?;
+    customer(policy)?;
+    if !policy.retrieve_for.is_empty()
+        && policy
+            .linked
+            .iter()
+            .all(|l| l.retrieve_on_insert == RetrieveOnInsert::Never)
+    {
+        return Err(
+            PolicyError::new("retrieve_for", "needs an entry with \"retrieve_on_insert\"")
+                .with_hint("Say on the entry of the returns or credits that a new row has its order retrieved."),
+        );
+    }
     let tables = Tables::of(policy)?;
     by_age(policy, &tables)?;
     tables.agree()?;
@@ -97,6 +112,41 @@ fn anchors(orders: &Orders, linked: &[Linked]) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// What is asked of the customer needs exactly one entry that is the customer's, and one that an order points at.
+fn customer(policy: &Policy) -> Result<()> {
+    let is_customer = |entry: &&Linked| entry.role == Some(Role::Customer);
+    for (at, entry) in policy.linked.iter().enumerate().filter(|(_, e)| !is_customer(e)) {
+        let (by, merge) = (!entry.duplicate_by.is_empty(), entry.merge != Merge::Allow);
+        if let Some(key) = by.then_some("duplicate_by").or(merge.then_some("merge")) {
+            return Err(
+                PolicyError::new(format!("linked[{at}].{key}"), "is for the customer's entry")
+                    .with_hint("Add \"role\": \"customer\" where the customer is."),
+            );
+        }
+    }
+    let asks = |entry: &Linked| !entry.duplicate_by.is_empty() || entry.merge != Merge::Allow;
+    let needs = match policy.linked.iter().position(asks) {
+        _ if policy.orders.manual_orders != ManualOrders::Allow => "orders.manual_orders".to_owned(),
+        Some(at) if policy.linked[at].merge != Merge::Allow => format!("linked[{at}].merge"),
+        Some(at) => format!("linked[{at}].duplicate_by"),
+        None => return Ok(()),
+    };
+    match policy.customer() {
+        Some(entry) if entry.parent.is_none() => Ok(()),
+        Some(entry) => Err(PolicyError::new(
+            needs,
+            format!("the customer's entry \"{}\" hangs on another entry", entry.alias),
+        )
+        .with_hint("Link the customer to the orders table itself.")),
+        None => {
+            let count = policy.linked.iter().filter(is_customer).count();
+            let problem = format!("needs exactly one entry with \"role\": \"customer\", and there are {count}");
+            Err(PolicyError::new(needs, problem)
+                .with_hint("Mark the entry of the customers table with \"role\": \"customer\"."))
+        }
+    }
 }
 
 fn no_entry(path: &str, name: &str, linked: &[Linked], parent: bool) -> PolicyError {

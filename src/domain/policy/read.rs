@@ -5,10 +5,11 @@ use chrono_tz::Tz;
 use serde_json::Value;
 
 use super::document::{Node, Object, nearest, suggestion};
+use super::history::history;
 use super::moment::moment;
 use super::{
-    Anchor, Archive, ByAge, Linked, OnRedact, Orders, Policy, PolicyError, QualifiedName, Redact, Role, Shared,
-    Treatment, Window,
+    Anchor, Archive, ByAge, Linked, OnRedact, Orders, Policy, PolicyError, QualifiedName, Redact, RetrieveOnInsert,
+    Role, Shared, Treatment, Window,
 };
 
 type Result<T> = std::result::Result<T, PolicyError>;
@@ -33,6 +34,8 @@ const POLICY: &[&str] = &[
     "effective_from",
     "when_retrieved",
     "reason",
+    "history",
+    "retrieve_for",
 ];
 const ORDERS: &[&str] = &[
     "table",
@@ -45,6 +48,7 @@ const ORDERS: &[&str] = &[
     "stale_after",
     "stale",
     "effective_from",
+    "manual_orders",
     "redact",
     "files",
 ];
@@ -61,9 +65,12 @@ const LINKED: &[&str] = &[
     "redact",
     "on_redact",
     "role",
+    "duplicate_by",
+    "merge",
     "shared",
     "archive",
     "files",
+    "retrieve_on_insert",
 ];
 const BY_AGE: &[&str] = &["table", "key", "at", "after", "where", "redact", "on_redact", "archive"];
 const ARCHIVE: &[&str] = &["schema", "foreign_table"];
@@ -126,6 +133,11 @@ pub(super) fn policy(root: &Node<'_>) -> Result<Policy> {
             .transpose()?,
         when_retrieved: document.word_or_default("when_retrieved", &["refuse", "ignore"])?,
         reason: document.word_or_default("reason", &["required", "optional"])?,
+        retrieve_for: match document.get("retrieve_for") {
+            Some(node) => node.some_texts("a list of roles")?,
+            None => Vec::new(),
+        },
+        history: document.get("history").map(|node| history(&node)).transpose()?,
     })
 }
 
@@ -169,6 +181,7 @@ fn orders(node: &Node<'_>) -> Result<Orders> {
         stale_after,
         stale: orders.word_or_default("stale", &["report", "redact"])?,
         effective_from: orders.text("effective_from")?,
+        manual_orders: orders.word_or_default("manual_orders", &["allow", "warn", "refuse"])?,
         redact: redact(orders.get("redact").as_ref())?,
         files: files(&orders, orders.get("redact").is_some())?,
     })
@@ -200,9 +213,27 @@ fn linked(node: &Node<'_>) -> Result<Linked> {
             .get("role")
             .map(|node| node.word::<Role>(&["customer"]))
             .transpose()?,
+        duplicate_by: match entry.get("duplicate_by") {
+            Some(node) => node.some_texts("a list of columns or expressions")?,
+            None => Vec::new(),
+        },
+        merge: entry.word_or_default("merge", &["allow", "refuse"])?,
         shared: entry.word_or_default::<Shared>("shared", &["any", "amazon"])?,
         archive: archive.map(|node| node.boolean()).transpose()?.unwrap_or(true),
         files: files(&entry, treated)?,
+        retrieve_on_insert: match entry.get("retrieve_on_insert") {
+            None => RetrieveOnInsert::Never,
+            Some(node) => match node.value() {
+                Value::Bool(true) => RetrieveOnInsert::Always,
+                Value::Bool(false) => RetrieveOnInsert::Never,
+                Value::String(_) => RetrieveOnInsert::When(node.text()?),
+                _ => {
+                    return Err(node
+                        .error("is neither true nor a condition")
+                        .with_hint("Write true, or an SQL condition over the new row."));
+                }
+            },
+        },
     })
 }
 

@@ -5,6 +5,7 @@ use crate::domain::treatment::Outcome;
 use crate::engine::files;
 use crate::engine::flag;
 use crate::engine::gather::{self, LiveRecord};
+use crate::engine::history;
 use crate::engine::overwrite::{self, RowWrite};
 use crate::engine::plan::{Plan, Table};
 use crate::engine::portable;
@@ -25,6 +26,19 @@ pub(super) fn try_out(plan: &Plan, open: &[unique::Open]) -> Result<Vec<Problem>
     xact::fire_deferred()?;
     let (sample, before, mut out) = read(plan, &wanted)?;
     let facts = flag::by_keys(plan, &sample)?;
+    if let (Some(history), Some(order)) = (&plan.history, sample.first()) {
+        match trial(|| history::try_out(plan, history, order)) {
+            Ok(()) => {}
+            Err(e) if e.is_cancel() => return Err(e),
+            Err(e) if e.is_lock() => {}
+            Err(e) => out.push(Problem::new(
+                Severity::Error,
+                "history",
+                e.shown(),
+                e.hint_text().unwrap_or_default(),
+            )),
+        }
+    }
     for (index, table) in plan.tables.iter().enumerate() {
         let records: Vec<&LiveRecord> = distinct(before.records.iter().filter(|r| r.table == index));
         let tried = trial(|| {

@@ -2,8 +2,8 @@
 
 use pgrx::pg_sys;
 
-use super::{Aged, AnchorPlan, CellColumn, EXPRESSION_HINT, Entry, Table};
-use crate::domain::policy::{Anchor, ByAge, OnRedact, Policy, Redact, Treatment as Rule};
+use super::{Aged, AnchorPlan, CellColumn, Customer, EXPRESSION_HINT, Entry, Table};
+use crate::domain::policy::{Anchor, ByAge, Linked, OnRedact, Policy, Redact, RetrieveOnInsert, Treatment as Rule};
 use crate::domain::treatment::{Shape, Treatment};
 use crate::pg::catalog::{self, TableFacts};
 use crate::pg::error::{Error, Result};
@@ -12,7 +12,7 @@ use crate::pg::identity::{Identity, act_as, as_extension};
 use crate::pg::sql::{self, Arg};
 
 /// Makes a document ready, piece by piece.
-pub(super) struct Builder<'a> {
+pub struct Builder<'a> {
     pub(super) document: &'a Policy,
     pub(super) search_path: &'a str,
     pub(super) tables: Vec<Table>,
@@ -20,6 +20,18 @@ pub(super) struct Builder<'a> {
 }
 
 impl Builder<'_> {
+    /// A table that no order leads to. Its key tells which row is which.
+    pub fn table_apart(&self, oid: pg_sys::Oid, shown: &str) -> Result<Table> {
+        let mut apart = Builder {
+            document: self.document,
+            search_path: self.search_path,
+            tables: Vec::new(),
+            entries: Vec::new(),
+        };
+        apart.table(oid, shown, None)?;
+        apart.tables.pop().ok_or_else(|| Error::internal("no table"))
+    }
+
     /// The table with this OID, added if it is new.
     pub(super) fn table(&mut self, oid: pg_sys::Oid, shown: &str, key: Option<&[String]>) -> Result<usize> {
         if let Some(known) = self.tables.iter().position(|t| t.relation.oid == oid) {
@@ -83,7 +95,7 @@ impl Builder<'_> {
     }
 
     /// An expression over a table's row: parsed, or the column of exactly that name.
-    pub(super) fn expression(&self, table: usize, text: &str, place: &str) -> Result<Expr> {
+    pub fn expression(&self, table: usize, text: &str, place: &str) -> Result<Expr> {
         let facts = &self.tables[table].facts;
         if facts.column(text).is_some() {
             return Ok(Expr::column(text));
@@ -97,7 +109,7 @@ impl Builder<'_> {
     }
 
     /// The types of expressions, found out as the table's owner.
-    pub(super) fn types(&self, table: usize, expressions: &[Expr], place: &str) -> Result<Vec<pg_sys::Oid>> {
+    pub fn types(&self, table: usize, expressions: &[Expr], place: &str) -> Result<Vec<pg_sys::Oid>> {
         let table = &self.tables[table];
         act_as(Identity::Owner(table.owner), self.search_path, &[], || {
             catalog::expression_types(&table.relation, expressions)
@@ -120,7 +132,7 @@ impl Builder<'_> {
             .collect()
     }
 
-    pub(super) fn linked(&mut self, linked: &crate::domain::policy::Linked, oid: pg_sys::Oid) -> Result<()> {
+    pub(super) fn linked(&mut self, linked: &Linked, oid: pg_sys::Oid) -> Result<()> {
         let place = format!("linked \"{}\"", linked.alias);
         let table = self.table(oid, &linked.table, linked.key.as_deref())?;
         let parent = match &linked.parent {
@@ -154,6 +166,15 @@ impl Builder<'_> {
             .as_deref()
             .map(|n| self.expression(table, n, &format!("{place}.number")))
             .transpose()?;
+        let retrieve_on_insert = match &linked.retrieve_on_insert {
+            RetrieveOnInsert::Never => None,
+            RetrieveOnInsert::Always => Some(None),
+            RetrieveOnInsert::When(text) => Some(Some(self.expression(
+                table,
+                text,
+                &format!("{place}.retrieve_on_insert"),
+            )?)),
+        };
         // A row belongs to one parent when the parent's side of the link is a key of the parent.
         let exclusive = self.entries[parent].exclusive
             && self.tables[parent_table].facts.keys.iter().any(|key| {
@@ -188,6 +209,7 @@ impl Builder<'_> {
             cells,
             not_before,
             number,
+            retrieve_on_insert,
             exclusive,
         });
         Ok(())
@@ -406,6 +428,23 @@ impl Builder<'_> {
             _ => Err(Error::invalid(format!("{place}: not a timestamp or date"))
                 .hint("Convert it in the expression, for example created_on::timestamptz.")),
         }
+    }
+
+    /// The customer's entry, if an order points at it itself.
+    pub(super) fn customer(&self, linked: &Linked) -> Result<Option<Customer>> {
+        let Some(entry) = self
+            .entries
+            .iter()
+            .position(|e| e.alias == linked.alias && e.parent == Some(0))
+        else {
+            return Ok(None);
+        };
+        let place = format!("linked \"{}\".duplicate_by", linked.alias);
+        let by = linked.duplicate_by.iter();
+        let duplicate_by = by
+            .map(|text| self.expression(self.entries[entry].table, text, &place))
+            .collect::<Result<_>>()?;
+        Ok(Some(Customer { entry, duplicate_by }))
     }
 
     pub(super) fn anchor(&self, anchor: &Anchor) -> Result<AnchorPlan> {

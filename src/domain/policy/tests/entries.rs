@@ -55,6 +55,67 @@ fn aliases() {
 }
 
 #[test]
+fn the_customer() {
+    let customer = |more: Value| {
+        let mut entry = link("a.customers", json!({"role": "customer"}));
+        entry.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        entry
+    };
+    let policy = parse(&with(
+        "/linked",
+        json!([
+            link("a.x", json!({})),
+            customer(json!({"merge": "refuse", "duplicate_by": ["name", "lower(city)"]}))
+        ]),
+    ));
+    let policy = policy.unwrap();
+    let found = policy.customer().unwrap();
+    assert_eq!((found.alias.as_str(), found.merge), ("customers", Merge::Refuse));
+    assert_eq!(found.duplicate_by, ["name", "lower(city)"]);
+    assert_eq!(policy.orders.manual_orders, ManualOrders::Allow);
+
+    let merge = json!({"merge": "refuse"});
+    let twice = with(
+        "/linked",
+        json!([customer(json!({"as": "other"})), customer(merge.clone())]),
+    );
+    assert_refused(&twice, "linked[1].merge", "there are 2", "\"role\": \"customer\"");
+    let below = json!({"merge": "refuse", "parent": "x"});
+    let below = with("/linked", json!([link("a.x", json!({})), customer(below)]));
+    assert_refused(
+        &below,
+        "linked[1].merge",
+        "hangs on another entry",
+        "orders table itself",
+    );
+    let other = with("/linked", json!([link("a.x", json!({"duplicate_by": ["name"]}))]));
+    assert_refused(
+        &other,
+        "linked[0].duplicate_by",
+        "is for the customer's entry",
+        "\"role\"",
+    );
+    let none = with("/orders/manual_orders", json!("warn"));
+    assert_refused(&none, "orders.manual_orders", "there are 0", "customers table");
+    assert_refused(
+        &with("/orders/manual_orders", json!("forbid")),
+        "orders.manual_orders",
+        "unknown word",
+        "",
+    );
+    // Without such a key nobody counts.
+    assert!(
+        parse(&with(
+            "/linked",
+            json!([customer(json!({"as": "other"})), customer(json!({}))])
+        ))
+        .unwrap()
+        .customer()
+        .is_none()
+    );
+}
+
+#[test]
 fn parents_come_first() {
     let entry = |name: &str, parent: &str| {
         link(

@@ -1,0 +1,193 @@
+//! Orders that come back by themselves: a return or a credit was inserted for one that is redacted. The insert succeeds
+//! whatever becomes of this.
+
+use super::{Order, history, state_retrieved, write_back};
+use crate::engine::audit::{self, AuditEntry, Line};
+use crate::engine::news;
+use crate::engine::plan::{Entry, Plan};
+use crate::engine::records::RecordList;
+use crate::engine::touched;
+use crate::engine::walk;
+use crate::pg::error::{Result, role_name};
+use crate::pg::ident::{Expr, Ident};
+use crate::pg::identity::{self, Identity, act_as, on_keys};
+use crate::pg::sql::{self, Arg};
+use crate::pg::subxact::subtransaction;
+use crate::pg::trigger::TriggerCall;
+use crate::worker::evidence;
+
+/// The longest reason, in characters.
+const LONGEST: usize = 50;
+
+/// Retrieves the redacted orders that rows of an INSERT belong to.
+///
+/// # Errors
+/// A cancel only.
+pub fn inserted(plan: &Plan, table: usize, call: &TriggerCall) -> Result<()> {
+    for (index, entry) in plan.entries.iter().enumerate().filter(|(_, e)| e.table == table) {
+        let Some(condition) = &entry.retrieve_on_insert else {
+            continue;
+        };
+        let reason: String = format!("automatic: {}", entry.alias).chars().take(LONGEST).collect();
+        let mut wanted = Vec::new();
+        let done = subtransaction(|| {
+            wanted = redacted_above(plan, index, entry, condition.as_ref(), call)?;
+            if wanted.is_empty() {
+                return Ok(true);
+            }
+            if !may_retrieve(plan) {
+                return Ok(false);
+            }
+            retrieve(plan, &wanted, &reason)?;
+            Ok(true)
+        });
+        let role = || role_name(identity::current_role());
+        match done {
+            Ok(true) => {}
+            Err(e) if e.is_cancel() => return Err(e),
+            Ok(false) => {
+                pgrx::notice!(
+                    "{} redacted orders were not retrieved: role \"{}\" is neither an amazon_pii_operator nor named in \"retrieve_for\" of policy \"{}\"",
+                    wanted.len(),
+                    role(),
+                    plan.policy
+                );
+                told(
+                    plan,
+                    "retrieve_refused",
+                    &wanted,
+                    &reason,
+                    "the inserting role may not retrieve",
+                );
+            }
+            Err(e) => {
+                pgrx::warning!(
+                    "{} redacted orders could not be retrieved: {} (policy \"{}\"); amazon_pii.retrieve() tries again",
+                    wanted.len(),
+                    e.stored(),
+                    plan.policy
+                );
+                told(plan, "retrieve_failed", &wanted, &reason, &e.stored());
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The redacted orders above the new rows, each once. They are not locked yet.
+fn redacted_above(
+    plan: &Plan,
+    index: usize,
+    entry: &Entry,
+    condition: Option<&Expr>,
+    call: &TriggerCall,
+) -> Result<Vec<Order>> {
+    let table = &plan.tables[entry.table];
+    let links = walk::select_all(&entry.on_child);
+    let conditions: Vec<String> = entry.filter.iter().chain(condition).map(ToString::to_string).collect();
+    let filter = if conditions.is_empty() {
+        String::new()
+    } else {
+        format!(" WHERE {}", conditions.join(" AND "))
+    };
+    let name: &Ident = &table.relation.name;
+    let query = format!(
+        "SELECT DISTINCT {} FROM amazon_pii_new AS {name}{filter}",
+        links.join(", ")
+    );
+    let starts = act_as(Identity::Owner(table.owner), &plan.search_path, &[], || {
+        sql::in_trigger(call, &query, &[])
+    })?
+    .iter()
+    .map(|r| Ok((0, r.texts(0..links.len())?)))
+    .collect::<Result<Vec<_>>>()?;
+    let keys = touched::orders_above(plan, index, starts)?
+        .iter()
+        .map(|k| walk::key_text(k))
+        .collect::<Result<Vec<_>>>()?;
+    found(plan, &keys, false)
+}
+
+/// Those of some orders that are redacted, and locked if so asked.
+fn found(plan: &Plan, keys: &[String], lock: bool) -> Result<Vec<Order>> {
+    if keys.is_empty() {
+        return Ok(Vec::new());
+    }
+    let query = [
+        "SELECT order_key, status, archived_at IS NOT NULL, redacted_version, false, order_number, records FROM amazon_pii.order_state \
+         WHERE policy IS NOT DISTINCT FROM $1 AND order_key = ANY ($2) AND status = 'redacted' ORDER BY order_key",
+        if lock { " FOR UPDATE" } else { "" },
+    ]
+    .concat();
+    let rows = on_keys(|| sql::write(&query, &[Arg::Text(Some(&plan.policy)), Arg::texts(keys)]))?;
+    rows.iter()
+        .map(|row| {
+            Ok(Order {
+                key: row.string(0)?,
+                status: row.string(1)?,
+                archived: row.bool(2)?,
+                redacted_version: row.text(3)?.and_then(|v| v.parse().ok()),
+                held: row.bool(4)?,
+                number: row.owned(5)?,
+                records: RecordList::parse(row.text(6)?)?,
+            })
+        })
+        .collect()
+}
+
+/// Whether the inserting role may have orders written back.
+fn may_retrieve(plan: &Plan) -> bool {
+    let named = plan.document.retrieve_for.iter().map(String::as_str);
+    std::iter::once("amazon_pii_operator")
+        .chain(named)
+        .any(identity::has_role)
+}
+
+fn retrieve(plan: &Plan, wanted: &[Order], reason: &str) -> Result<()> {
+    let keys: Vec<String> = wanted.iter().map(|o| o.key.clone()).collect();
+    // What somebody else has just retrieved is done.
+    let orders = found(plan, &keys, true)?;
+    if orders.is_empty() {
+        return Ok(());
+    }
+    // The other process needs none of the locks that this transaction has: it only adds a line to the log.
+    evidence::record(&entry(plan, "retrieve", &orders, reason, "")?)?;
+    write_back(plan, &orders, "")?;
+    for order in &orders {
+        let number = order.number.as_deref().unwrap_or_default();
+        history::write(plan, "retrieve", std::slice::from_ref(&order.key), number, Some(reason))?;
+    }
+    let keys: Vec<String> = orders.into_iter().map(|o| o.key).collect();
+    state_retrieved(plan, &keys)?;
+    // Announced by the next cycle: a trigger must not NOTIFY.
+    news::note(&plan.policy, "retrieved", &keys)
+}
+
+/// One entry for all of them, in the name of the inserting role.
+fn entry(plan: &Plan, action: &str, orders: &[Order], reason: &str, detail: &str) -> Result<AuditEntry> {
+    let mut entry = AuditEntry {
+        user: role_name(identity::current_role()),
+        policy: Some(plan.policy.clone()),
+        policy_version: Some(plan.version),
+        reason: Some(reason.to_owned()),
+        ..AuditEntry::new(action)?
+    };
+    let lines = orders.iter().map(|o| Line {
+        order_key: o.key.clone(),
+        order_number: o.number.clone(),
+        detail: detail.to_owned(),
+    });
+    entry.lines = lines.collect();
+    Ok(entry)
+}
+
+/// What did not happen is in the log too, if the insert is.
+fn told(plan: &Plan, action: &str, orders: &[Order], reason: &str, detail: &str) {
+    if orders.is_empty() {
+        return;
+    }
+    let logged = subtransaction(|| audit::insert(&[entry(plan, action, orders, reason, detail)?]));
+    if logged.is_err() {
+        pgrx::warning!("amazon_pii could not note in the audit log that orders were not retrieved");
+    }
+}
