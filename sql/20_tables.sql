@@ -19,11 +19,19 @@ CREATE TABLE amazon_pii.policy (
     recheck_left    bigint      NOT NULL DEFAULT 0,
     cycled_at       timestamptz,
     structure       numeric,
-    last_error      text
+    last_error      text,
+    report_only_until timestamptz,
+    export          text,
+    exported_upto   timestamptz,
+    export_looked_at timestamptz
 );
 COMMENT ON TABLE amazon_pii.policy IS 'One row a policy: the document in force';
 COMMENT ON COLUMN amazon_pii.policy.search_path IS 'The path under which expressions and code of the tables'' owners run';
 COMMENT ON COLUMN amazon_pii.policy.suspended IS 'Why cycles leave this policy alone until it is applied again';
+COMMENT ON COLUMN amazon_pii.policy.report_only_until IS 'Before this moment cycles only say what they would do';
+COMMENT ON COLUMN amazon_pii.policy.export IS 'warn or require; NULL where the document does not say';
+COMMENT ON COLUMN amazon_pii.policy.exported_upto IS 'The accounting data of orders whose clock started up to this moment is exported';
+COMMENT ON COLUMN amazon_pii.policy.export_looked_at IS 'When orders that are not exported were last looked for';
 COMMENT ON COLUMN amazon_pii.policy.recheck_page IS 'Page of order_state from which redacted orders are looked at again';
 COMMENT ON COLUMN amazon_pii.policy.recheck_left IS 'Pages that are left of today''s share';
 COMMENT ON COLUMN amazon_pii.policy.structure IS 'What the last cycle saw of the catalog; while that stays, a cycle with nothing due does nothing';

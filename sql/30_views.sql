@@ -37,8 +37,13 @@ CREATE VIEW amazon_pii.overdue WITH (security_barrier) AS
 SELECT o.policy, o.order_key, o.order_number, o.status,
        CASE WHEN o.status = 'retrieved' THEN o.retrieved_until ELSE o.redact_due_at END AS due_at,
        pg_catalog.now() - CASE WHEN o.status = 'retrieved' THEN o.retrieved_until ELSE o.redact_due_at END AS overdue_by,
-       o.attempts, o.next_attempt_at, o.last_error
+       o.attempts, o.next_attempt_at, o.last_error,
+       CASE WHEN NOT p.enabled THEN 'enable_policy'
+            WHEN p.report_only_until > pg_catalog.now() THEN 'report_only_until'
+            WHEN p.export = 'require' AND o.redacted_at IS NULL
+                 AND (COALESCE(o.anchor_at, o.stale_at) <= p.exported_upto) IS NOT TRUE THEN 'mark_exported' END AS waits_for
   FROM amazon_pii.order_state AS o
+  LEFT JOIN amazon_pii.policy AS p ON p.policy = o.policy
  WHERE (o.status IN ('flagged', 'scheduled', 'archived', 'failed', 'retrieved')
         -- Personal data came back, and could not be redacted again.
         OR o.status = 'redacted' AND o.last_error IS NOT NULL)
@@ -47,7 +52,7 @@ SELECT o.policy, o.order_key, o.order_number, o.status,
    AND (o.held_until IS NULL OR o.held_until < pg_catalog.now())
 UNION ALL
 SELECT f.policy, f.order_key, pg_catalog.min(f.order_number), 'file_waiting', pg_catalog.min(f.overdue_at),
-       pg_catalog.now() - pg_catalog.min(f.overdue_at), 0, NULL, NULL
+       pg_catalog.now() - pg_catalog.min(f.overdue_at), 0, NULL, NULL, 'ack_file'
   FROM amazon_pii.file_outbox AS f WHERE f.acknowledged_at IS NULL AND f.overdue_at < pg_catalog.now()
  GROUP BY f.policy, f.order_key;
 COMMENT ON VIEW amazon_pii.overdue IS 'Orders past their deadline, until they are done; disabled and suspended policies included. file_waiting: a file of the order is still to be deleted';
@@ -57,8 +62,11 @@ SELECT o.policy, o.order_key, o.order_number, o.status,
        CASE WHEN o.status IN ('flagged', 'scheduled') THEN 'archive' ELSE 'redact' END AS action,
        CASE o.status WHEN 'scheduled' THEN o.archive_due_at WHEN 'retrieved' THEN o.retrieved_until
                      ELSE o.redact_due_at END AS due_at,
-       o.pushed_by, o.effective_at
+       o.pushed_by, o.effective_at,
+       CASE WHEN p.export IS NOT NULL OR p.exported_upto IS NOT NULL
+            THEN (COALESCE(o.anchor_at, o.stale_at) <= p.exported_upto) IS TRUE END AS exported
   FROM amazon_pii.order_state AS o
+  LEFT JOIN amazon_pii.policy AS p ON p.policy = o.policy
  WHERE o.status IN ('scheduled', 'archived', 'failed', 'retrieved')
    AND o.next_due_at < pg_catalog.now() + '7 days'::interval
    AND CASE o.status WHEN 'scheduled' THEN o.archive_due_at WHEN 'retrieved' THEN o.retrieved_until
@@ -110,7 +118,9 @@ SELECT p.policy, p.version, p.enabled, p.suspended,
        h.beat_at AS worker_beat_at, h.last_error AS worker_error,
        COALESCE(c.not_in_effect, 0) AS not_in_effect, c.next_in_effect_at,
        COALESCE((SELECT pg_catalog.sum(b.overdue) FROM amazon_pii.aged_table AS b WHERE b.policy = p.policy), 0)::bigint AS rows_overdue,
-       (SELECT pg_catalog.count(*) FROM amazon_pii.file_outbox AS f WHERE f.policy = p.policy AND f.acknowledged_at IS NULL) AS files_waiting
+       (SELECT pg_catalog.count(*) FROM amazon_pii.file_outbox AS f WHERE f.policy = p.policy AND f.acknowledged_at IS NULL) AS files_waiting,
+       CASE WHEN p.report_only_until > pg_catalog.now() THEN p.report_only_until END AS report_only_until,
+       p.exported_upto, e.not_exported, e.awaiting_export, e.redacted_unexported
   FROM amazon_pii.policy AS p
   LEFT JOIN LATERAL (
        SELECT pg_catalog.count(*) FILTER (WHERE o.status = 'flagged') AS flagged,
@@ -128,6 +138,16 @@ SELECT p.policy, p.version, p.enabled, p.suspended,
   LEFT JOIN LATERAL (
        SELECT pg_catalog.count(*) AS overdue, pg_catalog.max(v.overdue_by) AS worst_overdue_by
          FROM amazon_pii.overdue AS v WHERE v.policy = p.policy) AS d ON true
+  LEFT JOIN LATERAL (
+       SELECT pg_catalog.count(*) FILTER (WHERE o.redacted_at IS NULL) AS not_exported,
+              pg_catalog.count(*) FILTER (WHERE o.redacted_at IS NULL AND p.export = 'require'
+                  AND o.redact_due_at < pg_catalog.now()) AS awaiting_export,
+              pg_catalog.count(*) FILTER (WHERE o.redacted_at IS NOT NULL) AS redacted_unexported
+         FROM amazon_pii.order_state AS o
+        WHERE o.policy = p.policy AND (COALESCE(o.anchor_at, o.stale_at) <= p.exported_upto) IS NOT TRUE
+          AND (o.redacted_at IS NOT NULL OR o.status IN ('scheduled', 'archived', 'failed')
+               AND o.redact_due_at < pg_catalog.now() + '7 days'::interval)) AS e
+       ON p.export IS NOT NULL OR p.exported_upto IS NOT NULL
   LEFT JOIN amazon_pii.heartbeat AS h ON h.worker = 'database'
   LEFT JOIN pg_catalog.pg_stat_activity AS a ON a.pid = h.pid AND a.backend_type LIKE 'amazon_pii%';
 COMMENT ON VIEW amazon_pii.status IS 'One line a policy: how many orders stand where, what is overdue, whether the worker runs';

@@ -25,6 +25,11 @@ CREATE FUNCTION amazon_pii.drop_policy(policy text) RETURNS void
 COMMENT ON FUNCTION amazon_pii.drop_policy(text) IS
     'Removes a policy, its triggers and the states of its orders; archive, keys and audit log stay. Needs amazon_pii_admin';
 
+CREATE FUNCTION amazon_pii.mark_exported(policy text, upto timestamptz, back boolean DEFAULT false) RETURNS bigint
+    LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'mark_exported_wrapper';
+COMMENT ON FUNCTION amazon_pii.mark_exported(text, timestamptz, boolean) IS
+    'Notes that the accounting data of orders whose anchor is not after this moment is exported; returns how many orders that adds. An earlier moment than the last needs back => true. Needs amazon_pii_admin';
+
 CREATE PROCEDURE amazon_pii.run_cycle(
     policy text DEFAULT NULL, sweep boolean DEFAULT false,
     INOUT flagged bigint DEFAULT 0, INOUT archived bigint DEFAULT 0, INOUT redacted bigint DEFAULT 0,

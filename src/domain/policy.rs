@@ -54,6 +54,10 @@ pub struct Policy {
     pub enabled: bool,
     /// Before this moment orders are flagged and shown, and not touched.
     pub effective_from: Option<DateTime<Utc>>,
+    /// Before this moment cycles say what they would do, and flag only.
+    pub report_only_until: Option<DateTime<Utc>>,
+    /// What the export of accounting data means to redaction, if the document says so.
+    pub export: Option<Export>,
     /// What a write to a retrieved order's personal data meets.
     pub when_retrieved: WhenRetrieved,
     /// Whether access needs a reason.
@@ -261,6 +265,16 @@ pub enum ReasonRule {
     Required,
     /// It may be left out.
     Optional,
+}
+
+/// What happens to an order whose accounting data is not exported when it is due.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Export {
+    /// It is redacted; that is told before and after.
+    Warn,
+    /// It waits.
+    Require,
 }
 
 /// What happens to an order that has no anchor for too long.

@@ -4,7 +4,7 @@
 use std::collections::{HashMap, HashSet};
 use std::rc::Rc;
 
-use super::due::{Clock, REDACT_DUE};
+use super::due::{Clock, redact_due};
 use super::plan::{Entry, Plan, Table};
 use super::turn;
 use super::walk::{self, FIRST, Values, by_key, key_parts, key_text, up_some};
@@ -284,9 +284,10 @@ fn alive(
     let rows = on_keys(|| {
         sql::read(
             &format!(
-                "SELECT o.order_key, {LET_GO} OR (NOT $5 AND (o.status = 'redacted' OR (o.status = 'archived' AND {REDACT_DUE}))), \
+                "SELECT o.order_key, {LET_GO} OR (NOT $5 AND (o.status = 'redacted' OR (o.status = 'archived' AND {}))), \
                     pg_catalog.date_part('epoch', LEAST(GREATEST(o.redact_due_at, o.retrieved_until, o.held_until), '9999-01-01'::timestamptz))::bigint \
-                 FROM amazon_pii.order_state o WHERE o.policy IS NOT DISTINCT FROM $1 AND o.order_key = ANY ($3)"
+                 FROM amazon_pii.order_state o WHERE o.policy IS NOT DISTINCT FROM $1 AND o.order_key = ANY ($3)",
+                redact_due(plan)
             ),
             &[
                 Arg::Text(Some(&plan.policy)),

@@ -6,7 +6,7 @@ use super::audit::{self, AuditEntry};
 use super::check::{self, Problem, Severity};
 use super::plan::{Plan, require_ownership};
 use super::{by_age, history, state, sweep, trigger_ddl, vault};
-use crate::domain::policy::{Policy, QualifiedName};
+use crate::domain::policy::{Export, Policy, QualifiedName};
 use crate::pg::error::{Error, Result};
 use crate::pg::identity::{as_extension, require_role, session_user};
 use crate::pg::sql::{self, Arg};
@@ -186,10 +186,11 @@ fn store(plan: &Plan, document: &str) -> Result<(i64, bool)> {
             }
         };
         sql::execute(
-            "INSERT INTO amazon_pii.policy AS p (policy, version, document, enabled, search_path, applied_by) \
-             VALUES ($1, $2, $3, $4, $5, $6) ON CONFLICT (policy) DO UPDATE SET version = EXCLUDED.version, \
+            "INSERT INTO amazon_pii.policy AS p (policy, version, document, enabled, search_path, applied_by, report_only_until, export) \
+             VALUES ($1, $2, $3, $4, $5, $6, $7::timestamptz, $8) ON CONFLICT (policy) DO UPDATE SET version = EXCLUDED.version, \
                 document = EXCLUDED.document, search_path = EXCLUDED.search_path, applied_at = pg_catalog.now(), \
-                applied_by = EXCLUDED.applied_by, suspended = NULL, last_error = NULL",
+                applied_by = EXCLUDED.applied_by, \
+                report_only_until = EXCLUDED.report_only_until, export = EXCLUDED.export, export_looked_at = NULL, suspended = NULL, last_error = NULL",
             &[
                 Arg::Text(Some(&plan.policy)),
                 Arg::Int(version),
@@ -197,6 +198,11 @@ fn store(plan: &Plan, document: &str) -> Result<(i64, bool)> {
                 Arg::Bool(plan.document.enabled),
                 Arg::Text(Some(&plan.search_path)),
                 Arg::Text(Some(&user)),
+                Arg::Text(plan.document.report_only_until.map(timestamp_text).as_deref()),
+                Arg::Text(plan.document.export.map(|e| match e {
+                    Export::Warn => "warn",
+                    Export::Require => "require",
+                })),
             ],
         )?;
         if new {

@@ -8,11 +8,13 @@ use serde::{Deserialize, Serialize};
 use super::batch::Batches;
 use super::by_age;
 use super::due::{Clock, Share};
+use super::export;
 use super::idle;
 use super::news;
 use super::pace::Pace;
 use super::plan::{Aged, Plan};
 use super::rekey;
+use super::report;
 use super::state;
 use super::sweep;
 use super::touched;
@@ -168,8 +170,14 @@ fn run_policy(policy: &str, sweep: bool, boundary: Boundary) -> Result<Counts> {
     run.flag(sweep)?;
     // What flagging has just found due belongs to this cycle.
     run.batches.clock = self::clock(&plan)?;
-    run.work()?;
-    run.by_age()?;
+    match report::remark(&plan, &run.batches.clock)? {
+        Some(remark) => run.only_report(&remark)?,
+        None => {
+            run.work()?;
+            run.by_age()?;
+        }
+    }
+    run.step(|run| export::look(run.plan))?;
     run.batches.counts.overdue = overdue(policy)?;
     if run.batches.counts.overdue > 0 {
         announce_overdue(policy, run.batches.counts.overdue)?;
@@ -274,6 +282,16 @@ impl Run<'_> {
             _ => {}
         }
         self.boundary.commit()
+    }
+
+    /// What it would do. A row in `run` says so; cycles that say the same have one.
+    fn only_report(&mut self, remark: &str) -> Result<()> {
+        pgrx::notice!("policy {} {remark}", self.plan.policy);
+        if self.id.is_none() && report::repeats(self.plan, remark)? {
+            return Ok(());
+        }
+        self.start()?;
+        self.batches.pace.note(Some(remark))
     }
 
     /// All that is due. Calls others for help when that is much, and takes over from those that end too early.

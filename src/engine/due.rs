@@ -10,7 +10,8 @@ use super::plan::Plan;
 use super::records::RecordList;
 use super::walk::{Values, key_parts};
 use crate::domain::clock::Horizons;
-use crate::pg::error::Result;
+use crate::domain::policy::Export;
+use crate::pg::error::{Error, Result};
 use crate::pg::identity::{Identity, OWN_PATH, act_as, on_keys};
 use crate::pg::sql::{self, Arg};
 use crate::pg::xact::timestamp_text;
@@ -83,9 +84,21 @@ const IN_SHARE: &str = "($7::bigint = 1 OR (pg_catalog.hashtextextended(o.order_
 
 /// The condition under which an order's overwrite is due, over `o` with $2 = now and $4 = the redaction horizon. No window is
 /// a reason to touch an order before it is in effect.
-pub const REDACT_DUE: &str = "(o.held_until IS NULL OR o.held_until <= $2::timestamptz) \
+const REDACT_DUE: &str = "(o.held_until IS NULL OR o.held_until <= $2::timestamptz) \
      AND (o.effective_at IS NULL OR o.effective_at <= $2::timestamptz) AND (o.status = 'redacted' \
      OR CASE WHEN o.status = 'retrieved' OR o.retrieved_until IS NOT NULL THEN o.retrieved_until ELSE o.redact_due_at END <= $4::timestamptz)";
+
+/// The condition that an order's accounting data is exported, or the order was redacted once; $1 = the policy.
+const EXPORTED: &str = "(o.redacted_at IS NOT NULL OR COALESCE(o.anchor_at, o.stale_at) <= \
+     (SELECT x.exported_upto FROM amazon_pii.policy x WHERE x.policy = $1))";
+
+/// [`REDACT_DUE`] under a policy, $1: where it requires the export, nothing is overwritten before.
+pub fn redact_due(plan: &Plan) -> String {
+    match plan.document.export {
+        Some(Export::Require) => [REDACT_DUE, " AND ", EXPORTED].concat(),
+        Some(Export::Warn) | None => REDACT_DUE.to_owned(),
+    }
+}
 
 /// The condition that a cycle may go on: the policy is at work, in version $5.
 const IN_FORCE: &str = "EXISTS (SELECT FROM amazon_pii.policy p WHERE p.policy = $1 AND p.version = $5 \
@@ -104,15 +117,16 @@ const IN_ORDER: &[(&str, &str)] = &[
 /// # Errors
 /// Errors of the server.
 pub fn take(plan: &Plan, clock: &Clock, share: &Share, limit: i64) -> Result<Vec<Due>> {
+    let redact_due = redact_due(plan);
     let rows = act_as(Identity::Extension, OWN_PATH, IN_ORDER, || {
         sql::write(
             &format!(
-                "SELECT o.order_key, o.order_number, o.status, o.archived_at IS NOT NULL, COALESCE({REDACT_DUE}, false), \
+                "SELECT o.order_key, o.order_number, o.status, o.archived_at IS NOT NULL, COALESCE({redact_due}, false), \
                         o.attempts, o.redacted_version, o.records \
                  FROM amazon_pii.order_state o \
                  WHERE o.policy = $1 AND o.next_due_at <= GREATEST($2::timestamptz, $4::timestamptz) \
                    AND (o.next_attempt_at IS NULL OR o.next_attempt_at <= $2::timestamptz) \
-                   AND ((o.archived_at IS NULL AND o.archive_due_at <= $3::timestamptz) OR ({REDACT_DUE})) AND {IN_FORCE} AND {IN_SHARE} \
+                   AND ((o.archived_at IS NULL AND o.archive_due_at <= $3::timestamptz) OR ({redact_due})) AND {IN_FORCE} AND {IN_SHARE} \
                  ORDER BY o.next_due_at LIMIT $6 FOR UPDATE OF o SKIP LOCKED"
             ),
             &[
@@ -146,18 +160,45 @@ pub fn take(plan: &Plan, clock: &Clock, share: &Share, limit: i64) -> Result<Vec
         .collect()
 }
 
+/// How many orders a cycle would archive now, and how many it would redact.
+///
+/// # Errors
+/// Errors of the server.
+pub fn count(plan: &Plan, clock: &Clock) -> Result<(i64, i64)> {
+    let redact_due = redact_due(plan);
+    let rows = act_as(Identity::Extension, OWN_PATH, IN_ORDER, || {
+        sql::read(
+            &format!(
+                "SELECT pg_catalog.count(*) FILTER (WHERE d.copy), pg_catalog.count(*) FILTER (WHERE d.redact) FROM ( \
+                    SELECT o.archived_at IS NULL AND (COALESCE(o.archive_due_at <= $3::timestamptz, false) OR COALESCE({redact_due}, false)), \
+                           o.status <> 'redacted' AND COALESCE({redact_due}, false) FROM amazon_pii.order_state o \
+                    WHERE o.policy = $1 AND o.next_due_at <= GREATEST($2::timestamptz, $4::timestamptz)) AS d (copy, redact)"
+            ),
+            &[
+                Arg::Text(Some(&plan.policy)),
+                Arg::Text(Some(&clock.now)),
+                Arg::Text(clock.archive.as_deref()),
+                Arg::Text(Some(&clock.redact)),
+            ],
+        )
+    })?;
+    let row = rows.first().ok_or_else(|| Error::internal("no row"))?;
+    Ok((row.int(0)?, row.int(1)?))
+}
+
 /// Locks orders again for the next transaction of their batch; returns those that could be.
 ///
 /// # Errors
 /// Errors of the server.
 pub fn relock(plan: &Plan, clock: &Clock, batch: Vec<Due>) -> Result<Vec<Due>> {
     let keys: Vec<&str> = batch.iter().map(|d| d.order_key.as_str()).collect();
+    let redact_due = redact_due(plan);
     let rows = on_keys(|| {
         sql::write(
             // Meanwhile it may have been retrieved or held: whether it is due is asked again.
             &format!(
                 "SELECT o.order_key, o.status FROM amazon_pii.order_state o WHERE o.policy IS NOT DISTINCT FROM $1 AND o.order_key = ANY ($3) \
-                 AND o.status IN ('scheduled', 'archived', 'redacted', 'retrieved', 'failed') AND ({REDACT_DUE}) \
+                 AND o.status IN ('scheduled', 'archived', 'redacted', 'retrieved', 'failed') AND ({redact_due}) \
                  AND (o.held_until IS NULL OR o.held_until <= pg_catalog.now()) AND {IN_FORCE} FOR UPDATE OF o SKIP LOCKED"
             ),
             &[

@@ -8,8 +8,8 @@ use super::document::{Node, Object, nearest, suggestion};
 use super::history::history;
 use super::moment::moment;
 use super::{
-    Anchor, Archive, ByAge, Linked, OnRedact, Orders, Policy, PolicyError, QualifiedName, Redact, RetrieveOnInsert,
-    Role, Shared, Treatment, Window,
+    Anchor, Archive, ByAge, Export, Linked, OnRedact, Orders, Policy, PolicyError, QualifiedName, Redact,
+    RetrieveOnInsert, Role, Shared, Treatment, Window,
 };
 
 type Result<T> = std::result::Result<T, PolicyError>;
@@ -32,6 +32,8 @@ const POLICY: &[&str] = &[
     "timezone",
     "enabled",
     "effective_from",
+    "report_only_until",
+    "export",
     "when_retrieved",
     "reason",
     "history",
@@ -130,6 +132,14 @@ pub(super) fn policy(root: &Node<'_>) -> Result<Policy> {
         effective_from: document
             .get("effective_from")
             .map(|node| moment(&node, timezone))
+            .transpose()?,
+        report_only_until: document
+            .get("report_only_until")
+            .map(|node| moment(&node, timezone))
+            .transpose()?,
+        export: document
+            .get("export")
+            .map(|node| node.word::<Export>(&["warn", "require"]))
             .transpose()?,
         when_retrieved: document.word_or_default("when_retrieved", &["refuse", "ignore"])?,
         reason: document.word_or_default("reason", &["required", "optional"])?,
