@@ -8,6 +8,7 @@ CREATE TABLE amazon_pii.policy (
     document        text        NOT NULL,
     enabled         boolean     NOT NULL,
     search_path     text        NOT NULL,
+    path_schemas    text,
     applied_at      timestamptz NOT NULL DEFAULT pg_catalog.now(),
     applied_by      name        NOT NULL,
     suspended       text,
@@ -27,6 +28,7 @@ CREATE TABLE amazon_pii.policy (
 );
 COMMENT ON TABLE amazon_pii.policy IS 'One row a policy: the document in force';
 COMMENT ON COLUMN amazon_pii.policy.search_path IS 'The path under which expressions and code of the tables'' owners run';
+COMMENT ON COLUMN amazon_pii.policy.path_schemas IS 'The schemas of that path when the policy was applied: JSON array of [number, name]';
 COMMENT ON COLUMN amazon_pii.policy.suspended IS 'Why cycles leave this policy alone until it is applied again';
 COMMENT ON COLUMN amazon_pii.policy.report_only_until IS 'Before this moment cycles only say what they would do';
 COMMENT ON COLUMN amazon_pii.policy.export IS 'warn or require; NULL where the document does not say';
@@ -54,10 +56,36 @@ CREATE TABLE amazon_pii.policy_table (
     relation        regclass    NOT NULL,
     owner           name        NOT NULL,
     archived_as     text        NOT NULL,
+    numbered_in     oid         NOT NULL,
+    whole           boolean     NOT NULL,
     PRIMARY KEY (policy, entry)
 );
+COMMENT ON COLUMN amazon_pii.policy_table.numbered_in IS 'The table whose columns have the numbers in policy_column; another one than relation after a dump was restored';
+COMMENT ON COLUMN amazon_pii.policy_table.whole IS 'Its rows go as a whole, or it is the history: no column of it has to be classified';
 COMMENT ON COLUMN amazon_pii.policy_table.archived_as IS 'The name under which the archive knows the table, whatever it is called now';
 COMMENT ON TABLE amazon_pii.policy_table IS 'The tables of a policy and their owners when it was applied; entry '''' is the orders table';
+
+CREATE TABLE amazon_pii.policy_column (
+    policy          text        COLLATE "C" NOT NULL,
+    table_name      text        COLLATE "C" NOT NULL,
+    archived_as     text        COLLATE "C" NOT NULL,
+    number          int,
+    name            text        COLLATE "C" NOT NULL,
+    seen_as         text        COLLATE "C" NOT NULL,
+    former          text,
+    named           boolean     NOT NULL,
+    read            boolean     NOT NULL,
+    PRIMARY KEY (policy, table_name, archived_as)
+);
+COMMENT ON TABLE amazon_pii.policy_column IS 'The columns of a policy''s tables that were there when it was first applied, or that it names; all others are unclassified';
+COMMENT ON COLUMN amazon_pii.policy_column.table_name IS 'The name under which the archive knows the table';
+COMMENT ON COLUMN amazon_pii.policy_column.archived_as IS 'The name under which the archive knows the column, whatever it is called now';
+COMMENT ON COLUMN amazon_pii.policy_column.number IS 'By which a renamed column is found; NULL: it is gone';
+COMMENT ON COLUMN amazon_pii.policy_column.name IS 'Its name in the document in force';
+COMMENT ON COLUMN amazon_pii.policy_column.seen_as IS 'Its name when a cycle last looked, by which it is found in a restored dump';
+COMMENT ON COLUMN amazon_pii.policy_column.former IS 'Earlier names: JSON array of [last version of the policy that has it, name]';
+COMMENT ON COLUMN amazon_pii.policy_column.named IS 'The document needs it';
+COMMENT ON COLUMN amazon_pii.policy_column.read IS 'An expression of the policy reads it, and would have to be rewritten if it were renamed';
 
 CREATE TABLE amazon_pii.order_state (
     policy          text        COLLATE "C" NOT NULL,
@@ -289,7 +317,7 @@ DO $$
 DECLARE
     kept text;
 BEGIN
-    FOREACH kept IN ARRAY ARRAY['policy', 'policy_version', 'policy_table', 'order_state', 'record_state', 'renamed', 'aged_table', 'aged_row', 'file_outbox', 'own_row', 'run', 'audit_entry'] LOOP
+    FOREACH kept IN ARRAY ARRAY['policy', 'policy_version', 'policy_table', 'policy_column', 'order_state', 'record_state', 'renamed', 'aged_table', 'aged_row', 'file_outbox', 'own_row', 'run', 'audit_entry'] LOOP
         PERFORM pg_extension_config_dump(('amazon_pii.' || kept)::regclass, '');
     END LOOP;
     PERFORM pg_extension_config_dump(pg_get_serial_sequence('amazon_pii.renamed', 'renamed_id')::regclass, '');

@@ -96,6 +96,30 @@ SELECT a.policy, a.entry, t.relation::pg_catalog.text AS table_name, a.overdue, 
        SELECT pg_catalog.count(*) AS failed, pg_catalog.max(s.last_error) AS last_error FROM amazon_pii.aged_row AS s
         WHERE s.policy = a.policy AND s.entry = a.entry AND s.last_error IS NOT NULL) AS r ON true;
 COMMENT ON VIEW amazon_pii.by_age IS 'One line a table of by_age: rows past their age that are still there, and how many of them failed';
+-- What came after the policy was applied, was not named since, and can hold text: by the catalog as it is.
+CREATE VIEW amazon_pii.unclassified WITH (security_barrier) AS
+SELECT DISTINCT t.policy, n.nspname::text AS schema_name, c.relname::text AS table_name, a.attname::text AS column_name,
+       pg_catalog.format_type(a.atttypid, a.atttypmod) AS type_name
+  FROM amazon_pii.policy_table AS t
+  JOIN pg_catalog.pg_class AS c ON c.oid = t.relation
+  JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace
+  JOIN pg_catalog.pg_attribute AS a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+ WHERE NOT t.whole
+   AND NOT EXISTS (SELECT FROM amazon_pii.policy_column AS k WHERE k.policy = t.policy AND k.table_name = t.archived_as
+                      AND CASE WHEN t.relation::oid <> t.numbered_in THEN k.seen_as = a.attname
+                               WHEN k.number = a.attnum THEN true
+                               ELSE k.named AND k.name = a.attname AND NOT EXISTS (
+                                   SELECT FROM pg_catalog.pg_attribute AS o
+                                    WHERE o.attrelid = c.oid AND o.attnum = k.number AND NOT o.attisdropped) END)
+   AND EXISTS (WITH RECURSIVE below (oid) AS (
+                    SELECT a.atttypid
+                    UNION
+                    SELECT CASE WHEN y.typtype = 'd' THEN y.typbasetype ELSE y.typelem END
+                      FROM below AS b JOIN pg_catalog.pg_type AS y ON y.oid = b.oid
+                     WHERE y.typtype = 'd' OR y.typelem <> 0 AND y.typlen = -1)
+               SELECT FROM below AS b JOIN pg_catalog.pg_type AS y ON y.oid = b.oid
+                WHERE y.typcategory = 'S' OR y.oid IN ('json'::regtype, 'jsonb'::regtype, 'xml'::regtype));
+COMMENT ON VIEW amazon_pii.unclassified IS 'Columns for text or JSON that came after their table was registered, and that the policy names neither under redact nor under keep';
 
 CREATE VIEW amazon_pii.status WITH (security_barrier) AS
 SELECT p.policy, p.version, p.enabled, p.suspended,
@@ -120,6 +144,8 @@ SELECT p.policy, p.version, p.enabled, p.suspended,
        COALESCE((SELECT pg_catalog.sum(b.overdue) FROM amazon_pii.aged_table AS b WHERE b.policy = p.policy), 0)::bigint AS rows_overdue,
        (SELECT pg_catalog.count(*) FROM amazon_pii.file_outbox AS f WHERE f.policy = p.policy AND f.acknowledged_at IS NULL) AS files_waiting,
        CASE WHEN p.report_only_until > pg_catalog.now() THEN p.report_only_until END AS report_only_until,
+       ARRAY(SELECT u.schema_name || '.' || u.table_name || '.' || u.column_name FROM amazon_pii.unclassified AS u
+              WHERE u.policy = p.policy ORDER BY 1) AS unclassified,
        p.exported_upto, e.not_exported, e.awaiting_export, e.redacted_unexported
   FROM amazon_pii.policy AS p
   LEFT JOIN LATERAL (

@@ -23,7 +23,8 @@ GRANT EXECUTE ON FUNCTION amazon_pii.preview(text, timestamptz), amazon_pii.expl
     TO amazon_pii_admin, amazon_pii_operator, amazon_pii_auditor;
 
 GRANT SELECT ON amazon_pii.policies TO amazon_pii_admin, amazon_pii_auditor;
-GRANT SELECT ON amazon_pii.status, amazon_pii.runs, amazon_pii.by_age, amazon_pii.files TO amazon_pii_admin, amazon_pii_operator, amazon_pii_auditor;
+GRANT SELECT ON amazon_pii.status, amazon_pii.unclassified, amazon_pii.runs, amazon_pii.by_age, amazon_pii.files
+    TO amazon_pii_admin, amazon_pii_operator, amazon_pii_auditor;
 GRANT SELECT ON amazon_pii.orders, amazon_pii.records, amazon_pii.overdue, amazon_pii.upcoming
     TO amazon_pii_admin, amazon_pii_operator;
 GRANT SELECT ON amazon_pii.audit_log TO amazon_pii_auditor;

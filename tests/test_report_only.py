@@ -1,4 +1,5 @@
 """Switched on, and report_only_until: a grace period in which cycles only report."""
+from contextlib import closing
 from datetime import datetime, timedelta, timezone
 
 import pytest
@@ -47,7 +48,7 @@ def test_until_the_moment_cycles_only_report(shop):
     until = moment(days=3)
     shop.apply_policy(shop_policy(report_only_until=until))
     before = snapshot(shop)
-    with shop.connect("pii_admin") as session:
+    with closing(shop.connect("pii_admin")) as session:
         session.cursor().execute("CALL amazon_pii.run_cycle('shop')")
         assert "would archive 2 orders and redact 1" in "".join(session.notices)
     assert snapshot(shop) == before and documents(shop) == {}

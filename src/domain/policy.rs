@@ -4,6 +4,7 @@
 //! policy is applied.
 
 mod check;
+mod columns;
 mod document;
 mod history;
 mod moment;
@@ -115,6 +116,8 @@ pub struct Orders {
     pub redact: Redact,
     /// A column or expression: where a file of the row's lies, outside of the database.
     pub files: Option<String>,
+    /// Columns that are known to hold none.
+    pub keep: Vec<String>,
 }
 
 /// What starts an order's clock.
@@ -156,6 +159,8 @@ pub struct Linked {
     pub not_before: Option<String>,
     /// The personal data in these rows.
     pub redact: Redact,
+    /// Columns that are known to hold none.
+    pub keep: Vec<String>,
     /// Whether a row is overwritten or removed.
     pub on_redact: OnRedact,
     /// What these rows are to the order.
@@ -190,6 +195,8 @@ pub struct ByAge {
     pub filter: Option<String>,
     /// The personal data in these rows; nothing where they go as a whole.
     pub redact: Redact,
+    /// Columns that are known to hold none.
+    pub keep: Vec<String>,
     /// Whether a row is overwritten or removed.
     pub on_redact: OnRedact,
 }

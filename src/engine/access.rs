@@ -238,7 +238,7 @@ pub fn peek(target: &Target<'_>, reason: Option<&str>) -> Result<serde_json::Val
                     .cells()
                     .map(|cell| {
                         let whole = newest.whole(cell.name, &marks);
-                        (cell.name.to_owned(), serde_json::Value::from(whole))
+                        (shown(&plan, table, cell.name), serde_json::Value::from(whole))
                     })
                     .collect();
                 records.push(serde_json::json!({ "table": table, "record_key": key, "cells": cells }));
@@ -251,6 +251,13 @@ pub fn peek(target: &Target<'_>, reason: Option<&str>) -> Result<serde_json::Val
         out.push(serde_json::json!({ "policy": plan.policy, "order_key": order.key, "records": records }));
     }
     Ok(serde_json::Value::Array(out))
+}
+
+/// What a column is called now, or in the archive where it is none of the policy's any more.
+fn shown(plan: &Plan, table: &str, archived: &str) -> String {
+    let table = plan.tables.iter().find(|t| t.archived_as == table);
+    let cell = table.and_then(|t| t.cells.iter().find(|c| c.archived_as == archived));
+    cell.map_or(archived, |c| c.name.bare()).to_owned()
 }
 
 /// Makes sure that the number still stands for the orders whose access was recorded.

@@ -283,6 +283,7 @@ fn alive(
     let keys: Vec<&str> = users.iter().map(|u| u.1.as_str()).collect();
     let rows = on_keys(|| {
         sql::read(
+            // ident-ok: made of constants.
             &format!(
                 "SELECT o.order_key, {LET_GO} OR (NOT $5 AND (o.status = 'redacted' OR (o.status = 'archived' AND {}))), \
                     pg_catalog.date_part('epoch', LEAST(GREATEST(o.redact_due_at, o.retrieved_until, o.held_until), '9999-01-01'::timestamptz))::bigint \

@@ -4,6 +4,7 @@ use pgrx::pg_sys;
 
 use super::audit::{self, AuditEntry};
 use super::check::{self, Problem, Severity};
+use super::columns;
 use super::plan::{Plan, require_ownership};
 use super::{by_age, history, state, sweep, trigger_ddl, vault};
 use crate::domain::policy::{Export, Policy, QualifiedName};
@@ -165,6 +166,9 @@ pub fn apply(document: &str) -> Result<String> {
 /// Writes the document. Returns its version, and whether it replaces an older one.
 fn store(plan: &Plan, document: &str) -> Result<(i64, bool)> {
     let user = session_user();
+    let path = catalog::schemas_searched();
+    // Since a dump was restored no cycle may have been here.
+    columns::see(&plan.policy)?;
     as_extension(|| {
         let known = sql::write(
             "SELECT version, document FROM amazon_pii.policy WHERE policy = $1 FOR UPDATE",
@@ -185,12 +189,18 @@ fn store(plan: &Plan, document: &str) -> Result<(i64, bool)> {
                 (row.int(0)? + i64::from(!same), !same)
             }
         };
+        let schemas = sql::read(
+            "SELECT COALESCE(pg_catalog.jsonb_agg(pg_catalog.jsonb_build_array(n.oid::bigint, n.nspname) ORDER BY u.i), '[]')::text \
+             FROM pg_catalog.unnest($1) WITH ORDINALITY AS u (name, i) JOIN pg_catalog.pg_namespace AS n ON n.nspname = u.name",
+            &[Arg::texts(&path)],
+        )?;
+        let schemas = schemas.first().ok_or_else(|| Error::internal("no row"))?.string(0)?;
         sql::execute(
-            "INSERT INTO amazon_pii.policy AS p (policy, version, document, enabled, search_path, applied_by, report_only_until, export) \
-             VALUES ($1, $2, $3, $4, $5, $6, $7::timestamptz, $8) ON CONFLICT (policy) DO UPDATE SET version = EXCLUDED.version, \
+            "INSERT INTO amazon_pii.policy AS p (policy, version, document, enabled, search_path, applied_by, report_only_until, export, path_schemas) \
+             VALUES ($1, $2, $3, $4, $5, $6, $7::timestamptz, $8, $9) ON CONFLICT (policy) DO UPDATE SET version = EXCLUDED.version, \
                 document = EXCLUDED.document, search_path = EXCLUDED.search_path, applied_at = pg_catalog.now(), \
                 applied_by = EXCLUDED.applied_by, \
-                report_only_until = EXCLUDED.report_only_until, export = EXCLUDED.export, export_looked_at = NULL, suspended = NULL, last_error = NULL",
+                report_only_until = EXCLUDED.report_only_until, path_schemas = EXCLUDED.path_schemas, export = EXCLUDED.export, export_looked_at = NULL, suspended = NULL, last_error = NULL",
             &[
                 Arg::Text(Some(&plan.policy)),
                 Arg::Int(version),
@@ -203,6 +213,7 @@ fn store(plan: &Plan, document: &str) -> Result<(i64, bool)> {
                     Export::Warn => "warn",
                     Export::Require => "require",
                 })),
+                Arg::Text(Some(&schemas)),
             ],
         )?;
         if new {
@@ -229,17 +240,21 @@ fn store(plan: &Plan, document: &str) -> Result<(i64, bool)> {
         for (entry, table) in entries.chain(aged).chain(history) {
             let archived_as = archived_as(&mut names, table.relation.oid, table.relation.shown());
             sql::execute(
-                "INSERT INTO amazon_pii.policy_table (policy, entry, relation, owner, archived_as) VALUES ($1, $2, $3::regclass, $4, $5)",
+                "INSERT INTO amazon_pii.policy_table (policy, entry, relation, owner, archived_as, numbered_in, whole) \
+                 VALUES ($1, $2, $3::regclass, $4, $5, $3, $6)",
                 &[
                     Arg::Text(Some(&plan.policy)),
                     Arg::Text(Some(entry)),
                     Arg::Oid(table.relation.oid),
                     Arg::Text(Some(&crate::pg::error::role_name(table.owner))),
                     Arg::Text(Some(&archived_as)),
+                    // Of the history, too, only what we write there matters.
+                    Arg::Bool(table.delete || entry == history::NAME),
                 ],
             )?;
         }
         by_age::begin(plan)?;
+        columns::store(plan, &names, version - i64::from(new))?;
         invalidation::announce_policy_change()?;
         Ok((version, new && !known.is_empty()))
     })
@@ -359,6 +374,7 @@ pub fn drop(policy: &str) -> Result<()> {
         )?;
         for statement in [
             "DELETE FROM amazon_pii.policy_table WHERE policy = $1",
+            "DELETE FROM amazon_pii.policy_column WHERE policy = $1",
             "DELETE FROM amazon_pii.order_state WHERE policy = $1",
             "DELETE FROM amazon_pii.record_state WHERE policy = $1",
             "DELETE FROM amazon_pii.touched WHERE policy = $1",

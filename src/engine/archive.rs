@@ -159,7 +159,7 @@ pub fn taken_out<'a>(
     let first = untouched && !table.shared && !table.delete;
     let candidates = newest.filter(|_| first);
     record.cells.iter().enumerate().filter_map(move |(i, cell)| {
-        let archived = candidates?.cell(table.cells[i].name.bare())?;
+        let archived = candidates?.cell(&table.cells[i].archived_as)?;
         let live = cell.as_ref()?;
         if archived.text == live.value.as_deref() {
             return None;
@@ -206,7 +206,7 @@ fn missing<'a>(
         if pii.is_empty() {
             continue;
         }
-        let archived = |i: usize| newest.and_then(|n| n.cell(table.cells[i].name.bare()));
+        let archived = |i: usize| newest.and_then(|n| n.cell(&table.cells[i].archived_as));
         pii.retain(|(i, _)| !archived(*i).is_some_and(|a| former.left(plan, due.redacted_version, record, *i, &a)));
         let value = |i: usize| record.cells[i].as_ref().and_then(|c| c.value.as_deref());
         let covered = newest.is_some()
@@ -217,7 +217,7 @@ fn missing<'a>(
         if !covered {
             version += 1;
             let cell = |i: usize| Cell {
-                name: table.cells[i].name.bare(),
+                name: &table.cells[i].archived_as,
                 type_name: &table.cells[i].type_shown,
                 text: value(i),
             };

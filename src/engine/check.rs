@@ -6,6 +6,9 @@ mod sample;
 mod trial;
 mod unique;
 
+use pgrx::pg_sys;
+
+use super::columns;
 use super::plan::{AnchorPlan, EXPRESSION_HINT, Plan, Table};
 use crate::domain::policy::Treatment as Rule;
 use crate::domain::treatment::Shape;
@@ -43,7 +46,12 @@ pub struct Problem {
 }
 
 impl Problem {
-    fn new(severity: Severity, object: impl Into<String>, problem: impl Into<String>, hint: impl Into<String>) -> Self {
+    pub fn new(
+        severity: Severity,
+        object: impl Into<String>,
+        problem: impl Into<String>,
+        hint: impl Into<String>,
+    ) -> Self {
         Self {
             severity,
             object: object.into(),
@@ -76,6 +84,7 @@ pub fn problems(plan: &Plan) -> Result<Vec<Problem>> {
     out.extend(expressions(plan)?);
     out.extend(indexes(plan));
     out.extend(anchors(plan));
+    out.extend(columns::unnamed(plan)?);
     let (found, open) = unique::problems(plan)?;
     out.extend(found);
     out.extend(by_age::problems(plan)?);
@@ -93,9 +102,56 @@ pub fn problems(plan: &Plan) -> Result<Vec<Problem>> {
     Ok(out)
 }
 
-/// Expressions that the server does not accept, and conditions that are none. They are looked at without parameters, so
-/// that none can refer to one of ours.
+/// Whether the server still accepts the expressions of a policy whose tables have changed.
+///
+/// # Errors
+/// What is wrong with the first that it does not.
+pub fn still_sound(plan: &Plan) -> Result<()> {
+    for typed in types(plan) {
+        match typed.types {
+            Err(e) if e.is_cancel() => return Err(e),
+            // Somebody has the table locked.
+            Err(e) if e.is_lock() => {}
+            Err(e) => return Err(e.at(&typed.place).hint(EXPRESSION_HINT)),
+            Ok(types) if !typed.fits(&types) => {
+                return Err(Error::invalid(format!("{}: not a condition", typed.place)).hint(EXPRESSION_HINT));
+            }
+            Ok(_) => {}
+        }
+    }
+    Ok(())
+}
+
+/// An expression of a policy, by its place in the document, and what the server makes of it.
+struct Typed {
+    place: String,
+    is_condition: bool,
+    types: Result<Vec<pg_sys::Oid>>,
+}
+
+impl Typed {
+    fn fits(&self, types: &[pg_sys::Oid]) -> bool {
+        !self.is_condition || types.first() == Some(&pg_sys::BOOLOID)
+    }
+}
+
+/// Expressions that the server does not accept, and conditions that are none.
 fn expressions(plan: &Plan) -> Result<Vec<Problem>> {
+    let mut out = Vec::new();
+    for typed in types(plan) {
+        let problem = match &typed.types {
+            Ok(types) if typed.fits(types) => continue,
+            Ok(_) => "not a condition".to_owned(),
+            Err(e) if e.is_cancel() => return Err(e.clone()),
+            Err(e) => e.shown(),
+        };
+        out.push(Problem::new(Severity::Error, typed.place, problem, EXPRESSION_HINT));
+    }
+    Ok(out)
+}
+
+/// The types of a policy's expressions. They are looked at without parameters, so that none can refer to one of ours.
+fn types(plan: &Plan) -> Vec<Typed> {
     // Place, table, expression, whether it is a condition.
     let mut all: Vec<(String, usize, &Expr, bool)> = vec![("orders.amazon".to_owned(), 0, &plan.amazon, true)];
     all.extend(plan.number.iter().map(|e| ("orders.number".to_owned(), 0, e, false)));
@@ -148,21 +204,19 @@ fn expressions(plan: &Plan) -> Result<Vec<Problem>> {
             all.extend(cell.expression.iter().map(|e| (place(), index, e, false)));
         }
     }
-    let mut out = Vec::new();
-    for (place, table, expression, condition) in all {
-        let table = &plan.tables[table];
-        let types = act_as(Identity::Owner(table.owner), &plan.search_path, &[], || {
-            catalog::expression_types(&table.relation, std::slice::from_ref(expression))
-        });
-        let problem = match types {
-            Ok(types) if condition && types.first() != Some(&pgrx::pg_sys::BOOLOID) => "not a condition".to_owned(),
-            Ok(_) => continue,
-            Err(e) if e.is_cancel() => return Err(e),
-            Err(e) => e.shown(),
-        };
-        out.push(Problem::new(Severity::Error, place, problem, EXPRESSION_HINT));
-    }
-    Ok(out)
+    all.into_iter()
+        .map(|(place, table, expression, is_condition)| {
+            let table = &plan.tables[table];
+            let types = act_as(Identity::Owner(table.owner), &plan.search_path, &[], || {
+                catalog::expression_types(&table.relation, std::slice::from_ref(expression))
+            });
+            Typed {
+                place,
+                is_condition,
+                types,
+            }
+        })
+        .collect()
 }
 
 /// Texts that do not fit their columns.

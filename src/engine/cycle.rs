@@ -7,6 +7,8 @@ use serde::{Deserialize, Serialize};
 
 use super::batch::Batches;
 use super::by_age;
+use super::check;
+use super::columns;
 use super::due::{Clock, Share};
 use super::export;
 use super::idle;
@@ -141,6 +143,10 @@ fn run_policy(policy: &str, sweep: bool, boundary: Boundary) -> Result<Counts> {
     // As it is before anything is looked at: what changes meanwhile is looked at again.
     let structure = idle::structure(policy)?;
     let plan = Plan::current(policy)?;
+    if idle::is_changed(policy, structure.as_deref())? {
+        columns::see(policy)?;
+        check::still_sound(&plan)?;
+    }
     if !plan.enabled || plan.suspended.is_some() {
         let counts = Counts {
             overdue: overdue(policy)?,

@@ -120,6 +120,7 @@ pub fn take(plan: &Plan, clock: &Clock, share: &Share, limit: i64) -> Result<Vec
     let redact_due = redact_due(plan);
     let rows = act_as(Identity::Extension, OWN_PATH, IN_ORDER, || {
         sql::write(
+            // ident-ok: made of constants.
             &format!(
                 "SELECT o.order_key, o.order_number, o.status, o.archived_at IS NOT NULL, COALESCE({redact_due}, false), \
                         o.attempts, o.redacted_version, o.records \
@@ -168,6 +169,7 @@ pub fn count(plan: &Plan, clock: &Clock) -> Result<(i64, i64)> {
     let redact_due = redact_due(plan);
     let rows = act_as(Identity::Extension, OWN_PATH, IN_ORDER, || {
         sql::read(
+            // ident-ok: made of constants.
             &format!(
                 "SELECT pg_catalog.count(*) FILTER (WHERE d.copy), pg_catalog.count(*) FILTER (WHERE d.redact) FROM ( \
                     SELECT o.archived_at IS NULL AND (COALESCE(o.archive_due_at <= $3::timestamptz, false) OR COALESCE({redact_due}, false)), \
@@ -196,6 +198,7 @@ pub fn relock(plan: &Plan, clock: &Clock, batch: Vec<Due>) -> Result<Vec<Due>> {
     let rows = on_keys(|| {
         sql::write(
             // Meanwhile it may have been retrieved or held: whether it is due is asked again.
+            // ident-ok: made of constants.
             &format!(
                 "SELECT o.order_key, o.status FROM amazon_pii.order_state o WHERE o.policy IS NOT DISTINCT FROM $1 AND o.order_key = ANY ($3) \
                  AND o.status IN ('scheduled', 'archived', 'redacted', 'retrieved', 'failed') AND ({redact_due}) \

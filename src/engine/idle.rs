@@ -37,6 +37,20 @@ pub fn structure(policy: &str) -> Result<Option<String>> {
     })
 }
 
+/// Whether the catalog rows of a policy's tables are not those that its last complete cycle saw.
+///
+/// # Errors
+/// Errors of the server.
+pub fn is_changed(policy: &str, structure: Option<&str>) -> Result<bool> {
+    let rows = on_keys(|| {
+        sql::read(
+            "SELECT p.structure IS DISTINCT FROM $2::numeric FROM amazon_pii.policy p WHERE p.policy = $1",
+            &[Arg::Text(Some(policy)), Arg::Text(structure)],
+        )
+    })?;
+    rows.first().map_or(Ok(true), |r| r.bool(0))
+}
+
 /// Whether nothing is to be done for a policy now: its tables are what they were when a cycle last saw them, nothing
 /// waits to be flagged, moved or told, and no order has come to its time. Where it cannot be told, there may be.
 fn nothing_to_do(policy: &str) -> Result<bool> {

@@ -2,10 +2,13 @@
 
 mod build;
 mod cache;
+mod columns;
+mod path;
 
 pub use build::Builder;
 use build::refuse_redacted_links;
 use cache::Record;
+pub use columns::{TODAY, former};
 
 use std::fmt::Display;
 
@@ -41,6 +44,12 @@ pub struct CellColumn {
     pub expression: Option<Expr>,
     /// The declared type with its modifier, as SQL.
     pub type_shown: String,
+    /// The name under which the archive knows it, whatever it is called now.
+    pub archived_as: String,
+    /// Its name in the document in force.
+    said: String,
+    /// Earlier names, each with the last version of the policy that has it.
+    former: Vec<(i64, String)>,
 }
 
 impl CellColumn {
@@ -229,11 +238,26 @@ impl Plan {
         Self::from_record(policy, &Record::read(policy)?)
     }
 
+    /// Whether the columns that a policy needs are there.
+    ///
+    /// # Errors
+    /// One is not, or has another name inside of an expression.
+    pub fn find_columns(policy: &str) -> Result<()> {
+        let record = Record::read(policy)?;
+        let mut document = Policy::parse(record.row.str(1)?).map_err(|e| Error::invalid(e.to_string()))?;
+        record.follow(&mut document).map(drop)
+    }
+
     fn from_record(policy: &str, record: &Record) -> Result<Self> {
-        let Record { row, relations } = record;
-        let document = Policy::parse(row.str(1)?).map_err(|e| Error::invalid(e.to_string()))?;
+        let Record {
+            row,
+            relations,
+            schemas,
+            ..
+        } = record;
+        let mut document = Policy::parse(row.str(1)?).map_err(|e| Error::invalid(e.to_string()))?;
         let mut oids = Vec::new();
-        let aged: Vec<String> = (0..document.by_age.len()).map(aged_name).collect();
+        let aged: Vec<String> = (0..document.by_age.len()).map(Policy::by_age_name).collect();
         let linked = document.linked.iter().map(|l| l.alias.as_str());
         let history = document.history.iter().map(|_| history::NAME);
         let apart = aged.iter().map(String::as_str).chain(history);
@@ -243,14 +267,15 @@ impl Plan {
                 .find(|r| r.str(0).is_ok_and(|a| a == alias))
                 .ok_or_else(|| Error::undefined(format!("a table of policy \"{policy}\" is not recorded")))?;
             if known.str(3)?.is_empty() {
-                return Err(
-                    Error::undefined(format!("a table of policy \"{policy}\" no longer exists"))
-                        .detail(format!(
-                            "It is the table of entry \"{}\".",
-                            if alias.is_empty() { "orders" } else { alias }
-                        ))
-                        .hint("Apply the policy again without it."),
-                );
+                return Err(Error::undefined(format!(
+                    "table {} of policy \"{policy}\" no longer exists",
+                    known.str(4)?
+                ))
+                .detail(format!(
+                    "It is the table of entry \"{}\".",
+                    if alias.is_empty() { "orders" } else { alias }
+                ))
+                .hint("Apply the policy again without it."));
             }
             if known.str(2)? != known.str(3)? {
                 return Err(
@@ -260,12 +285,15 @@ impl Plan {
             }
             oids.push(known.oid(1)?);
         }
-        let mut plan = Self::build(document, row.str(2)?, &oids)?;
+        let known = record.follow(&mut document)?;
+        let path = path::today(row.str(2)?, row.text(5)?, schemas)?;
+        let mut plan = Self::build(document, &path, &oids)?;
         for (entry, known) in plan.entries.iter().map(|e| (e.table, &e.alias)) {
             if let Some(row) = relations.iter().find(|r| r.str(0).is_ok_and(|a| a == known)) {
                 plan.tables[entry].archived_as = row.string(4)?;
             }
         }
+        columns::mark(&mut plan, &known);
         plan.version = row.int(0)?;
         plan.enabled = row.bool(3)?;
         plan.suspended = row.owned(4)?;
@@ -290,6 +318,7 @@ impl Plan {
         let table = builder.table(orders_oid, &orders.table, orders.key.as_deref())?;
         let cells = builder.cells(table, &orders.redact, "orders")?;
         builder.files(table, orders.files.as_deref(), "orders")?;
+        builder.kept(table, &orders.keep, "orders")?;
         builder.entries.push(Entry {
             alias: String::new(),
             table,
@@ -349,7 +378,7 @@ impl Plan {
             .iter()
             .zip(oids.iter().skip(1 + document.linked.len()))
             .enumerate()
-            .map(|(i, (aged, oid))| builder.aged(aged_name(i), aged, *oid))
+            .map(|(i, (aged, oid))| builder.aged(Policy::by_age_name(i), aged, *oid))
             .collect::<Result<Vec<_>>>()?;
         let history = match (
             &document.history,
@@ -466,11 +495,6 @@ impl Plan {
         path.reverse();
         path
     }
-}
-
-/// The name of the `i`th table of `by_age` among the policy's tables.
-fn aged_name(i: usize) -> String {
-    format!("by_age[{i}]")
 }
 
 /// Refuses unless the caller owns the table or is a member of its owner.

@@ -328,7 +328,7 @@ fn proven<'a>(
         if table.no_copy {
             return Ok(Some(live));
         }
-        let opened = newest.and_then(|n| n.cell(table.cells[i].name.bare()));
+        let opened = newest.and_then(|n| n.cell(&table.cells[i].archived_as));
         Ok(match opened {
             // What the statement compares with is the opened value, never the one that was read.
             Some(opened) if opened.text == live => Some(opened.text),

@@ -76,8 +76,18 @@ pub fn find(schema: Option<&str>, name: &str) -> Result<Option<pg_sys::Oid>> {
 
 /// The session's effective search path as a setting, temporary tables last.
 pub fn search_path() -> String {
+    let mut schemas: Vec<String> = schemas_searched()
+        .into_iter()
+        .map(|name| Ident::new(name).to_string())
+        .collect();
+    schemas.push("pg_temp".to_owned());
+    schemas.join(", ")
+}
+
+/// The bare names of the schemas in [`search_path`].
+pub fn schemas_searched() -> Vec<String> {
     // SAFETY: the list is one of OIDs of schemas, made for us and small; a schema dropped meanwhile has no name.
-    let mut schemas: Vec<String> = unsafe {
+    unsafe {
         let list = pg_sys::fetch_search_path(false);
         let length = if list.is_null() { 0 } else { (*list).length };
         (0..length)
@@ -87,11 +97,8 @@ pub fn search_path() -> String {
             })
             // pg_catalog is searched first where it is not named: named after others it would be shadowed by them.
             .filter(|name| !name.starts_with("pg_temp") && name != "pg_catalog")
-            .map(|name| Ident::new(name).to_string())
             .collect()
-    };
-    schemas.push("pg_temp".to_owned());
-    schemas.join(", ")
+    }
 }
 
 /// A comparison of two values.

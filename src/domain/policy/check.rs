@@ -28,6 +28,7 @@ pub(super) fn consistent(policy: &Policy) -> Result<()> {
     let tables = Tables::of(policy)?;
     by_age(policy, &tables)?;
     tables.agree()?;
+    tables.keep_apart(policy)?;
     tables.identify(policy)
 }
 
@@ -192,6 +193,33 @@ impl<'a> Tables<'a> {
                             .with_hint("Both entries name the same table; give the column one treatment."));
                     }
                 }
+            }
+        }
+        Ok(())
+    }
+
+    /// A column is redacted or kept, not both, in all entries of its table.
+    fn keep_apart(&self, policy: &Policy) -> Result<()> {
+        let kept = std::iter::once(&policy.orders.keep).chain(policy.linked.iter().map(|entry| &entry.keep));
+        for ((path, table, _), columns) in self.0.iter().zip(kept) {
+            for column in columns {
+                let redacts = |redact: &Redact| redact.columns().any(|(name, _)| name == column);
+                if let Some((other, ..)) = self.0.iter().find(|(_, name, redact)| name == table && redacts(redact)) {
+                    let problem = format!("column \"{column}\" is kept, and redacted in {other}");
+                    return Err(PolicyError::new(format!("{path}.keep"), problem)
+                        .with_hint("Name it in one of the two places."));
+                }
+            }
+        }
+        for (at, entry) in policy.by_age.iter().enumerate() {
+            if let Some((column, _)) = entry
+                .redact
+                .columns()
+                .find(|(name, _)| entry.keep.iter().any(|k| k == name))
+            {
+                let problem = format!("column \"{column}\" is kept, and redacted");
+                return Err(PolicyError::new(format!("by_age[{at}].keep"), problem)
+                    .with_hint("Name it in one of the two places."));
             }
         }
         Ok(())

@@ -53,6 +53,7 @@ const ORDERS: &[&str] = &[
     "manual_orders",
     "redact",
     "files",
+    "keep",
 ];
 const ANCHOR: &[&str] = &["linked", "at", "where", "complete"];
 const LINKED: &[&str] = &[
@@ -65,6 +66,7 @@ const LINKED: &[&str] = &[
     "number",
     "not_before",
     "redact",
+    "keep",
     "on_redact",
     "role",
     "duplicate_by",
@@ -74,7 +76,17 @@ const LINKED: &[&str] = &[
     "files",
     "retrieve_on_insert",
 ];
-const BY_AGE: &[&str] = &["table", "key", "at", "after", "where", "redact", "on_redact", "archive"];
+const BY_AGE: &[&str] = &[
+    "table",
+    "key",
+    "at",
+    "after",
+    "where",
+    "redact",
+    "keep",
+    "on_redact",
+    "archive",
+];
 const ARCHIVE: &[&str] = &["schema", "foreign_table"];
 const WINDOW: &[&str] = &["from", "to", "timezone"];
 const TREATMENTS: &[&str] = &["value", "unique", "json", "sql", "array", "prefix"];
@@ -194,6 +206,7 @@ fn orders(node: &Node<'_>) -> Result<Orders> {
         manual_orders: orders.word_or_default("manual_orders", &["allow", "warn", "refuse"])?,
         redact: redact(orders.get("redact").as_ref())?,
         files: files(&orders, orders.get("redact").is_some())?,
+        keep: keep(&orders)?,
     })
 }
 
@@ -218,6 +231,7 @@ fn linked(node: &Node<'_>) -> Result<Linked> {
         number: entry.text("number")?,
         not_before: entry.text("not_before")?,
         redact: redact(entry.get("redact").as_ref())?,
+        keep: keep(&entry)?,
         on_redact,
         role: entry
             .get("role")
@@ -291,6 +305,7 @@ fn by_age(node: &Node<'_>) -> Result<ByAge> {
         after: entry.need("after")?.text()?,
         filter: entry.text("where")?,
         redact: columns,
+        keep: keep(&entry)?,
         on_redact,
     })
 }
@@ -370,6 +385,11 @@ fn redact(node: Option<&Node<'_>>) -> Result<Redact> {
         .into_iter()
         .map(|(column, node)| Ok((column.to_owned(), treatment(&node)?)));
     treatments.collect::<Result<_>>().map(Redact::Treatments)
+}
+
+fn keep(entry: &Object<'_>) -> Result<Vec<String>> {
+    let kept = entry.get("keep").map(|node| node.texts("a list of columns"));
+    kept.transpose().map(Option::unwrap_or_default)
 }
 
 fn treatment(node: &Node<'_>) -> Result<Treatment> {

@@ -123,11 +123,14 @@ fn restore_table(
     for ((key, newest), live) in archived.iter().zip(&live) {
         match live {
             None if table.delete => {
+                let column = |name: &str| table.cells.iter().find(|c| c.archived_as == name);
                 let values: Vec<(Ident, Option<String>)> = newest
                     .cells()
-                    .map(|cell| (Ident::new(cell.name), cell.text.map(str::to_owned)))
+                    .filter_map(|cell| Some((column(cell.name)?.name.clone(), cell.text.map(str::to_owned))))
                     .collect();
                 restored.cells += values.len() as i64;
+                // Columns that are gone.
+                restored.kept += (newest.cells().len() - values.len()) as i64;
                 missing.push(values);
                 keys.push(*key);
             }
@@ -175,7 +178,7 @@ fn retyped(plan: &Plan, table: &Table, archived: &[(&str, &Newest)], error: Erro
         let name = cell.name.bare();
         let changed = archived
             .iter()
-            .filter_map(|(_, newest)| newest.cell(name))
+            .filter_map(|(_, newest)| newest.cell(&cell.archived_as))
             .filter(|a| a.type_name != cell.type_shown);
         for archived in changed {
             let read = cell.out(format!("CAST($1 AS {})", cell.type_shown));
@@ -211,7 +214,7 @@ fn restored_row<'a>(
     let mut cells = vec![CellWrite::Leave; table.cells.len()];
     let mut written = 0;
     for (i, column) in table.cells.iter().enumerate() {
-        let Some(archived) = newest.cell(column.name.bare()) else {
+        let Some(archived) = newest.cell(&column.archived_as) else {
             continue;
         };
         let Some(live) = record.cells[i].as_ref() else { continue };

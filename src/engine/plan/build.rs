@@ -108,6 +108,19 @@ impl Builder<'_> {
         })
     }
 
+    /// Refuses columns that are to be kept and do not exist.
+    pub(super) fn kept(&self, table: usize, columns: &[String], place: &str) -> Result<()> {
+        let facts = &self.tables[table].facts;
+        match columns.iter().find(|c| facts.column(c).is_none()) {
+            None => Ok(()),
+            Some(missing) => Err(Error::undefined(format!(
+                "{place}.keep: column \"{missing}\" of {} does not exist",
+                facts.relation.shown()
+            ))
+            .hint(nearest(facts, missing))),
+        }
+    }
+
     /// The types of expressions, found out as the table's owner.
     pub fn types(&self, table: usize, expressions: &[Expr], place: &str) -> Result<Vec<pg_sys::Oid>> {
         let table = &self.tables[table];
@@ -135,6 +148,7 @@ impl Builder<'_> {
     pub(super) fn linked(&mut self, linked: &Linked, oid: pg_sys::Oid) -> Result<()> {
         let place = format!("linked \"{}\"", linked.alias);
         let table = self.table(oid, &linked.table, linked.key.as_deref())?;
+        self.kept(table, &linked.keep, &place)?;
         let parent = match &linked.parent {
             None => 0,
             Some(name) => self
@@ -231,6 +245,7 @@ impl Builder<'_> {
         };
         let table = own.table(oid, &aged.table, aged.key.as_deref())?;
         own.cells(table, &aged.redact, &name)?;
+        own.kept(table, &aged.keep, &name)?;
         let place = format!("{name}.at");
         let at = own.expression(table, &aged.at, &place)?;
         let at_type = own
@@ -302,6 +317,9 @@ impl Builder<'_> {
                     rule: None,
                     expression: None,
                     type_shown: c.type_shown.clone(),
+                    archived_as: c.name.bare().to_owned(),
+                    said: c.name.bare().to_owned(),
+                    former: Vec::new(),
                 })
                 .collect();
         }
@@ -382,6 +400,9 @@ impl Builder<'_> {
                         rule: Some(rule),
                         expression,
                         type_shown: column.type_shown.clone(),
+                        archived_as: name.clone(),
+                        said: name.clone(),
+                        former: Vec::new(),
                     });
                     cells.push(self.tables[index].cells.len() - 1);
                 }

@@ -171,7 +171,7 @@ fn record(table: Option<&Table>, key: &str, newest: &Newest, mut f: impl FnMut(&
     let key = key_parts(key).unwrap_or_default();
     for archived in newest.cells() {
         let cell = table.and_then(|t| {
-            let at = t.cells.iter().position(|c| c.name.bare() == archived.name)?;
+            let at = t.cells.iter().position(|c| c.archived_as == archived.name)?;
             t.cells[at].treatment.as_ref()
         });
         for text in newest.versions(archived.name) {
