@@ -56,7 +56,7 @@ CREATE TABLE amazon_pii.order_state (
     order_key       text        COLLATE "C" NOT NULL,
     order_number    text        COLLATE "C",
     status          text        NOT NULL CHECK (status IN
-                        ('flagged', 'scheduled', 'archived', 'redacted', 'retrieved', 'failed', 'purged', 'gone')),
+                        ('flagged', 'scheduled', 'archived', 'redacted', 'retrieved', 'failed', 'gone')),
     flagged_at      timestamptz NOT NULL DEFAULT pg_catalog.now(),
     flagged_by      text        NOT NULL DEFAULT 'import',
     anchor_at       timestamptz,
@@ -77,6 +77,9 @@ CREATE TABLE amazon_pii.order_state (
     records         text,
     effective_at    timestamptz,
     follows         text        COLLATE "C",
+    asked           text        CHECK (asked IN ('erase', 'forget', 'forgotten')),
+    purged_at       timestamptz,
+    key_generation  bigint,
     -- The order's key first: it alone finds a row, whatever the server believes of the number of policies.
     PRIMARY KEY (order_key, policy)
 );
@@ -88,9 +91,15 @@ COMMENT ON COLUMN amazon_pii.order_state.next_due_at IS 'When a cycle has to loo
 COMMENT ON COLUMN amazon_pii.order_state.records IS 'The rows of the user''s that hold, or held, its personal data: JSON array of [table, key, entry, newest archived version]';
 COMMENT ON COLUMN amazon_pii.order_state.follows IS 'The retrieved order that it replaces: it is redacted when that retrieval ends';
 CREATE INDEX order_state_follows ON amazon_pii.order_state (follows, policy) WHERE follows IS NOT NULL;
+COMMENT ON COLUMN amazon_pii.order_state.asked IS 'What was asked for: erase or forget until that is done; forgotten: what comes back is redacted without a copy';
+COMMENT ON COLUMN amazon_pii.order_state.purged_at IS 'When its archive was destroyed; NULL while there may be one. Views show such an order as purged';
+COMMENT ON COLUMN amazon_pii.order_state.key_generation IS 'The newest of its data keys that were destroyed: the next one is another';
 -- Partial: an import of orders that are not dispatched yet does not touch it.
 CREATE INDEX order_state_due ON amazon_pii.order_state (policy, next_due_at) WHERE next_due_at IS NOT NULL;
 CREATE INDEX order_state_stale ON amazon_pii.order_state (policy, stale_at) WHERE status = 'flagged' AND stale_at IS NOT NULL;
+-- In the order in which archives come to the end of their time, whatever the policy says that this is.
+CREATE INDEX order_state_kept ON amazon_pii.order_state (policy, COALESCE(redacted_at, redact_due_at))
+    WHERE status IN ('redacted', 'gone') AND purged_at IS NULL;
 -- By hash: numbers come in no order, and are only ever asked for one by one.
 CREATE INDEX order_state_number ON amazon_pii.order_state USING hash (order_number);
 

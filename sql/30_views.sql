@@ -6,10 +6,12 @@ SELECT p.policy, p.version, p.enabled, p.suspended, p.applied_at, p.applied_by, 
 COMMENT ON VIEW amazon_pii.policies IS 'The policies in force, with their documents';
 
 CREATE VIEW amazon_pii.orders WITH (security_barrier) AS
-SELECT o.policy, o.order_key, o.order_number, o.status, o.flagged_at, o.anchor_at, o.archive_due_at, o.archived_at,
+SELECT o.policy, o.order_key, o.order_number,
+       CASE WHEN o.purged_at IS NOT NULL AND o.status IN ('redacted', 'gone') THEN 'purged' ELSE o.status END AS status,
+       o.flagged_at, o.anchor_at, o.archive_due_at, o.archived_at,
        o.redact_due_at, o.redacted_at, o.retrieved_at, o.retrieved_until, o.held_until, o.attempts, o.next_attempt_at,
        o.last_error, o.pushed_by, o.redacted_version, o.stale_at, o.effective_at,
-       o.follows
+       o.follows, o.asked, o.purged_at
   FROM amazon_pii.order_state AS o;
 COMMENT ON VIEW amazon_pii.orders IS 'One row a flagged order: where it stands and what is due when';
 
@@ -92,7 +94,7 @@ COMMENT ON VIEW amazon_pii.by_age IS 'One line a table of by_age: rows past thei
 CREATE VIEW amazon_pii.status WITH (security_barrier) AS
 SELECT p.policy, p.version, p.enabled, p.suspended,
        COALESCE(c.flagged, 0) AS flagged, COALESCE(c.scheduled, 0) AS scheduled, COALESCE(c.archived, 0) AS archived,
-       COALESCE(c.redacted, 0) AS redacted, COALESCE(c.retrieved, 0) AS retrieved, COALESCE(c.failed, 0) AS failed,
+       COALESCE(c.redacted, 0) AS redacted, COALESCE(c.retrieved, 0) AS retrieved, COALESCE(c.purged, 0) AS purged, COALESCE(c.failed, 0) AS failed,
        COALESCE(c.stale, 0) AS stale,
        COALESCE(d.overdue, 0) AS overdue, d.worst_overdue_by,
        (SELECT pg_catalog.count(*) FROM amazon_pii.record_state AS r
@@ -116,8 +118,9 @@ SELECT p.policy, p.version, p.enabled, p.suspended,
        SELECT pg_catalog.count(*) FILTER (WHERE o.status = 'flagged') AS flagged,
               pg_catalog.count(*) FILTER (WHERE o.status = 'scheduled') AS scheduled,
               pg_catalog.count(*) FILTER (WHERE o.status = 'archived') AS archived,
-              pg_catalog.count(*) FILTER (WHERE o.status = 'redacted') AS redacted,
+              pg_catalog.count(*) FILTER (WHERE o.status = 'redacted' AND o.purged_at IS NULL) AS redacted,
               pg_catalog.count(*) FILTER (WHERE o.status = 'retrieved') AS retrieved,
+              pg_catalog.count(*) FILTER (WHERE o.status IN ('redacted', 'gone') AND o.purged_at IS NOT NULL) AS purged,
               pg_catalog.count(*) FILTER (WHERE o.status = 'failed') AS failed,
               pg_catalog.count(*) FILTER (WHERE o.status = 'flagged' AND o.stale_at <= pg_catalog.now()) AS stale,
               pg_catalog.count(*) FILTER (WHERE o.effective_at > pg_catalog.now()

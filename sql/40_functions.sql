@@ -81,6 +81,26 @@ CREATE FUNCTION amazon_pii.unflag(order_number text, reason text DEFAULT NULL, p
 COMMENT ON FUNCTION amazon_pii.unflag(text, text, text, text) IS
     'Writes an order''s personal data back for good and stops tracking it, for the victims of a wrong policy; the archive stays. Needs amazon_pii_admin';
 
+CREATE FUNCTION amazon_pii.erase(order_number text, reason text DEFAULT NULL, policy text DEFAULT NULL, key text DEFAULT NULL)
+    RETURNS void LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'erase_wrapper';
+COMMENT ON FUNCTION amazon_pii.erase(text, text, text, text) IS
+    'Makes an order due at once: the next cycle archives and redacts it, whatever its clock says. Needs amazon_pii_admin. 55000 held or deleted';
+
+CREATE FUNCTION amazon_pii.shred(order_number text, reason text DEFAULT NULL, policy text DEFAULT NULL, key text DEFAULT NULL)
+    RETURNS void LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'shred_wrapper';
+COMMENT ON FUNCTION amazon_pii.shred(text, text, text, text) IS
+    'Destroys the data keys and the archived documents of a redacted order: nothing brings its personal data back. Needs amazon_pii_admin. 55000 not redacted, 42704 already destroyed';
+
+CREATE FUNCTION amazon_pii.forget(order_number text, reason text DEFAULT NULL, policy text DEFAULT NULL, key text DEFAULT NULL)
+    RETURNS void LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'forget_wrapper';
+COMMENT ON FUNCTION amazon_pii.forget(text, text, text, text) IS
+    'Both: the next cycle redacts the order and destroys its archive in the same transaction; what an import brings back later is redacted without being archived. Needs amazon_pii_admin. 55000 held';
+
+CREATE FUNCTION amazon_pii.certificate(order_number text, policy text DEFAULT NULL, key text DEFAULT NULL)
+    RETURNS jsonb LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'certificate_wrapper';
+COMMENT ON FUNCTION amazon_pii.certificate(text, text, text) IS
+    'What was done to an order, when, why, by whom, to how many records, with a digest of its audit entries; no personal data. 55000 until it is done. Needs amazon_pii_admin or amazon_pii_auditor';
+
 CREATE FUNCTION amazon_pii.explain_order(order_number text)
     RETURNS TABLE (step text, object text, detail text)
     LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'explain_order_wrapper';

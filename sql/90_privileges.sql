@@ -7,7 +7,8 @@ REVOKE ALL ON ALL ROUTINES IN SCHEMA amazon_pii FROM PUBLIC;
 GRANT USAGE ON SCHEMA amazon_pii TO amazon_pii_admin, amazon_pii_operator, amazon_pii_auditor, amazon_pii_files;
 
 GRANT EXECUTE ON FUNCTION amazon_pii.apply_policy(jsonb), amazon_pii.check_policy(jsonb), amazon_pii.enable_policy(text),
-    amazon_pii.disable_policy(text), amazon_pii.drop_policy(text), amazon_pii.unflag(text, text, text, text)
+    amazon_pii.disable_policy(text), amazon_pii.drop_policy(text), amazon_pii.unflag(text, text, text, text),
+    amazon_pii.erase(text, text, text, text), amazon_pii.shred(text, text, text, text), amazon_pii.forget(text, text, text, text)
     TO amazon_pii_admin;
 GRANT EXECUTE ON PROCEDURE amazon_pii.run_cycle(text, boolean, bigint, bigint, bigint, bigint, bigint) TO amazon_pii_admin;
 GRANT EXECUTE ON FUNCTION amazon_pii.retrieve(text, text, text, text), amazon_pii.end_retrieval(text, text, text),
@@ -17,7 +18,7 @@ GRANT EXECUTE ON FUNCTION amazon_pii.retrieve(text, text, text, text), amazon_pi
 GRANT EXECUTE ON FUNCTION amazon_pii.files_due(text, bigint), amazon_pii.ack_file(bigint) TO amazon_pii_operator, amazon_pii_files;
 GRANT EXECUTE ON FUNCTION amazon_pii.find_orders(text), amazon_pii.find_duplicates(text),
     amazon_pii.assert_mergeable(text, text, text) TO amazon_pii_admin, amazon_pii_operator;
-GRANT EXECUTE ON FUNCTION amazon_pii.verify(text, text) TO amazon_pii_admin, amazon_pii_auditor;
+GRANT EXECUTE ON FUNCTION amazon_pii.verify(text, text), amazon_pii.certificate(text, text, text) TO amazon_pii_admin, amazon_pii_auditor;
 GRANT EXECUTE ON FUNCTION amazon_pii.preview(text, timestamptz), amazon_pii.explain_order(text)
     TO amazon_pii_admin, amazon_pii_operator, amazon_pii_auditor;
 

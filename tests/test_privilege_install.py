@@ -42,6 +42,10 @@ CALLS = {
     "SELECT amazon_pii.drop_policy('none')": {"pii_admin"},
     "CALL amazon_pii.run_cycle('none')": {"pii_admin"},
     "SELECT * FROM amazon_pii.unflag('none')": {"pii_admin"},
+    "SELECT amazon_pii.erase('none', 'return')": {"pii_admin"},
+    "SELECT amazon_pii.shred('none', 'return')": {"pii_admin"},
+    "SELECT amazon_pii.forget('none', 'return')": {"pii_admin"},
+    "SELECT amazon_pii.certificate('none')": {"pii_admin", "pii_auditor"},
     "SELECT * FROM amazon_pii.retrieve('none', 'return')": {"pii_operator"},
     "SELECT amazon_pii.peek('none', 'return')": {"pii_operator"},
     "SELECT amazon_pii.end_retrieval('none')": {"pii_operator"},
@@ -63,7 +67,7 @@ CALLS = {
     "SELECT * FROM amazon_pii_archive.document": set(),
     "SELECT * FROM amazon_pii_archive.data_key": set(),
     "INSERT INTO amazon_pii.touched (policy, entry) VALUES ('shop', '')": set(),
-    "UPDATE amazon_pii.orders SET status = 'redacted'": set(),
+    "UPDATE amazon_pii.orders SET attempts = 0": set(),
     "DELETE FROM amazon_pii.audit_entry": set(),
 }
 USERS = ("pii_admin", "pii_operator", "pii_auditor", "shop_owner", "other_owner", "nobody_special")

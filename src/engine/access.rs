@@ -35,12 +35,18 @@ pub struct Target<'a> {
     pub key: Option<&'a str>,
 }
 
-struct Order {
-    key: String,
-    status: String,
+/// An order that a call means.
+pub(super) struct Order {
+    pub(super) key: String,
+    /// As the view `orders` shows it.
+    pub(super) status: String,
+    /// As it is stored: one that was purged is redacted, or gone.
+    pub(super) stored: String,
     archived: bool,
     redacted_version: Option<i64>,
-    held: bool,
+    pub(super) held: bool,
+    /// It is to be redacted at once.
+    ending: bool,
     records: RecordList,
     number: Option<String>,
 }
@@ -56,8 +62,10 @@ enum Lock {
 
 /// Finds the orders that bear a number.
 fn resolve(target: &Target<'_>, lock: Lock) -> Result<(Rc<Plan>, Vec<Order>)> {
-    const FOUND: &str = "SELECT policy, order_key, status, archived_at IS NOT NULL, redacted_version, \
-            held_until IS NOT NULL AND held_until > pg_catalog.now(), records FROM amazon_pii.order_state \
+    const FOUND: &str = "SELECT policy, order_key, CASE WHEN purged_at IS NOT NULL AND status IN ('redacted', 'gone') THEN 'purged' \
+            ELSE status END, archived_at IS NOT NULL, redacted_version, \
+            held_until IS NOT NULL AND held_until > pg_catalog.now(), status, COALESCE(asked IN ('erase', 'forget'), false), records \
+         FROM amazon_pii.order_state \
          WHERE order_number = $1 AND ($2::text IS NULL OR policy = $2) AND ($3::text IS NULL OR order_key = $3) \
          ORDER BY policy, order_key";
     let rows = as_extension(|| {
@@ -81,7 +89,9 @@ fn resolve(target: &Target<'_>, lock: Lock) -> Result<(Rc<Plan>, Vec<Order>)> {
             archived: row.bool(3)?,
             redacted_version: row.text(4)?.and_then(|v| v.parse().ok()),
             held: row.bool(5)?,
-            records: RecordList::parse(row.text(6)?)?,
+            stored: row.string(6)?,
+            ending: row.bool(7)?,
+            records: RecordList::parse(row.text(8)?)?,
             number: Some(target.number.to_owned()),
         });
     }
@@ -98,14 +108,36 @@ fn resolve(target: &Target<'_>, lock: Lock) -> Result<(Rc<Plan>, Vec<Order>)> {
     Ok((Plan::current(&policy)?, orders))
 }
 
+/// The orders that bear a number, locked until the transaction ends.
+///
+/// # Errors
+/// Unknown, ambiguous.
+pub(super) fn resolve_locked(target: &Target<'_>) -> Result<(Rc<Plan>, Vec<Order>)> {
+    resolve(target, Lock::Taken)
+}
+
+/// The orders that bear a number, to be looked at.
+///
+/// # Errors
+/// Unknown, ambiguous.
+pub(super) fn resolve_only(target: &Target<'_>) -> Result<(Rc<Plan>, Vec<Order>)> {
+    resolve(target, Lock::None)
+}
+
 /// A reason as it is stored, or why it cannot be.
-fn checked(plan: &Plan, given: Option<&str>) -> Result<Option<String>> {
+pub(super) fn checked(plan: &Plan, given: Option<&str>) -> Result<Option<String>> {
     reason::check(given, plan.document.reason)
         .map(|r| Some(r).filter(|r| !r.is_empty()))
         .map_err(|e| Error::invalid(e.to_string()).hint(e.hint()))
 }
 
-fn entry(plan: &Plan, action: &str, order: &Order, number: &str, reason: Option<&str>) -> Result<AuditEntry> {
+pub(super) fn entry(
+    plan: &Plan,
+    action: &str,
+    order: &Order,
+    number: &str,
+    reason: Option<&str>,
+) -> Result<AuditEntry> {
     Ok(AuditEntry {
         policy: Some(plan.policy.clone()),
         policy_version: Some(plan.version),
@@ -313,10 +345,10 @@ pub fn hold(target: &Target<'_>, reason: Option<&str>, until: &str) -> Result<()
         target,
         Some(reason),
         "hold",
-        |order| HOLDS_PII.contains(&order.status.as_str()),
+        |order| HOLDS_PII.contains(&order.status.as_str()) && !order.ending,
         (
-            "holds no personal data any more",
-            "Only what was not redacted yet, or was retrieved, can be held.",
+            "holds no personal data any more, or is to be redacted at once",
+            "Only what was not redacted yet, or was retrieved, can be held, and nothing that is to be erased or forgotten.",
         ),
         |plan, orders| {
             as_extension(|| {

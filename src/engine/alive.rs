@@ -258,7 +258,8 @@ fn own_keys(table: &Table, entry: &Entry, rows: &[Values]) -> Option<Vec<(usize,
 
 /// An order of the policy that asks lets go of shared rows once it is redacted and has nothing new to archive: a copy that
 /// was made earlier may be out of date by now.
-const LET_GO: &str = "(o.status = 'purged' OR (o.status = 'redacted' AND (o.next_due_at IS NULL OR o.next_due_at > pg_catalog.clock_timestamp())))";
+const LET_GO: &str =
+    "(o.status = 'redacted' AND (o.next_due_at IS NULL OR o.next_due_at > pg_catalog.clock_timestamp()))";
 
 /// Those users that still need the row, with the second in which they will let go at the earliest.
 ///

@@ -89,6 +89,19 @@ fn intervals(policy: &Policy) -> Result<()> {
             }
         }
     }
+    // Orders of any age are compared with it.
+    let counts = as_extension(|| {
+        let far = "SELECT pg_catalog.now() + '10000 years'::interval + $1::interval IS NOT NULL";
+        sql::read(far, &[Arg::Text(Some(&policy.archive_for))])
+    });
+    match counts {
+        Ok(_) => {}
+        Err(e) if e.is_cancel() => return Err(e),
+        Err(_) => {
+            return Err(Error::invalid("archive_for: too long")
+                .hint("Write how long the archive is kept, for example \"10 years\"."));
+        }
+    }
     let ordered = as_extension(|| {
         let rows = sql::read(
             "SELECT $1::interval <= $2::interval",
@@ -292,7 +305,7 @@ fn reschedule(plan: &Plan) -> Result<()> {
                 archive,
                 " ELSE GREATEST(",
                 redact,
-                ", held_until) END ELSE next_due_at END WHERE policy = $1 AND (status IN ('scheduled', 'archived', 'failed') \
+                ", held_until) END ELSE next_due_at END WHERE policy = $1 AND asked IS NULL AND (status IN ('scheduled', 'archived', 'failed') \
                     OR status = 'flagged' AND effective_at IS DISTINCT FROM ",
                 EFFECTIVE,
                 ") AND follows IS NULL",

@@ -41,7 +41,10 @@ pub fn batch(plan: &Plan, keys: &MasterKeys, batch: &[Due]) -> Result<Archived> 
     let inputs: Vec<Values> = batch.iter().map(|d| d.key.clone()).collect();
     let stored = Stored::of(plan, batch)?;
     let live = gather::gather(plan, &inputs, &stored)?;
-    let known = vault::open(&plan.archive_schema, keys, &plan.policy, &order_keys)?;
+    let mut known = vault::open(&plan.archive_schema, keys, &plan.policy, &order_keys)?;
+    for due in batch.iter().filter(|d| d.generation > 0) {
+        known.entry(due.order_key.clone()).or_default().generation = due.generation;
+    }
     let former = Former::load(plan, batch.iter().map(|d| d.redacted_version))?;
     let (documents, found) = missing(plan, &former, batch, &live, &known)?;
     vault::store(&plan.archive_schema, keys, &plan.policy, &known, &documents)?;
@@ -56,7 +59,7 @@ pub fn batch(plan: &Plan, keys: &MasterKeys, batch: &[Due]) -> Result<Archived> 
     }
     let (mut complete, mut gone, mut new, mut lines) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for (i, due) in batch.iter().enumerate() {
-        if live.is_gone(i) {
+        if live.is_gone(i) && !due.asked.forgets() {
             gone.push(due);
             continue;
         }
@@ -74,6 +77,9 @@ pub fn batch(plan: &Plan, keys: &MasterKeys, batch: &[Due]) -> Result<Archived> 
         }
     }
     state::archived(plan, &complete)?;
+    let anew = batch.iter().filter(|d| d.purged).map(|d| d.order_key.as_str());
+    let anew: Vec<&str> = anew.filter(|key| counts.contains_key(key)).collect();
+    state::archived_anew(plan, &anew)?;
     audit::insert_batch(keys, "archive", plan, lines)?;
     state::announce(plan, "archived", &new)?;
     settle_gone(plan, keys, &gone)?;

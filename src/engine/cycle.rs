@@ -12,6 +12,7 @@ use super::idle;
 use super::news;
 use super::pace::Pace;
 use super::plan::{Aged, Plan};
+use super::purge;
 use super::rekey;
 use super::state;
 use super::sweep;
@@ -169,6 +170,7 @@ fn run_policy(policy: &str, sweep: bool, boundary: Boundary) -> Result<Counts> {
     // What flagging has just found due belongs to this cycle.
     run.batches.clock = self::clock(&plan)?;
     run.work()?;
+    run.purge()?;
     run.by_age()?;
     run.batches.counts.overdue = overdue(policy)?;
     if run.batches.counts.overdue > 0 {
@@ -304,6 +306,25 @@ impl Run<'_> {
                     self.boundary.commit()?;
                 }
             }
+        }
+    }
+
+    /// Archives that are past their time, batch by batch.
+    fn purge(&mut self) -> Result<()> {
+        loop {
+            let mut count = 0;
+            self.step(|run| {
+                turn::take(&run.plan.policy, run.batches.mode)?;
+                count = purge::step(run.plan, &run.batches.keys, run.batches.pace.size())?;
+                if count > 0 {
+                    run.start()?;
+                }
+                Ok(())
+            })?;
+            if count == 0 {
+                return Ok(());
+            }
+            self.batches.pace.wait()?;
         }
     }
 

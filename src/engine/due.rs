@@ -10,9 +10,9 @@ use super::plan::Plan;
 use super::records::RecordList;
 use super::walk::{Values, key_parts};
 use crate::domain::clock::Horizons;
-use crate::pg::error::Result;
+use crate::pg::error::{Error, Result};
 use crate::pg::identity::{Identity, OWN_PATH, act_as, on_keys};
-use crate::pg::sql::{self, Arg};
+use crate::pg::sql::{self, Arg, Row};
 use crate::pg::xact::timestamp_text;
 
 /// An order that a batch works on.
@@ -28,6 +28,12 @@ pub struct Due {
     pub attempts: u32,
     /// The policy's version when it was redacted last.
     pub redacted_version: Option<i64>,
+    /// What was asked for.
+    pub asked: Asked,
+    /// Its archive was destroyed.
+    pub purged: bool,
+    /// The newest of its data keys that were destroyed.
+    pub generation: i64,
     /// The rows that hold, or held, its personal data.
     pub records: Rc<RecordList>,
     /// This batch has stored its copy.
@@ -36,10 +42,44 @@ pub struct Due {
     pub seen: Option<Vec<LiveRecord>>,
 }
 
+/// What people asked for: [`ending`](super::ending).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Asked {
+    Nothing,
+    /// To be redacted at once.
+    Erase,
+    /// To be redacted at once; then its archive is destroyed.
+    Forget,
+    /// That was done: what comes back is redacted without a copy.
+    Forgotten,
+}
+
+impl Asked {
+    fn of(word: Option<&str>) -> Result<Self> {
+        match word {
+            None => Ok(Self::Nothing),
+            Some("erase") => Ok(Self::Erase),
+            Some("forget") => Ok(Self::Forget),
+            Some("forgotten") => Ok(Self::Forgotten),
+            Some(_) => Err(Error::internal("an order was asked for something unknown")),
+        }
+    }
+
+    /// Whether nothing else says when its records are due.
+    pub fn at_once(self) -> bool {
+        self != Self::Nothing
+    }
+
+    /// Whether it is known for good that it was, or is being, forgotten: it stays tracked when it is deleted.
+    pub fn forgets(self) -> bool {
+        matches!(self, Self::Forget | Self::Forgotten)
+    }
+}
+
 impl Due {
     /// Whether the live values have to be archived (again) before anything is overwritten.
     pub fn needs_copy(&self) -> bool {
-        self.status != "archived"
+        self.status != "archived" && self.asked != Asked::Forgotten
     }
 }
 
@@ -108,7 +148,7 @@ pub fn take(plan: &Plan, clock: &Clock, share: &Share, limit: i64) -> Result<Vec
         sql::write(
             &format!(
                 "SELECT o.order_key, o.order_number, o.status, o.archived_at IS NOT NULL, COALESCE({REDACT_DUE}, false), \
-                        o.attempts, o.redacted_version, o.records \
+                        o.attempts, o.redacted_version, o.records, o.asked, o.purged_at IS NOT NULL, COALESCE(o.key_generation, 0) \
                  FROM amazon_pii.order_state o \
                  WHERE o.policy = $1 AND o.next_due_at <= GREATEST($2::timestamptz, $4::timestamptz) \
                    AND (o.next_attempt_at IS NULL OR o.next_attempt_at <= $2::timestamptz) \
@@ -139,6 +179,9 @@ pub fn take(plan: &Plan, clock: &Clock, share: &Share, limit: i64) -> Result<Vec
                 attempts: u32::try_from(r.int(5)?).unwrap_or(u32::MAX),
                 redacted_version: r.text(6)?.and_then(|v| v.parse().ok()),
                 records: Rc::new(RecordList::parse(r.text(7)?)?),
+                asked: Asked::of(r.text(8)?)?,
+                purged: r.bool(9)?,
+                generation: r.int(10)?,
                 copied: false,
                 seen: None,
             })
@@ -156,7 +199,8 @@ pub fn relock(plan: &Plan, clock: &Clock, batch: Vec<Due>) -> Result<Vec<Due>> {
         sql::write(
             // Meanwhile it may have been retrieved or held: whether it is due is asked again.
             &format!(
-                "SELECT o.order_key, o.status FROM amazon_pii.order_state o WHERE o.policy IS NOT DISTINCT FROM $1 AND o.order_key = ANY ($3) \
+                "SELECT o.order_key, o.status, o.asked, o.purged_at IS NOT NULL FROM amazon_pii.order_state o \
+                 WHERE o.policy IS NOT DISTINCT FROM $1 AND o.order_key = ANY ($3) \
                  AND o.status IN ('scheduled', 'archived', 'redacted', 'retrieved', 'failed') AND ({REDACT_DUE}) \
                  AND (o.held_until IS NULL OR o.held_until <= pg_catalog.now()) AND {IN_FORCE} FOR UPDATE OF o SKIP LOCKED"
             ),
@@ -169,15 +213,17 @@ pub fn relock(plan: &Plan, clock: &Clock, batch: Vec<Due>) -> Result<Vec<Due>> {
             ],
         )
     })?;
-    let locked: HashMap<String, String> = rows
-        .iter()
-        .map(|r| Ok((r.string(0)?, r.string(1)?)))
-        .collect::<Result<_>>()?;
-    // Another cycle may have done it.
-    let open = |d: &Due| {
-        locked
-            .get(&d.order_key)
-            .is_some_and(|now| now != "redacted" || d.status == "redacted")
-    };
-    Ok(batch.into_iter().filter(open).collect())
+    let locked: HashMap<&str, &Row> = rows.iter().map(|r| Ok((r.str(0)?, r))).collect::<Result<_>>()?;
+    let mut out = Vec::with_capacity(batch.len());
+    for due in batch {
+        let Some(now) = locked.get(due.order_key.as_str()) else {
+            continue;
+        };
+        // Another cycle may have done it.
+        if now.str(1)? != "redacted" || due.status == "redacted" {
+            let (asked, purged) = (Asked::of(now.text(2)?)?, now.bool(3)?);
+            out.push(Due { asked, purged, ..due });
+        }
+    }
+    Ok(out)
 }

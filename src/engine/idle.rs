@@ -2,6 +2,7 @@
 //! time, and most of its cycles find nothing.
 
 use super::due::Clock;
+use super::purge;
 use crate::domain::clock::horizons;
 use crate::domain::policy::Policy;
 use crate::pg::error::{Error, Result};
@@ -80,7 +81,8 @@ fn nothing_to_do(policy: &str) -> Result<bool> {
             ],
         )
     })?;
-    rows.first().ok_or_else(|| Error::internal("no row"))?.bool(0)
+    let idle = rows.first().ok_or_else(|| Error::internal("no row"))?.bool(0)?;
+    Ok(idle && purge::past(policy, &document.archive_for, 1)?.is_empty())
 }
 
 /// Ends a cycle that has nothing to do: that it was here is all that is noted. Whether it does.

@@ -213,6 +213,8 @@ pub struct Plan {
     /// Tables that hold lines of the history that we wrote.
     pub own_lines: Vec<usize>,
     pub archive_schema: Ident,
+    /// `archive_for` is nothing: an order's archive ends with its redaction.
+    pub keeps_nothing: bool,
 }
 
 impl Plan {
@@ -374,6 +376,7 @@ impl Plan {
         }
         refuse_redacted_links(&tables, &entries, number.as_ref())?;
         Ok(Self {
+            keeps_nothing: super::purge::is_nothing(&document.archive_for)?,
             policy: document.policy.clone(),
             version: 0,
             enabled: document.enabled,

@@ -9,12 +9,13 @@ use std::rc::Rc;
 use super::alive::{self, Keeper};
 use super::archive::{line, settle_gone, taken_out};
 use super::audit;
-use super::due::{Clock, Due};
+use super::due::{Asked, Clock, Due};
 use super::files;
 use super::former::Former;
 use super::gather::{self, Gathered, LiveRecord};
 use super::overwrite::{self, CellWrite, RowWrite};
 use super::plan::Plan;
+use super::purge;
 use super::records::{self, Stored};
 use super::state;
 use super::vault::{self, Newest, OrderArchive};
@@ -79,7 +80,10 @@ pub fn batch(
     let mut out = Redacted::default();
     let (late, set_aside) = late_rows(plan, clock, batch, &mut live.records)?;
     let mut excluded: HashSet<usize> = push_back(plan, clock, batch, &live.records)?;
-    let gone: HashSet<usize> = (0..batch.len()).filter(|i| live.is_gone(*i)).collect();
+    // One that is forgotten stays known: it may be imported again.
+    let gone: HashSet<usize> = (0..batch.len())
+        .filter(|i| live.is_gone(*i) && !batch[*i].asked.forgets())
+        .collect();
     settle_gone(plan, keys, &gone.iter().map(|i| &batch[*i]).collect::<Vec<_>>())?;
     excluded.extend(&gone);
     let former = Former::load(plan, batch.iter().map(|d| d.redacted_version))?;
@@ -124,7 +128,7 @@ pub fn batch(
         });
     }
     let done: Vec<usize> = (0..batch.len()).filter(|i| !excluded.contains(i)).collect();
-    changes.left(plan, batch, &stored, &done, live.records.iter().chain(&set_aside));
+    changes.left(plan, batch, &stored, &done, &live.records, &set_aside);
     records::write(plan, &changes.list)?;
     records::shared_done(&changes.shared)?;
     let count = |i: usize| changes.counts.get(&i).copied().unwrap_or_default();
@@ -154,10 +158,28 @@ pub fn batch(
     for (order, (moment, by)) in late.into_iter().filter(|(order, _)| !excluded.contains(order)) {
         state::pushed(plan, &batch[order], &moment, &plan.entries[by].alias)?;
     }
+    let ended = |i: &usize| {
+        let due = &batch[*i];
+        // Where nothing is left of an earlier end there is nothing to end again.
+        let kept = archive.contains_key(&due.order_key) || !due.purged;
+        due.asked == Asked::Forget || plan.keeps_nothing && kept
+    };
+    let of = |due: &Due| purge::Ended {
+        order_key: due.order_key.clone(),
+        order_number: due.number.clone(),
+    };
+    let ending: Vec<usize> = (0..batch.len()).filter(|i| !excluded.contains(i) && ended(i)).collect();
     let set_back: Vec<&Due> = excluded.difference(&gone).map(|i| &batch[*i]).collect();
     state::copied(plan, &set_back)?;
     audit::insert_batch(keys, "redact", plan, lines)?;
     state::announce(plan, "redacted", &overwritten)?;
+    for (asked, why) in [(true, "forgotten"), (false, "archive_for is over")] {
+        let orders = ending.iter().map(|i| &batch[*i]);
+        let orders: Vec<_> = orders.filter(|d| (d.asked == Asked::Forget) == asked).map(of).collect();
+        if !orders.is_empty() {
+            purge::end(plan, keys, orders, why)?;
+        }
+    }
     out.bytes = live.bytes();
     Ok(out)
 }
@@ -192,7 +214,9 @@ fn late_rows(
     batch: &[Due],
     records: &mut Vec<LiveRecord>,
 ) -> Result<(Moments, Vec<LiveRecord>)> {
-    let dated = |r: &LiveRecord| batch[r.order].status == "redacted" && r.not_before.is_some();
+    let dated = |r: &LiveRecord| {
+        batch[r.order].status == "redacted" && !batch[r.order].asked.at_once() && r.not_before.is_some()
+    };
     let moments: Vec<String> = records
         .iter()
         .filter(|r| dated(r))
@@ -226,7 +250,11 @@ fn late_rows(
 fn push_back(plan: &Plan, clock: &Clock, batch: &[Due], records: &[LiveRecord]) -> Result<HashSet<usize>> {
     let mut latest: Moments = BTreeMap::new();
     for record in records {
-        let Some((moment, by)) = &record.not_before else {
+        let Some((moment, by)) = record
+            .not_before
+            .as_ref()
+            .filter(|_| !batch[record.order].asked.at_once())
+        else {
             continue;
         };
         let known = latest.entry(record.order).or_insert_with(|| (moment.clone(), *by));
@@ -324,8 +352,8 @@ fn proven<'a>(
 ) -> Result<Option<Vec<CellWrite<'a>>>> {
     let table = &plan.tables[record.table];
     record.writes(pii, |i, live| {
-        // There is to be no copy: it must be what was read, and no more.
-        if table.no_copy {
+        // There is to be no copy, or it is to be known nowhere any more: it must be what was read, and no more.
+        if table.no_copy || due.asked == Asked::Forgotten {
             return Ok(Some(live));
         }
         let opened = newest.and_then(|n| n.cell(table.cells[i].name.bare()));

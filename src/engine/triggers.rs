@@ -238,7 +238,7 @@ fn key_columns(table: &Table, alias: &str) -> String {
 }
 
 /// Nothing of the order is left to be done.
-const NOT_NEEDED: &str = "o.status <> 'gone' AND NOT EXISTS (SELECT FROM amazon_pii.records r \
+const NOT_NEEDED: &str = "o.status <> 'gone' AND o.asked IS NULL AND NOT EXISTS (SELECT FROM amazon_pii.records r \
     WHERE r.policy = o.policy AND r.order_key = o.order_key AND r.status IN ('archived', 'waiting', 'retrieved') AND r.entry <> '')";
 
 /// What [`news::NOTE`] needs of such a statement.

@@ -21,8 +21,7 @@ const PAGE: i64 = 500;
 const TOGETHER: usize = 16 << 20;
 
 /// The orders whose personal data should be gone. What was retrieved is back rightfully.
-const GONE: &str =
-    "(o.status IN ('redacted', 'purged') OR (o.status = 'gone' AND o.redact_due_at <= pg_catalog.now()))";
+const GONE: &str = "(o.status = 'redacted' OR (o.status = 'gone' AND o.redact_due_at <= pg_catalog.now()))";
 
 /// How many orders there are to look for.
 ///
