@@ -20,13 +20,14 @@ SELECT o.policy, o.order_key, l.item->>0 AS table_name, l.item->>1 AS record_key
        CASE WHEN o.redacted_version IS NOT NULL AND COALESCE(r.status, 'gone') = 'gone' AND EXISTS (
                 SELECT FROM amazon_pii.file_outbox AS f WHERE f.order_key = o.order_key AND f.policy = o.policy
                    AND f.table_name = l.item->>0 AND f.record_key = l.item->>1 AND f.acknowledged_at IS NULL) THEN 'file_waiting'
-            ELSE COALESCE(r.status, CASE WHEN o.redacted_version IS NULL THEN 'archived' ELSE 'redacted' END) END AS status,
+            ELSE COALESCE(r.status, CASE WHEN o.redacted_version IS NOT NULL THEN 'redacted'
+                WHEN o.archived_at IS NULL AND l.item->>3 = '0' THEN 'remembered' ELSE 'archived' END) END AS status,
        (l.item->>3)::int AS version, COALESCE(r.changed_at, o.redacted_at, o.archived_at) AS changed_at
   FROM amazon_pii.order_state AS o
  CROSS JOIN LATERAL pg_catalog.jsonb_array_elements(o.records::pg_catalog.jsonb) AS l (item)
   LEFT JOIN amazon_pii.record_state AS r ON r.policy = o.policy AND r.order_key = o.order_key
         AND r.table_name = l.item->>0 AND r.record_key = l.item->>1;
-COMMENT ON VIEW amazon_pii.records IS 'The rows that hold, or held, personal data of flagged orders; waiting: another order keeps it alive; file_waiting: its file is still to be deleted';
+COMMENT ON VIEW amazon_pii.records IS 'The rows that hold, or held, personal data of flagged orders; waiting: another order keeps it alive; remembered: its order was deleted before it was archived; file_waiting: its file is still to be deleted';
 
 CREATE VIEW amazon_pii.files WITH (security_barrier) AS
 SELECT f.file_id, f.policy, f.order_key, f.order_number, f.table_name, f.record_key, f.due_since, f.overdue_at, f.acknowledged_at,

@@ -169,13 +169,50 @@ fn shape(plan: &Plan, index: usize) -> Shape {
 /// # Errors
 /// Errors of the server or of the owners' expressions.
 pub fn gather(plan: &Plan, orders: &[Values], stored: &Stored) -> Result<Gathered> {
+    let (mut gathered, known) = walk_down(plan, orders.len(), Start::Keys(orders))?;
+    add_stored(plan, stored, &known, &mut gathered)?;
+    history::leave_own(plan, &mut gathered.records)?;
+    Ok(gathered)
+}
+
+/// Where the way down begins.
+pub enum Start<'a> {
+    /// At the rows of orders. Where one is gone, at what bears its key.
+    Keys(&'a [Values]),
+    /// At the links of rows that are gone: order, entry, values.
+    Links(Vec<(usize, usize, Values)>),
+}
+
+/// Reads everything that the policy reaches.
+///
+/// # Errors
+/// As [`gather`].
+pub fn reach(plan: &Plan, orders: usize, start: Start<'_>) -> Result<Gathered> {
+    let (mut gathered, _) = walk_down(plan, orders, start)?;
+    history::leave_own(plan, &mut gathered.records)?;
+    Ok(gathered)
+}
+
+/// Records by order, table and key.
+type Known = HashMap<(usize, usize, String), usize>;
+
+fn walk_down(plan: &Plan, orders: usize, start: Start<'_>) -> Result<(Gathered, Known)> {
     let mut gathered = Gathered {
-        exists: vec![false; orders.len()],
+        exists: vec![false; orders],
         records: Vec::new(),
     };
-    let mut known: HashMap<(usize, usize, String), usize> = HashMap::new();
+    let mut known = Known::new();
     // For each entry: the orders and link values that lead into it, and how young the rows are that they come from.
     let mut pending: Vec<Vec<((usize, NotBefore), Values)>> = plan.entries.iter().map(|_| Vec::new()).collect();
+    let orders: &[Values] = match start {
+        Start::Keys(keys) => keys,
+        Start::Links(links) => {
+            for (order, entry, link) in links {
+                pending[entry].push(((order, None), link));
+            }
+            &[]
+        }
+    };
     for index in 0..plan.entries.len() {
         let shape = shape(plan, index);
         let entry = &plan.entries[index];
@@ -249,20 +286,30 @@ pub fn gather(plan: &Plan, orders: &[Values], stored: &Stored) -> Result<Gathere
                 record.not_before = Some((moment, by));
             }
         }
+        if entry.parent.is_none() {
+            follow_keys(plan, orders, &gathered.exists, &mut pending);
+        }
     }
-    add_stored(plan, stored, &known, &mut gathered)?;
-    history::leave_own(plan, &mut gathered.records)?;
-    Ok(gathered)
+    Ok((gathered, known))
+}
+
+/// What leads on from orders whose row is gone: links that are made of their key alone.
+fn follow_keys(plan: &Plan, orders: &[Values], exists: &[bool], pending: &mut [Vec<((usize, NotBefore), Values)>]) {
+    if exists.iter().all(|exists| *exists) {
+        return;
+    }
+    for (entry, pending) in pending.iter_mut().enumerate() {
+        let Some(parts) = plan.key_link(entry) else { continue };
+        for (order, key) in orders.iter().enumerate().filter(|(i, _)| !exists[*i]) {
+            let link = parts.iter().map(|p| key.get(*p).cloned().flatten()).collect();
+            pending.push(((order, None), link));
+        }
+    }
 }
 
 /// Adds the records that these orders once led to and that are not done: a link that was changed, or a deleted order,
 /// leaves no personal data behind.
-fn add_stored(
-    plan: &Plan,
-    stored: &Stored,
-    known: &HashMap<(usize, usize, String), usize>,
-    gathered: &mut Gathered,
-) -> Result<()> {
+fn add_stored(plan: &Plan, stored: &Stored, known: &Known, gathered: &mut Gathered) -> Result<()> {
     // For each table: order, entry, key.
     let mut missing: Vec<Vec<(usize, usize, &str)>> = plan.tables.iter().map(|_| Vec::new()).collect();
     for (order, Listed(table, key, alias, _)) in stored.open() {

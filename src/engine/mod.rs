@@ -20,6 +20,7 @@ pub mod find;
 pub mod flag;
 pub mod former;
 pub mod gather;
+pub mod gone;
 pub mod guard;
 pub mod history;
 pub mod idle;

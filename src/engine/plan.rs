@@ -433,6 +433,15 @@ impl Plan {
             })
     }
 
+    /// For an entry that hangs on the orders by nothing but their key: which parts of the key its link is made of. Its rows can
+    /// be found when the order's own row is gone.
+    pub fn key_link(&self, index: usize) -> Option<Vec<usize>> {
+        let entry = &self.entries[index];
+        let key = &self.orders().key;
+        let part = |e: &Expr| key.iter().position(|(name, _)| *e == Expr::column(name.bare()));
+        (entry.parent == Some(0)).then(|| entry.on_parent.iter().map(part).collect())?
+    }
+
     /// The key of an order, where it is one whole number.
     pub fn number_key(&self) -> Option<&Ident> {
         match self.orders().key.as_slice() {
