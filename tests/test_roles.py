@@ -26,6 +26,8 @@ FUNCTIONS = {
     "end_retrieval(text,text,text)": ("SELECT amazon_pii.end_retrieval('nothing')", {OPERATOR}),
     "hold(text,text,timestamp with time zone,text,text)": ("SELECT amazon_pii.hold('nothing', 'x', '2999-01-01')", {OPERATOR}),
     "release(text,text,text)": ("SELECT amazon_pii.release('nothing')", {OPERATOR}),
+    "files_due(text,bigint)": ("SELECT amazon_pii.files_due('nothing')", {OPERATOR}),
+    "ack_file(bigint)": ("SELECT amazon_pii.ack_file(0)", {OPERATOR}),
     "find_orders(text)": ("SELECT amazon_pii.find_orders('nothing')", {ADMIN, OPERATOR}),
     "find_duplicates(text)": ("SELECT amazon_pii.find_duplicates('nothing')", {ADMIN, OPERATOR}),
     "assert_mergeable(text,text,text)": ("SELECT amazon_pii.assert_mergeable('nothing', '1', '2')", {ADMIN, OPERATOR}),
@@ -39,7 +41,8 @@ FUNCTIONS = {
     "on_ddl()": ("SELECT amazon_pii.on_ddl()", set()),
 }
 VIEWS = {
-    "audit_log": {AUDITOR}, "runs": set(EVERYBODY), "status": set(EVERYBODY), "policies": {ADMIN, AUDITOR},
+    "audit_log": {AUDITOR}, "runs": set(EVERYBODY), "status": set(EVERYBODY), "files": set(EVERYBODY),
+    "by_age": set(EVERYBODY), "policies": {ADMIN, AUDITOR},
     "orders": {ADMIN, OPERATOR}, "records": {ADMIN, OPERATOR}, "overdue": {ADMIN, OPERATOR}, "upcoming": {ADMIN, OPERATOR},
 }
 USERS = (*EVERYBODY, "nobody_special", "shop_owner")
