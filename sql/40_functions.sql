@@ -128,6 +128,10 @@ CREATE FUNCTION amazon_pii.on_ignore() RETURNS trigger
     LANGUAGE c AS 'MODULE_PATHNAME', 'on_ignore_wrapper';
 COMMENT ON FUNCTION amazon_pii.on_ignore() IS 'Keeps the personal data of retrieved rows as it is; made and dropped by the extension';
 
+CREATE FUNCTION amazon_pii.on_reimport() RETURNS trigger
+    LANGUAGE c AS 'MODULE_PATHNAME', 'on_reimport_wrapper';
+COMMENT ON FUNCTION amazon_pii.on_reimport() IS 'Keeps redacted cells as they are when they are written again; made and dropped by the extension';
+
 CREATE FUNCTION amazon_pii.refuse_change() RETURNS trigger LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     RAISE EXCEPTION 'the audit log is append-only' USING ERRCODE = 'insufficient_privilege';

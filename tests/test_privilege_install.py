@@ -107,7 +107,7 @@ def test_status_needs_no_library(applied):
 # Functions and settings where they do not belong
 
 
-@pytest.mark.parametrize("function", ["on_change()", "on_apply()", "on_ignore()", "on_ddl()", "refuse_change()"])
+@pytest.mark.parametrize("function", ["on_change()", "on_apply()", "on_ignore()", "on_reimport()", "on_ddl()", "refuse_change()"])
 def test_trigger_functions_cannot_be_called(applied, function):
     """Breaks when one of them, called by hand, crashes the server or does something."""
     for user in USERS:
@@ -125,7 +125,7 @@ def test_nobody_makes_a_trigger_of_ours(applied, user):
     """Breaks when a user can attach on_change to a table of his own, and so speak for somebody's policy."""
     applied.sql(f"GRANT CREATE ON DATABASE {applied.name} TO {user}")
     applied.sql("CREATE SCHEMA mine; CREATE TABLE mine.orders (id bigint PRIMARY KEY)", user=user)
-    for function in ("on_change", "on_apply", "on_ignore"):
+    for function in ("on_change", "on_apply", "on_ignore", "on_reimport"):
         with refused("42501"):
             applied.sql(f"CREATE TRIGGER t AFTER INSERT ON mine.orders FOR EACH ROW EXECUTE FUNCTION amazon_pii.{function}('shop', '')", user=user)
 

@@ -56,6 +56,8 @@ pub struct Policy {
     pub effective_from: Option<DateTime<Utc>>,
     /// What a write to a retrieved order's personal data meets.
     pub when_retrieved: WhenRetrieved,
+    /// What a write of personal data to a redacted order meets.
+    pub on_reimport: OnReimport,
     /// Whether access needs a reason.
     pub reason: ReasonRule,
     /// Where accesses are written besides the audit log.
@@ -250,6 +252,19 @@ pub enum WhenRetrieved {
     Refuse,
     /// The statement goes on, the value stays.
     Ignore,
+}
+
+/// What a write of personal data to a redacted order meets: the channel sends the order again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnReimport {
+    /// It goes through; the next cycle archives what is new, and redacts it.
+    #[default]
+    Redact,
+    /// What redaction left stays, the rest of the write goes through.
+    Keep,
+    /// An error.
+    Refuse,
 }
 
 /// Whether access to personal data needs a reason.

@@ -174,6 +174,21 @@ impl Treatment {
         })
     }
 
+    /// Whether a cell of a redacted record is as this treatment leaves it, rather than one that held nothing. What an
+    /// expression gives cannot be told here.
+    pub fn has_left(&self, cell: Option<&str>, record_key: &[Option<String>]) -> Result<bool, TreatError> {
+        match (&self.action, cell) {
+            (Action::Sql, _) | (Action::Null, None) => Ok(true),
+            (_, None) => Ok(false),
+            (_, Some(text)) => Ok(!self.is_empty(text) && self.apply(cell, record_key)? == Outcome::Keep),
+        }
+    }
+
+    /// Whether it leaves something of a value, which others may go on changing.
+    pub fn leaves_rest(&self) -> bool {
+        matches!(self.action, Action::Json(_))
+    }
+
     fn is_redacted(&self, cell: &str) -> bool {
         match self.shape {
             Shape::Text => self.is_mark(cell),

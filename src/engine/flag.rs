@@ -287,6 +287,7 @@ fn known(again: &str, dated: bool) -> String {
                 archive_due_at = CASE WHEN o.archived_at IS NULL OR o.status = 'gone' THEN EXCLUDED.archive_due_at ELSE o.archive_due_at END, \
                 redact_due_at = CASE WHEN o.archived_at IS NULL OR o.status = 'gone' THEN EXCLUDED.redact_due_at {redact_due}ELSE o.redact_due_at END, \
                 archived_at = CASE WHEN o.status = 'gone' THEN NULL ELSE o.archived_at END, \
+                redacted_version = CASE WHEN o.status <> 'gone' OR o.order_number IS NOT DISTINCT FROM EXCLUDED.order_number THEN o.redacted_version END, \
                 redacted_at = CASE WHEN o.status = 'gone' THEN NULL ELSE o.redacted_at END, \
                 next_due_at = CASE WHEN o.status IN ('flagged', 'scheduled') AND o.archived_at IS NULL OR o.status = 'gone' THEN EXCLUDED.next_due_at \
                     {next_due}WHEN o.status = 'redacted' AND {again} THEN pg_catalog.now() ELSE o.next_due_at END \

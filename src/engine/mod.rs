@@ -30,6 +30,7 @@ pub mod plan;
 pub mod portable;
 pub mod records;
 pub mod redact;
+pub mod reimport;
 pub mod rekey;
 pub mod replacement;
 pub mod state;

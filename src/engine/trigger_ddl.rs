@@ -1,7 +1,7 @@
 //! Making and dropping the triggers on the user's tables.
 
 use super::plan::Plan;
-use crate::domain::policy::WhenRetrieved;
+use crate::domain::policy::{OnReimport, WhenRetrieved};
 use crate::pg::catalog;
 use crate::pg::error::Result;
 use crate::pg::ident::{Ident, Relation};
@@ -30,6 +30,8 @@ enum Scope {
     Replica,
     /// Likewise, where the policy ignores writes to retrieved rows instead of refusing them.
     Ignoring,
+    /// Likewise, where the policy keeps redacted cells as they are.
+    Keeping,
 }
 
 const KINDS: &[Kind] = &[
@@ -75,6 +77,13 @@ const KINDS: &[Kind] = &[
         function: "on_ignore",
         scope: Scope::Ignoring,
     },
+    Kind {
+        suffix: "keep",
+        when: "BEFORE UPDATE",
+        after: "FOR EACH ROW",
+        function: "on_reimport",
+        scope: Scope::Keeping,
+    },
 ];
 
 impl Kind {
@@ -86,6 +95,12 @@ impl Kind {
                 table == 0 || (0..plan.entries.len()).any(|e| plan.entries[e].table == table && plan.anchored_by(e))
             }
             Scope::Replica => holds_rows,
+            Scope::Keeping => {
+                holds_rows
+                    && !plan.tables[table].cells.is_empty()
+                    && !plan.tables[table].delete
+                    && matches!(plan.document.on_reimport, OnReimport::Keep)
+            }
             Scope::Ignoring => {
                 holds_rows
                     && !plan.tables[table].cells.is_empty()
@@ -116,6 +131,13 @@ fn arguments(plan: &Plan, table: usize) -> String {
 /// # Errors
 /// Errors of the server, for example a lock that could not be had in time.
 pub fn ensure(plan: &Plan) -> Result<()> {
+    let before = IN_DDL.replace(true);
+    let outcome = make_missing(plan);
+    IN_DDL.set(before);
+    outcome
+}
+
+fn make_missing(plan: &Plan) -> Result<()> {
     as_extension(|| {
         for (index, table) in plan.tables.iter().enumerate() {
             let arguments = arguments(plan, index);

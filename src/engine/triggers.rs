@@ -7,6 +7,7 @@ use super::flag;
 use super::guard;
 use super::news::{self, Tell};
 use super::plan::{Plan, Table};
+use super::reimport;
 use super::rekey;
 use super::touched;
 use super::walk::{self, Values, key_text};
@@ -32,11 +33,11 @@ pub fn made_for(call: &TriggerCall) -> Result<[String; 2]> {
         .map_err(|_| Error::internal("a trigger of amazon_pii has other arguments than it was made with"))
 }
 
-/// What a statement of the user's did to a table of a policy. Never fails that statement, the guard of retrieved rows
-/// and a cancel aside.
+/// What a statement of the user's did to a table of a policy. Never fails that statement, the guards that the policy asks
+/// for and a cancel aside.
 ///
 /// # Errors
-/// Only those two.
+/// Only these.
 pub fn changed(call: &TriggerCall) -> Result<()> {
     if is_engine_write(call.relation) {
         return Ok(());
@@ -70,14 +71,25 @@ pub fn changed(call: &TriggerCall) -> Result<()> {
         if !speaks_for(&plan.tables[table], call)? {
             return Ok(None);
         }
+        // What the user's triggers write because the engine does is no import.
         let by_user = !engine_is_writing();
         if call.event == Event::Update && by_user {
             let refused = guard::refusal(&plan, &plan.tables[table], call)?;
             if refused.is_some() {
                 return Ok(refused);
             }
+            let refused = reimport::refusal(&plan, table, call)?;
+            if refused.is_some() {
+                return Ok(refused);
+            }
         }
         note(&plan, table, call)?;
+        if call.event == Event::Insert && by_user {
+            let refused = reimport::inserted(&plan, table, call)?;
+            if refused.is_some() {
+                return Ok(refused);
+            }
+        }
         if table == 0 && by_user {
             return customer_guard::refusal(&plan, call);
         }

@@ -33,6 +33,7 @@ const POLICY: &[&str] = &[
     "enabled",
     "effective_from",
     "when_retrieved",
+    "on_reimport",
     "reason",
     "history",
     "retrieve_for",
@@ -132,6 +133,7 @@ pub(super) fn policy(root: &Node<'_>) -> Result<Policy> {
             .map(|node| moment(&node, timezone))
             .transpose()?,
         when_retrieved: document.word_or_default("when_retrieved", &["refuse", "ignore"])?,
+        on_reimport: document.word_or_default("on_reimport", &["redact", "keep", "refuse"])?,
         reason: document.word_or_default("reason", &["required", "optional"])?,
         retrieve_for: match document.get("retrieve_for") {
             Some(node) => node.some_texts("a list of roles")?,

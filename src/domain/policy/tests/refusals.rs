@@ -52,6 +52,12 @@ fn unknown_words_name_the_nearest() {
         "\"ignore\"",
     );
     assert_refused(
+        &with("/on_reimport", json!("refused")),
+        "on_reimport",
+        "unknown word",
+        "\"refuse\"",
+    );
+    assert_refused(
         &with("/reason", json!("Required")),
         "reason",
         "unknown word",
