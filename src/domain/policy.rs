@@ -113,6 +113,8 @@ pub struct Orders {
     pub redact: Redact,
     /// A column or expression: where a file of the row's lies, outside of the database.
     pub files: Option<String>,
+    /// Columns that say of the order that it is redacted, with an expression for each.
+    pub mark: Vec<(String, String)>,
 }
 
 /// What starts an order's clock.
@@ -154,6 +156,8 @@ pub struct Linked {
     pub not_before: Option<String>,
     /// The personal data in these rows.
     pub redact: Redact,
+    /// Columns that say of a row that it is redacted, with an expression for each.
+    pub mark: Vec<(String, String)>,
     /// Whether a row is overwritten or removed.
     pub on_redact: OnRedact,
     /// What these rows are to the order.

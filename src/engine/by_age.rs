@@ -16,7 +16,7 @@ use std::time::Instant;
 use super::audit::{self, AuditEntry};
 use super::due::Clock;
 use super::gather::{self, LiveRecord};
-use super::overwrite::{self, RowWrite};
+use super::overwrite::{self, Marks, RowWrite};
 use super::pace::Pace;
 use super::paging::{bounded, qualified};
 use super::plan::{Aged, Plan};
@@ -329,7 +329,7 @@ fn overwrite_rows(plan: &Plan, aged: &Aged, records: &[&LiveRecord]) -> Result<i
             rows.push(RowWrite { key, cells });
         }
     }
-    overwrite::update(plan, table, &rows.iter().collect::<Vec<_>>())?;
+    overwrite::update(plan, table, &rows.iter().collect::<Vec<_>>(), Marks::Set)?;
     Ok(rows.len() as i64)
 }
 

@@ -6,7 +6,7 @@ mod sample;
 mod trial;
 mod unique;
 
-use super::plan::{AnchorPlan, EXPRESSION_HINT, Plan, Table};
+use super::plan::{AnchorPlan, EXPRESSION_HINT, Mark, Plan, Table};
 use crate::domain::policy::Treatment as Rule;
 use crate::domain::treatment::Shape;
 use crate::pg::catalog;
@@ -74,6 +74,9 @@ pub fn problems(plan: &Plan) -> Result<Vec<Problem>> {
         out.extend(cascades(plan, table)?);
     }
     out.extend(expressions(plan)?);
+    if out.iter().all(|p| p.severity != Severity::Error) {
+        out.extend(marks(plan)?);
+    }
     out.extend(indexes(plan));
     out.extend(anchors(plan));
     let (found, open) = unique::problems(plan)?;
@@ -149,6 +152,10 @@ fn expressions(plan: &Plan) -> Result<Vec<Problem>> {
         }
     }
     let mut out = Vec::new();
+    for (index, table) in plan.tables.iter().enumerate() {
+        let place = |m: &Mark| format!("{}.{}", table.relation.shown(), m.name.bare());
+        all.extend(table.marks.iter().map(|m| (place(m), index, &m.expression, false)));
+    }
     for (place, table, expression, condition) in all {
         let table = &plan.tables[table];
         let types = act_as(Identity::Owner(table.owner), &plan.search_path, &[], || {
@@ -161,6 +168,41 @@ fn expressions(plan: &Plan) -> Result<Vec<Problem>> {
             Err(e) => e.shown(),
         };
         out.push(Problem::new(Severity::Error, place, problem, EXPRESSION_HINT));
+    }
+    Ok(out)
+}
+
+/// Marks that their column does not take, found out without a row.
+fn marks(plan: &Plan) -> Result<Vec<Problem>> {
+    let mut out = Vec::new();
+    for table in &plan.tables {
+        for mark in &table.marks {
+            let name = &table.relation.name;
+            let planned = trial(|| {
+                act_as(Identity::Owner(table.owner), &plan.search_path, &[], || {
+                    for value in [mark.expression.to_string(), "DEFAULT".to_owned()] {
+                        sql::read(
+                            &format!(
+                                "EXPLAIN UPDATE {} AS {name} SET {} = {value}",
+                                table.relation, mark.name
+                            ),
+                            &[],
+                        )?;
+                    }
+                    Ok(())
+                })
+            });
+            match planned {
+                Ok(()) => {}
+                Err(e) if e.is_cancel() => return Err(e),
+                Err(e) => out.push(Problem::new(
+                    Severity::Error,
+                    format!("{}.{}", table.relation.shown(), mark.name.bare()),
+                    format!("the mark cannot be set: {}", e.shown()),
+                    "Give an expression over the row whose type the column takes, for example \"now()\".",
+                )),
+            }
+        }
     }
     Ok(out)
 }

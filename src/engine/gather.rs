@@ -212,7 +212,8 @@ pub fn gather(plan: &Plan, orders: &[Values], stored: &Stored) -> Result<Gathere
             for (child, range) in &shape.links {
                 pending[*child].push(((order, not_before.clone()), row.texts(at(range.start)..at(range.end))?));
             }
-            if entry.cells.is_empty() && shape.not_before.is_none() {
+            let is_marked = entry.parent.is_none() && !table.marks.is_empty();
+            if entry.cells.is_empty() && shape.not_before.is_none() && !is_marked {
                 continue;
             }
             let key = row.texts(at(0)..at(shape.keys))?;

@@ -53,6 +53,14 @@ pub struct RowWrite<'a> {
     pub cells: Vec<CellWrite<'a>>,
 }
 
+/// What becomes of the columns that say that a row is redacted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Marks {
+    Set,
+    /// They get what a new row has.
+    TakeBack,
+}
+
 /// Composes a statement's parameters, numbering them as they come.
 #[derive(Default)]
 struct Parameters<'a> {
@@ -302,16 +310,16 @@ fn new_text<'a>(cell: &'a CellWrite<'_>) -> Option<&'a str> {
     }
 }
 
-/// Overwrites cells of rows that still hold what is expected.
+/// Overwrites cells of rows that still hold what is expected, and their marks.
 ///
 /// # Errors
 /// A row that did not come back (changed, or gone), that the table's own triggers wrote differently, or that a
 /// constraint refused: nothing of the batch is kept.
-pub fn update(plan: &Plan, table: &Table, rows: &[&RowWrite<'_>]) -> Result<()> {
+pub fn update(plan: &Plan, table: &Table, rows: &[&RowWrite<'_>], marks: Marks) -> Result<()> {
     let written: Vec<usize> = (0..table.cells.len())
         .filter(|i| rows.iter().any(|r| matches!(r.cells[*i], CellWrite::Write { .. })))
         .collect();
-    if written.is_empty() {
+    if rows.is_empty() || (written.is_empty() && table.marks.is_empty()) {
         return Ok(());
     }
     let name = &table.relation.name;
@@ -383,6 +391,12 @@ pub fn update(plan: &Plan, table: &Table, rows: &[&RowWrite<'_>]) -> Result<()> 
             }
         }
     }
+    // What they get is not compared: it may be the clock's.
+    set.extend(table.marks.iter().map(|m| match marks {
+        Marks::Set => format!("{} = {}", m.name, m.expression),
+        Marks::TakeBack => format!("{} = DEFAULT", m.name),
+    }));
+    check.push("true".to_owned());
     let query = format!(
         "UPDATE {} AS {name} SET {} FROM {} WHERE {} RETURNING {ORDINAL}, {}",
         table.relation,

@@ -2,6 +2,7 @@
 
 mod build;
 mod cache;
+mod marks;
 
 pub use build::Builder;
 use build::refuse_redacted_links;
@@ -70,12 +71,19 @@ impl CellColumn {
     }
 }
 
+/// A column that says of a row that it is redacted.
+pub struct Mark {
+    pub name: Ident,
+    pub expression: Expr,
+}
+
 /// A table of a policy; several entries may reach it.
 pub struct Table {
     pub relation: Relation,
     pub owner: pg_sys::Oid,
     pub key: Vec<(Ident, pg_sys::Oid)>,
     pub cells: Vec<CellColumn>,
+    pub marks: Vec<Mark>,
     /// The name under which the archive knows it: the one it had when a policy first named it, whatever it is called now.
     pub archived_as: String,
     /// Redaction removes the row.
@@ -290,6 +298,7 @@ impl Plan {
         let table = builder.table(orders_oid, &orders.table, orders.key.as_deref())?;
         let cells = builder.cells(table, &orders.redact, "orders")?;
         builder.files(table, orders.files.as_deref(), "orders")?;
+        builder.marks(table, &orders.mark, "orders")?;
         builder.entries.push(Entry {
             alias: String::new(),
             table,
@@ -373,6 +382,7 @@ impl Plan {
                 });
         }
         refuse_redacted_links(&tables, &entries, number.as_ref())?;
+        marks::refuse(&tables, &entries, number.as_ref())?;
         Ok(Self {
             policy: document.policy.clone(),
             version: 0,

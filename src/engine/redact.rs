@@ -13,7 +13,7 @@ use super::due::{Clock, Due};
 use super::files;
 use super::former::Former;
 use super::gather::{self, Gathered, LiveRecord};
-use super::overwrite::{self, CellWrite, RowWrite};
+use super::overwrite::{self, CellWrite, Marks, RowWrite};
 use super::plan::Plan;
 use super::records::{self, Stored};
 use super::state;
@@ -52,6 +52,8 @@ pub(super) struct Target<'a> {
     stored: bool,
     /// Other orders may need it.
     shared: bool,
+    /// Nothing of it is overwritten.
+    only_marked: bool,
 }
 
 /// For orders of a batch, a moment and the entry that says so.
@@ -269,7 +271,7 @@ fn targets<'a>(
             .and_then(|a| a.record(&table.archived_as, &record.key_text));
         let cells = if !table.no_copy && taken_out(plan, due, record, newest).next().is_some() {
             None
-        } else if pii.is_empty() {
+        } else if pii.is_empty() && !is_marked(plan, due, record) {
             continue;
         } else {
             proven(plan, former, due, record, pii, newest)?
@@ -293,11 +295,13 @@ fn targets<'a>(
                 link: record.link.as_ref(),
                 stored: record.stored,
                 shared: false,
+                only_marked: pii.is_empty(),
             });
             continue;
         }
         let target = &mut targets[at];
         target.stored &= record.stored;
+        target.only_marked &= pii.is_empty();
         target.orders.push(record.order);
         for (slot, cell) in target.write.cells.iter_mut().zip(cells) {
             if !matches!(slot, CellWrite::Write { .. }) && !matches!(cell, CellWrite::Leave) {
@@ -307,6 +311,11 @@ fn targets<'a>(
     }
     targets.sort_unstable_by_key(|t| (t.table, t.link.map(|_| t.entry), t.key_text));
     Ok(targets)
+}
+
+/// Whether the order's own row is marked although it holds no PII: the mark speaks of the order.
+fn is_marked(plan: &Plan, due: &Due, record: &LiveRecord) -> bool {
+    record.table == 0 && !record.stored && !plan.tables[0].marks.is_empty() && due.status != "redacted"
 }
 
 /// The cells of a record as they are to be compared and written, or `None` when the archive does not hold every one of
@@ -369,7 +378,7 @@ fn wait_for_others<'a>(
         });
         let every = plan.tables[table].shared || named_elsewhere;
         for target in targets.iter_mut().filter(|t| t.table == table) {
-            target.shared = every || target.stored;
+            target.shared = (every || target.stored) && !target.only_marked;
         }
         let asked = |t: &Target<'_>| t.table == table && t.shared;
         let rows: Vec<alive::Asked> = targets
@@ -433,7 +442,7 @@ fn write(plan: &Plan, targets: &[Target<'_>], excluded: &HashSet<usize>) -> Resu
         if table.delete {
             overwrite::delete(plan, table, &rows)?;
         } else {
-            overwrite::update(plan, table, &rows)?;
+            overwrite::update(plan, table, &rows, Marks::Set)?;
         }
     }
     Ok(())

@@ -11,7 +11,7 @@ use pgrx::pg_sys;
 
 use super::alive;
 use super::gather::{self, LiveRecord};
-use super::overwrite::{self, RowWrite};
+use super::overwrite::{self, Marks, RowWrite};
 use super::plan::{Plan, Table};
 use super::records::RecordList;
 use super::touched;
@@ -22,6 +22,7 @@ use crate::domain::policy::OnReimport;
 use crate::domain::treatment::Outcome;
 use crate::pg::catalog::{self, Compare};
 use crate::pg::error::{Error, Result};
+use crate::pg::ident::Ident;
 use crate::pg::identity::{self, Identity, act_as};
 use crate::pg::prepared;
 use crate::pg::sql::{self, Arg};
@@ -219,13 +220,7 @@ pub fn inserted(plan: &Plan, index: usize, call: &TriggerCall) -> Result<Option<
     if lists.is_empty() {
         return Ok(None);
     }
-    let new = transition_keys(
-        plan,
-        &plan.tables[index],
-        call,
-        "amazon_pii_new AS new_or_old",
-        "true",
-    )?;
+    let new = transition_keys(plan, &plan.tables[index], call, "amazon_pii_new AS new_or_old", "true")?;
     let new: HashSet<&str> = new.iter().map(String::as_str).collect();
     for (at, table) in plan.tables.iter().enumerate() {
         // With an order come the rows that were there before it: nobody could tell whose they were.
@@ -281,7 +276,7 @@ fn put_back(plan: &Plan, index: usize, texts: &[&str]) -> Result<Option<Error>> 
             });
         }
     }
-    overwrite::update(plan, table, &rows.iter().collect::<Vec<_>>())?;
+    overwrite::update(plan, table, &rows.iter().collect::<Vec<_>>(), Marks::Set)?;
     Ok(None)
 }
 
@@ -298,10 +293,10 @@ fn lists_of_their_orders(plan: &Plan, index: usize, call: &TriggerCall) -> Resul
         }
         let links = walk::select_all(&entry.on_child);
         let filter = entry.filter.as_ref().map(|f| format!(" WHERE {f}")).unwrap_or_default();
+        let name: &Ident = &table.relation.name;
         let query = format!(
-            "SELECT DISTINCT {} FROM amazon_pii_new AS {}{filter}",
-            links.join(", "),
-            table.relation.name
+            "SELECT DISTINCT {} FROM amazon_pii_new AS {name}{filter}",
+            links.join(", ")
         );
         let starts = act_as(Identity::Owner(table.owner), &plan.search_path, &[], || {
             sql::in_trigger(call, &query, &[])

@@ -28,7 +28,8 @@ pub(super) fn consistent(policy: &Policy) -> Result<()> {
     let tables = Tables::of(policy)?;
     by_age(policy, &tables)?;
     tables.agree()?;
-    tables.identify(policy)
+    tables.identify(policy)?;
+    tables.mark(policy)
 }
 
 fn aliases(linked: &[Linked]) -> Result<()> {
@@ -223,6 +224,30 @@ impl<'a> Tables<'a> {
                 let path = format!("{path}.on.{child}");
                 self.keeps(at + 1, child, &path, "link")?;
                 self.keeps(parent.map_or(0, |parent| parent + 1), above, &path, "link")?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A mark is set on the rows of a table, whichever entries lead to them, and holds no personal data.
+    fn mark(&self, policy: &Policy) -> Result<()> {
+        let of_entries = policy.linked.iter().map(|entry| &entry.mark);
+        let marks: Vec<&Vec<(String, String)>> = std::iter::once(&policy.orders.mark).chain(of_entries).collect();
+        for (at, mark) in marks.iter().enumerate() {
+            let (place, table, _) = &self.0[at];
+            for (column, expression) in *mark {
+                let path = format!("{place}.mark.{column}");
+                self.keeps(at, column, &path, "mark")?;
+                for (first, other) in marks[..at].iter().enumerate().filter(|(i, _)| self.0[*i].1 == *table) {
+                    if other
+                        .iter()
+                        .any(|(name, earlier)| name == column && earlier != expression)
+                    {
+                        let problem = format!("expression for \"{column}\" differs from that in {}", self.0[first].0);
+                        return Err(PolicyError::new(path, problem)
+                            .with_hint("Both entries name the same table; give the column one expression."));
+                    }
+                }
             }
         }
         Ok(())

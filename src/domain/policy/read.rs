@@ -52,6 +52,7 @@ const ORDERS: &[&str] = &[
     "manual_orders",
     "redact",
     "files",
+    "mark",
 ];
 const ANCHOR: &[&str] = &["linked", "at", "where", "complete"];
 const LINKED: &[&str] = &[
@@ -64,6 +65,7 @@ const LINKED: &[&str] = &[
     "number",
     "not_before",
     "redact",
+    "mark",
     "on_redact",
     "role",
     "duplicate_by",
@@ -186,6 +188,7 @@ fn orders(node: &Node<'_>) -> Result<Orders> {
         manual_orders: orders.word_or_default("manual_orders", &["allow", "warn", "refuse"])?,
         redact: redact(orders.get("redact").as_ref())?,
         files: files(&orders, orders.get("redact").is_some())?,
+        mark: mark(orders.get("mark").as_ref())?,
     })
 }
 
@@ -200,6 +203,12 @@ fn linked(node: &Node<'_>) -> Result<Linked> {
             .error("says what becomes of rows that stay as they are")
             .with_hint("Leave it out, or name columns in \"redact\"."));
     }
+    let redact = redact(entry.get("redact").as_ref())?;
+    if let (Some(node), Redact::Nothing) = (entry.get("mark"), &redact) {
+        return Err(node
+            .error("marks rows of which nothing is redacted")
+            .with_hint("A row is marked when its columns in \"redact\" are overwritten."));
+    }
     Ok(Linked {
         table,
         alias: entry.text("as")?.unwrap_or(name.name),
@@ -209,7 +218,8 @@ fn linked(node: &Node<'_>) -> Result<Linked> {
         filter: entry.text("where")?,
         number: entry.text("number")?,
         not_before: entry.text("not_before")?,
-        redact: redact(entry.get("redact").as_ref())?,
+        redact,
+        mark: mark(entry.get("mark").as_ref())?,
         on_redact,
         role: entry
             .get("role")
@@ -362,6 +372,21 @@ fn redact(node: Option<&Node<'_>>) -> Result<Redact> {
         .into_iter()
         .map(|(column, node)| Ok((column.to_owned(), treatment(&node)?)));
     treatments.collect::<Result<_>>().map(Redact::Treatments)
+}
+
+/// Columns with an expression for each.
+fn mark(node: Option<&Node<'_>>) -> Result<Vec<(String, String)>> {
+    let Some(node) = node else {
+        return Ok(Vec::new());
+    };
+    let columns = node.map("an object of columns and expressions, such as {\"pii_redacted_at\": \"now()\"}")?;
+    if columns.is_empty() {
+        return Err(node.error("names no column"));
+    }
+    columns
+        .into_iter()
+        .map(|(column, expression)| Ok((column.to_owned(), expression.text()?)))
+        .collect()
 }
 
 fn treatment(node: &Node<'_>) -> Result<Treatment> {

@@ -6,10 +6,11 @@ use super::{Order, follow_keys};
 use crate::domain::treatment::Outcome;
 use crate::engine::former::Former;
 use crate::engine::gather::{self, LiveRecord};
-use crate::engine::overwrite::{self, CellWrite, NewValue, RowWrite};
+use crate::engine::overwrite::{self, CellWrite, Marks, NewValue, RowWrite};
 use crate::engine::plan::{Plan, Table};
 use crate::engine::records::{self, Fate};
 use crate::engine::vault::{self, Newest};
+use crate::engine::walk::{self, Values, key_parts};
 use crate::pg::error::{Error, Result};
 use crate::pg::ident::Ident;
 use crate::pg::identity::{Identity, act_as};
@@ -64,6 +65,8 @@ fn write_all(plan: &Plan, orders: &[Order], number: &str) -> Result<Vec<Restored
                 .collect();
             if !mine.is_empty() {
                 out.push(restore_table(plan, index, table, order, &mine)?);
+            } else if index == 0 && !table.marks.is_empty() {
+                restore_table(plan, index, table, order, &mine)?;
             }
         }
         // A table that left the policy keeps its documents; they are not lost, but not written either.
@@ -149,8 +152,14 @@ fn restore_table(
         }
     }
     restored.records = keys.len() as i64;
+    // The mark of the order's own row speaks of the order, whatever was in the row.
+    let own = own_row(plan, index, order, &keys)?;
+    rows.extend(own.iter().map(|key| RowWrite {
+        key,
+        cells: vec![CellWrite::Leave; table.cells.len()],
+    }));
     overwrite::insert(plan, table, &missing)
-        .and_then(|()| overwrite::update(plan, table, &rows.iter().collect::<Vec<_>>()))
+        .and_then(|()| overwrite::update(plan, table, &rows.iter().collect::<Vec<_>>(), Marks::TakeBack))
         .map_err(|e| retyped(plan, table, archived, e))?;
     let changes: Vec<records::Change<'_>> = keys
         .iter()
@@ -164,6 +173,16 @@ fn restore_table(
         .collect();
     records::write(plan, &changes)?;
     Ok(restored)
+}
+
+/// The key of the order's own row, if it has a mark and is not among the rows that are written anyway.
+fn own_row(plan: &Plan, index: usize, order: &Order, written: &[&str]) -> Result<Option<Values>> {
+    if index != 0 || plan.orders().marks.is_empty() || written.contains(&order.key.as_str()) {
+        return Ok(None);
+    }
+    let key = key_parts(&order.key)?;
+    let found = walk::by_key(plan, plan.orders(), std::slice::from_ref(&key), &[])?;
+    Ok((!found.is_empty()).then_some(key))
 }
 
 /// The error of a write, or the better one if a column has got a type since that cannot hold what was archived.

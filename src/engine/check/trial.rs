@@ -6,7 +6,7 @@ use crate::engine::files;
 use crate::engine::flag;
 use crate::engine::gather::{self, LiveRecord};
 use crate::engine::history;
-use crate::engine::overwrite::{self, RowWrite};
+use crate::engine::overwrite::{self, Marks, RowWrite};
 use crate::engine::plan::{Plan, Table};
 use crate::engine::portable;
 use crate::engine::records::Stored;
@@ -44,7 +44,7 @@ pub(super) fn try_out(plan: &Plan, open: &[unique::Open]) -> Result<Vec<Problem>
         let tried = trial(|| {
             files::paths(plan, table, &records.iter().map(|r| &r.key).collect::<Vec<_>>())?;
             let pii = records.iter().map(|r| r.pii(plan)).collect::<Result<Vec<_>>>()?;
-            let rows = rows(&records, &pii)?;
+            let rows = rows(&records, &pii, index == 0 && !table.marks.is_empty())?;
             let locked = overwrite::lock(plan, table, rows.iter().map(|r| r.key), None, false)?;
             let rows: Vec<RowWrite<'_>> = rows
                 .into_iter()
@@ -60,7 +60,7 @@ pub(super) fn try_out(plan: &Plan, open: &[unique::Open]) -> Result<Vec<Problem>
                 overwrite::delete(plan, table, &each)?;
                 return Ok(Vec::new());
             }
-            overwrite::update(plan, table, &each)?;
+            overwrite::update(plan, table, &each, Marks::Set)?;
             let keys: Vec<Values> = rows.into_iter().map(|r| r.key.clone()).collect();
             let mut found = unique::settle(plan, index, open, &keys)?;
             found.extend(compare(plan, table, &sample, &before, &facts)?);
@@ -111,9 +111,13 @@ fn distinct<'a>(records: impl Iterator<Item = &'a LiveRecord>) -> Vec<&'a LiveRe
     records.filter(|r| seen.insert(r.key_text.clone())).collect()
 }
 
-fn rows<'a>(records: &[&'a LiveRecord], pii: &'a [Vec<(usize, Outcome<'_>)>]) -> Result<Vec<RowWrite<'a>>> {
+fn rows<'a>(
+    records: &[&'a LiveRecord],
+    pii: &'a [Vec<(usize, Outcome<'_>)>],
+    marked: bool,
+) -> Result<Vec<RowWrite<'a>>> {
     let mut out = Vec::new();
-    for (record, pii) in records.iter().zip(pii).filter(|(_, pii)| !pii.is_empty()) {
+    for (record, pii) in records.iter().zip(pii).filter(|(_, pii)| marked || !pii.is_empty()) {
         if let Some(cells) = record.writes(pii, |_, live| Ok(Some(live)))? {
             out.push(RowWrite {
                 key: &record.key,

@@ -84,6 +84,7 @@ impl Builder<'_> {
             archived_as: facts.relation.shown(),
             key,
             cells: Vec::new(),
+            marks: Vec::new(),
             delete: false,
             no_copy: false,
             files: None,
@@ -197,6 +198,7 @@ impl Builder<'_> {
             )));
         }
         self.files(table, linked.files.as_deref(), &place)?;
+        self.marks(table, &linked.mark, &place)?;
         self.entries.push(Entry {
             alias: linked.alias.clone(),
             table,
@@ -496,7 +498,7 @@ fn shape_of(column: &catalog::Column) -> Shape {
     }
 }
 
-fn nearest(facts: &TableFacts, name: &str) -> String {
+pub(super) fn nearest(facts: &TableFacts, name: &str) -> String {
     facts
         .columns
         .iter()

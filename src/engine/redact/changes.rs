@@ -31,7 +31,7 @@ impl<'a> Changes<'a> {
         target: &Target<'a>,
         excluded: &HashSet<usize>,
     ) {
-        if target.orders.iter().any(|o| excluded.contains(o)) {
+        if target.only_marked || target.orders.iter().any(|o| excluded.contains(o)) {
             return;
         }
         let table = plan.tables[target.table].archived_as.as_str();

@@ -69,6 +69,8 @@ fn unknown_words_name_the_nearest() {
         "unknown word",
         "\"wait\"",
     );
+    let marked = with("/linked", json!([link("a", json!({"mark": {"done": "true"}}))]));
+    assert_refused(&marked, "linked[0].mark", "nothing is redacted", "\"redact\"");
     for (key, word, near) in [
         ("shared", "amzon", "amazon"),
         ("role", "custmer", "customer"),
