@@ -2,6 +2,7 @@
 //! treatment on real rows in a subtransaction that is rolled back.
 
 mod by_age;
+mod copies;
 mod sample;
 mod trial;
 mod unique;

@@ -6,6 +6,7 @@ use changes::Changes;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::rc::Rc;
 
+use super::again::Besides;
 use super::alive::{self, Keeper};
 use super::archive::{line, settle_gone, taken_out};
 use super::audit;
@@ -37,6 +38,8 @@ pub struct Redacted {
     pub locked: Vec<usize>,
     /// Shared rows that were left alone.
     pub waiting: Vec<alive::Waiting>,
+    /// Orders, of this batch and of others, of which triggers of the shop's wrote rows meanwhile.
+    pub besides: Vec<String>,
 }
 
 /// A row to be overwritten, for all orders of the batch that reach it.
@@ -53,7 +56,7 @@ pub(super) struct Target<'a> {
     /// Other orders may need it.
     shared: bool,
     /// Nothing of it is overwritten.
-    only_marked: bool,
+    pub(super) only_marked: bool,
 }
 
 /// For orders of a batch, a moment and the entry that says so.
@@ -102,6 +105,7 @@ pub fn batch(
     waiting.extend(wait_for_others(plan, others, clock, batch, &excluded, &mut targets)?);
     let clean = live.records.iter().zip(&pii).filter(|(_, pii)| pii.is_empty());
     let files = files::found(plan, batch, &stored, &targets, clean.map(|(r, _)| r), &excluded)?;
+    let besides = Besides::begin();
     write(plan, &targets, &excluded)?;
     files::note(plan, keys, batch, &files)?;
 
@@ -126,6 +130,7 @@ pub fn batch(
         });
     }
     let done: Vec<usize> = (0..batch.len()).filter(|i| !excluded.contains(i)).collect();
+    out.besides = besides.orders(&plan.policy);
     changes.left(plan, batch, &stored, &done, live.records.iter().chain(&set_aside));
     records::write(plan, &changes.list)?;
     records::shared_done(&changes.shared)?;

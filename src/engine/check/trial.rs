@@ -1,6 +1,6 @@
 //! A trial of the real treatment on real rows, for whoever rolls it back.
 
-use super::{Problem, Severity, sample, unique};
+use super::{Problem, Severity, copies, sample, unique};
 use crate::domain::treatment::Outcome;
 use crate::engine::files;
 use crate::engine::flag;
@@ -56,13 +56,15 @@ pub(super) fn try_out(plan: &Plan, open: &[unique::Open]) -> Result<Vec<Problem>
                 return unique::settle(plan, index, open, &[]);
             }
             let each: Vec<&RowWrite<'_>> = rows.iter().collect();
+            let written = copies::written()?;
             if table.delete {
                 overwrite::delete(plan, table, &each)?;
-                return Ok(Vec::new());
+                return copies::problems(plan, table, &written);
             }
             overwrite::update(plan, table, &each, Marks::Set)?;
+            let mut found = copies::problems(plan, table, &written)?;
             let keys: Vec<Values> = rows.into_iter().map(|r| r.key.clone()).collect();
-            let mut found = unique::settle(plan, index, open, &keys)?;
+            found.extend(unique::settle(plan, index, open, &keys)?);
             found.extend(compare(plan, table, &sample, &before, &facts)?);
             Ok(found)
         });
