@@ -245,6 +245,8 @@ pub enum Treatment {
     ArrayPlaceholder,
     /// The first characters, this many.
     Prefix(usize),
+    /// The text without the order's own values of these columns, each named as entry and column.
+    Scrub(Vec<String>),
 }
 
 /// What a write to a retrieved order's personal data meets.

@@ -13,6 +13,7 @@ use super::plan::Plan;
 use super::records::RecordList;
 use super::rekey;
 use super::replacement;
+use super::scrub;
 use super::state;
 use super::sweep;
 use super::vault;
@@ -234,10 +235,16 @@ pub fn peek(target: &Target<'_>, reason: Option<&str>) -> Result<serde_json::Val
             }
             for (table, key, newest) in archive.records() {
                 let marks = marks(&plan);
+                let index = plan.tables.iter().position(|t| t.archived_as == table);
+                let full = |name: &str| {
+                    let index = index?;
+                    let column = plan.tables[index].cells.iter().find(|c| c.name.bare() == name)?;
+                    scrub::restored(&plan, index, column, newest, archive).map(|(_, full)| full)
+                };
                 let cells: serde_json::Map<String, serde_json::Value> = newest
                     .cells()
                     .map(|cell| {
-                        let whole = newest.whole(cell.name, &marks);
+                        let whole = full(cell.name).or_else(|| newest.whole(cell.name, &marks));
                         (cell.name.to_owned(), serde_json::Value::from(whole))
                     })
                     .collect();

@@ -44,7 +44,9 @@ impl Besides {
     pub fn orders(&self, policy: &str) -> Vec<String> {
         BESIDES.with_borrow(|b| {
             let all = b.iter().flatten();
-            all.filter(|(of, _)| of == policy).map(|(_, order)| order.clone()).collect()
+            all.filter(|(of, _)| of == policy)
+                .map(|(_, order)| order.clone())
+                .collect()
         })
     }
 }

@@ -10,6 +10,7 @@ use super::former::Former;
 use super::gather::{self, Gathered, LiveRecord};
 use super::plan::Plan;
 use super::records::{self, Fate, Listed, RecordList, Stored};
+use super::scrub;
 use super::state;
 use super::vault::{self, NewDocument, Newest, OrderArchive};
 use super::walk::Values;
@@ -40,8 +41,9 @@ pub fn batch(plan: &Plan, keys: &MasterKeys, batch: &[Due]) -> Result<Archived> 
     let order_keys: Vec<&str> = batch.iter().map(|d| d.order_key.as_str()).collect();
     let inputs: Vec<Values> = batch.iter().map(|d| d.key.clone()).collect();
     let stored = Stored::of(plan, batch)?;
-    let live = gather::gather(plan, &inputs, &stored)?;
+    let mut live = gather::gather(plan, &inputs, &stored)?;
     let known = vault::open(&plan.archive_schema, keys, &plan.policy, &order_keys)?;
+    scrub::fill(plan, &mut live.records, &known, &order_keys);
     let former = Former::load(plan, batch.iter().map(|d| d.redacted_version))?;
     let (documents, found) = missing(plan, &former, batch, &live, &known)?;
     vault::store(&plan.archive_schema, keys, &plan.policy, &known, &documents)?;
@@ -168,8 +170,8 @@ pub fn taken_out<'a>(
             .treatment
             .as_ref()?
             .apply(live.value.as_deref(), &record.key);
-        let clean =
-            matches!(outcome, Ok(Outcome::Keep)) || (outcome == Ok(Outcome::Sql) && live.computed == live.value);
+        let clean = matches!(outcome, Ok(Outcome::Keep))
+            || (matches!(outcome, Ok(Outcome::Sql | Outcome::Scrub)) && live.computed == live.value);
         clean.then_some(i)
     })
 }

@@ -16,7 +16,7 @@ use crate::pg::sql::Text;
 pub struct LiveCell {
     /// Its text form; `None` is NULL.
     pub value: Option<Text>,
-    /// What a treatment by expression makes of it.
+    /// What a treatment by expression, or one that scrubs, makes of it.
     pub computed: Option<Text>,
 }
 
@@ -64,6 +64,11 @@ impl LiveRecord {
                 None => out.push((i, Outcome::Null)),
                 Some(Outcome::Keep) => {}
                 Some(Outcome::Sql) if cell.computed == cell.value => {}
+                Some(Outcome::Scrub) => {
+                    if let Some(scrubbed) = cell.computed.as_deref().filter(|c| Some(*c) != cell.value.as_deref()) {
+                        out.push((i, Outcome::Text(scrubbed.to_owned().into())));
+                    }
+                }
                 Some(outcome) => out.push((i, outcome)),
             }
         }

@@ -33,6 +33,7 @@ pub mod redact;
 pub mod reimport;
 pub mod rekey;
 pub mod replacement;
+pub mod scrub;
 pub mod state;
 pub mod sweep;
 pub mod touched;

@@ -28,7 +28,7 @@ impl<'a> From<&'a Outcome<'_>> for NewValue<'a> {
         match outcome {
             Outcome::Text(text) => Self::Text(Cow::Borrowed(text)),
             Outcome::Sql => Self::Computed,
-            Outcome::Null | Outcome::Keep => Self::Null,
+            Outcome::Null | Outcome::Keep | Outcome::Scrub => Self::Null,
         }
     }
 }

@@ -3,6 +3,7 @@
 mod build;
 mod cache;
 mod marks;
+mod names;
 
 pub use build::Builder;
 use build::refuse_redacted_links;
@@ -40,6 +41,10 @@ pub struct CellColumn {
     rule: Option<Rule>,
     /// The expression of a `sql` treatment.
     pub expression: Option<Expr>,
+    /// Where the names of a `scrub` treatment are: tables and their cells.
+    pub names: Vec<(usize, usize)>,
+    /// Characters at most.
+    pub room: Option<usize>,
     /// The declared type with its modifier, as SQL.
     pub type_shown: String,
 }
@@ -383,6 +388,7 @@ impl Plan {
         }
         refuse_redacted_links(&tables, &entries, number.as_ref())?;
         marks::refuse(&tables, &entries, number.as_ref())?;
+        names::resolve(&mut tables, &entries)?;
         Ok(Self {
             policy: document.policy.clone(),
             version: 0,

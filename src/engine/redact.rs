@@ -17,6 +17,7 @@ use super::gather::{self, Gathered, LiveRecord};
 use super::overwrite::{self, CellWrite, Marks, RowWrite};
 use super::plan::Plan;
 use super::records::{self, Stored};
+use super::scrub;
 use super::state;
 use super::vault::{self, Newest, OrderArchive};
 use super::walk::Values;
@@ -81,6 +82,7 @@ pub fn batch(
     let archive = vault::open(&plan.archive_schema, keys, &plan.policy, &order_keys)?;
     let stored = Stored::of(plan, batch)?;
     let mut live = look(plan, batch, seen, &stored)?;
+    scrub::fill(plan, &mut live.records, &archive, &order_keys);
     let mut out = Redacted::default();
     let (late, set_aside) = late_rows(plan, clock, batch, &mut live.records)?;
     let mut excluded: HashSet<usize> = push_back(plan, clock, batch, &live.records)?;

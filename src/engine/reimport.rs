@@ -98,7 +98,8 @@ fn kept(table: &Table, cell: usize, old: Option<&str>, new: Option<&str>, key: &
         return Ok(None);
     }
     Ok(match table.treat(cell, new, key)? {
-        None | Some(Outcome::Keep) => None,
+        // The names of its order are not known here.
+        None | Some(Outcome::Keep | Outcome::Scrub) => None,
         Some(Outcome::Text(text)) if treatment.leaves_rest() => Some(Instead::Text(text.into_owned())),
         Some(_) => Some(Instead::Old),
     })

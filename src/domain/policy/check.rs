@@ -61,6 +61,12 @@ fn by_age(policy: &Policy, tables: &Tables<'_>) -> Result<()> {
                 PolicyError::new(format!("by_age[{at}].table"), problem).with_hint("Its rows go with their orders.")
             );
         }
+        let scrubbed = |(_, treatment): &(&str, &Treatment)| matches!(treatment, Treatment::Scrub(_));
+        if let Some((column, _)) = entry.redact.columns().find(scrubbed) {
+            let problem = "scrubs names, and no order stands behind these rows whose names they could be";
+            return Err(PolicyError::new(format!("by_age[{at}].redact.{column}"), problem)
+                .with_hint("Redact the column as a whole."));
+        }
         let key = entry.key.iter().flatten();
         if let Some(column) = key
             .chain([&entry.at])

@@ -78,7 +78,7 @@ const LINKED: &[&str] = &[
 const BY_AGE: &[&str] = &["table", "key", "at", "after", "where", "redact", "on_redact", "archive"];
 const ARCHIVE: &[&str] = &["schema", "foreign_table"];
 const WINDOW: &[&str] = &["from", "to", "timezone"];
-const TREATMENTS: &[&str] = &["value", "unique", "json", "sql", "array", "prefix"];
+const TREATMENTS: &[&str] = &["value", "unique", "json", "sql", "array", "prefix", "scrub"];
 
 /// Reads the whole document.
 pub(super) fn policy(root: &Node<'_>) -> Result<Policy> {
@@ -430,6 +430,9 @@ fn treatment(node: &Node<'_>) -> Result<Treatment> {
                 .with_hint("Only \"placeholder\" is known here.")),
         },
         "prefix" => argument.count().map(Treatment::Prefix),
+        "scrub" => argument
+            .some_texts("a list of entries' columns, such as \"customers.last_name\"")
+            .map(Treatment::Scrub),
         _ => Err(unknown_treatment(node, kind)),
     }
 }

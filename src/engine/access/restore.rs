@@ -9,7 +9,8 @@ use crate::engine::gather::{self, LiveRecord};
 use crate::engine::overwrite::{self, CellWrite, Marks, NewValue, RowWrite};
 use crate::engine::plan::{Plan, Table};
 use crate::engine::records::{self, Fate};
-use crate::engine::vault::{self, Newest};
+use crate::engine::scrub;
+use crate::engine::vault::{self, Newest, OrderArchive};
 use crate::engine::walk::{self, Values, key_parts};
 use crate::pg::error::{Error, Result};
 use crate::pg::ident::Ident;
@@ -64,9 +65,9 @@ fn write_all(plan: &Plan, orders: &[Order], number: &str) -> Result<Vec<Restored
                 .map(|(_, key, newest)| (key, newest))
                 .collect();
             if !mine.is_empty() {
-                out.push(restore_table(plan, index, table, order, &mine)?);
+                out.push(restore_table(plan, index, table, order, (&mine, archive))?);
             } else if index == 0 && !table.marks.is_empty() {
-                restore_table(plan, index, table, order, &mine)?;
+                restore_table(plan, index, table, order, (&mine, archive))?;
             }
         }
         // A table that left the policy keeps its documents; they are not lost, but not written either.
@@ -107,7 +108,7 @@ fn restore_table(
     index: usize,
     table: &Table,
     order: &Order,
-    archived: &[(&str, &Newest)],
+    (archived, of_order): (&[(&str, &Newest)], &OrderArchive),
 ) -> Result<Restored> {
     let version = order.redacted_version;
     let former = &(Former::load(plan, std::iter::once(version))?, version);
@@ -136,7 +137,7 @@ fn restore_table(
             }
             None => restored.kept += newest.cells().len() as i64,
             Some(record) => {
-                let (row, kept) = restored_row(plan, former, table, record, newest)?;
+                let (row, kept) = restored_row(plan, former, index, record, (newest, of_order))?;
                 restored.kept += kept;
                 let cells = row
                     .cells
@@ -222,10 +223,11 @@ fn retyped(plan: &Plan, table: &Table, archived: &[(&str, &Newest)], error: Erro
 fn restored_row<'a>(
     plan: &Plan,
     former: &(Former, Option<i64>),
-    table: &Table,
+    index: usize,
     record: &'a LiveRecord,
-    newest: &Newest,
+    (newest, of_order): (&Newest, &OrderArchive),
 ) -> Result<(RowWrite<'a>, i64)> {
+    let table = &plan.tables[index];
     let marks = marks(plan);
     let mut cells = vec![CellWrite::Leave; table.cells.len()];
     let mut written = 0;
@@ -234,7 +236,11 @@ fn restored_row<'a>(
             continue;
         };
         let Some(live) = record.cells[i].as_ref() else { continue };
-        let whole = newest.whole(archived.name, &marks);
+        let scrubbed = scrub::restored(plan, index, column, newest, of_order);
+        let whole = match &scrubbed {
+            Some((_, full)) => Some(full.clone()),
+            None => newest.whole(archived.name, &marks),
+        };
         let value = live.value.as_deref();
         if value == archived.text || value == whole.as_deref() {
             // Never overwritten, or already back.
@@ -245,6 +251,10 @@ fn restored_row<'a>(
             Some(Outcome::Text(text)) => value.is_some_and(|v| same(v, &text, column.padded)),
             Some(Outcome::Null) => value.is_none(),
             Some(Outcome::Sql) => live.value == live.computed,
+            Some(Outcome::Scrub) => {
+                let left = scrubbed.as_ref().map(|(left, _)| left);
+                left.is_some_and(|left| value.is_some_and(|v| same(v, left, column.padded)))
+            }
             None | Some(Outcome::Keep) => false,
         };
         if left || former.0.left(plan, former.1, record, i, &archived) {

@@ -60,13 +60,18 @@ pub(super) fn problems(plan: &Plan, table: &Table, before: &Written) -> Result<V
         let by = match triggers.as_slice() {
             [] => format!("overwriting its rows writes to {to}"),
             [one] => format!("trigger {one} writes to {to} when a row is overwritten"),
-            some => format!("one of the triggers {} writes to {to} when a row is overwritten", some.join(", ")),
+            some => format!(
+                "one of the triggers {} writes to {to} when a row is overwritten",
+                some.join(", ")
+            ),
         };
         Problem::new(
             Severity::Warning,
             table.relation.shown(),
             format!("{by}, and may keep a copy of what was there"),
-            format!("Make {to} an entry of the policy, with the columns that hold copies: they are redacted in the same cycle."),
+            format!(
+                "Make {to} an entry of the policy, with the columns that hold copies: they are redacted in the same cycle."
+            ),
         )
     };
     Ok(elsewhere.into_iter().map(shown).collect())

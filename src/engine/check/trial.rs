@@ -1,5 +1,7 @@
 //! A trial of the real treatment on real rows, for whoever rolls it back.
 
+use std::collections::HashMap;
+
 use super::{Problem, Severity, copies, sample, unique};
 use crate::domain::treatment::Outcome;
 use crate::engine::files;
@@ -10,6 +12,7 @@ use crate::engine::overwrite::{self, Marks, RowWrite};
 use crate::engine::plan::{Plan, Table};
 use crate::engine::portable;
 use crate::engine::records::Stored;
+use crate::engine::scrub;
 use crate::engine::walk::Values;
 use crate::pg::error::Result;
 use crate::pg::subxact::trial;
@@ -24,7 +27,9 @@ pub(super) fn try_out(plan: &Plan, open: &[unique::Open]) -> Result<Vec<Problem>
     let wanted = sample::orders(plan)?;
     // Triggers that the caller left pending fire as the caller.
     xact::fire_deferred()?;
-    let (sample, before, mut out) = read(plan, &wanted)?;
+    let (sample, mut before, mut out) = read(plan, &wanted)?;
+    let no_keys: &[&str] = &[];
+    scrub::fill(plan, &mut before.records, &HashMap::new(), no_keys);
     let facts = flag::by_keys(plan, &sample)?;
     if let (Some(history), Some(order)) = (&plan.history, sample.first()) {
         match trial(|| history::try_out(plan, history, order)) {
@@ -140,7 +145,9 @@ fn compare(
     facts: &[flag::OrderFact],
 ) -> Result<Vec<Problem>> {
     let mut out = Vec::new();
-    let after = gather::gather(plan, sample, &Stored::by_keys(plan, sample)?)?;
+    let mut after = gather::gather(plan, sample, &Stored::by_keys(plan, sample)?)?;
+    let no_keys: &[&str] = &[];
+    scrub::fill(plan, &mut after.records, &HashMap::new(), no_keys);
     let reached = |g: &gather::Gathered| {
         let mut all: Vec<(usize, usize, String)> = g
             .records

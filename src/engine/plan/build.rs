@@ -303,6 +303,8 @@ impl Builder<'_> {
                     treatment: None,
                     rule: None,
                     expression: None,
+                    names: Vec::new(),
+                    room: None,
                     type_shown: c.type_shown.clone(),
                 })
                 .collect();
@@ -383,6 +385,8 @@ impl Builder<'_> {
                         treatment: Some(treatment),
                         rule: Some(rule),
                         expression,
+                        names: Vec::new(),
+                        room: column.max_length.and_then(|n| usize::try_from(n).ok()),
                         type_shown: column.type_shown.clone(),
                     });
                     cells.push(self.tables[index].cells.len() - 1);
