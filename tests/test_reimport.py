@@ -219,8 +219,11 @@ def test_rows_that_are_new_to_an_order_are_late_rows(shop, on_reimport):
     shop.sql("INSERT INTO shop.addresses (id, order_id, name, phone) VALUES (77, 1, 'NameLate', '+49 777'); "
              "UPDATE shop.addresses SET name = 'NameLater' WHERE id = 77", user=SYNC)
     assert shop.value("SELECT name FROM shop.addresses WHERE id = 77") == "NameLater"
+    # One that had nothing: NULL in it is not what redaction left.
+    shop.sql("INSERT INTO shop.addresses (id, order_id) VALUES (78, 1); UPDATE shop.addresses SET phone = '+49 999' WHERE id = 78", user=SYNC)
+    assert shop.value("SELECT phone FROM shop.addresses WHERE id = 78") == "+49 999"
     assert run_cycle(shop)["redacted"] == 1
-    assert tables_with(shop, "NameLate") == []
+    assert tables_with(shop, "NameLate") == tables_with(shop, "+49 999") == []
     if on_reimport == "keep":
         shop.sql("UPDATE shop.addresses SET name = 'NameLater', phone = '+49 778', kind = 'x' WHERE id = 77", user=SYNC)
         assert shop.sql("SELECT name, phone, kind FROM shop.addresses WHERE id = 77") == [(PLACEHOLDER, None, "x")]
