@@ -37,6 +37,7 @@ pub struct Batches<'a> {
     /// Other processes of the same cycle have the same turn.
     pub mode: Mode,
     pub pace: Pace,
+    sharing: redact::Sharing,
     full: u32,
     /// When the batch's orders were locked.
     taken: Instant,
@@ -58,6 +59,7 @@ impl<'a> Batches<'a> {
             share: Share::whole(),
             mode: Mode::Alone,
             pace: Pace::new(boundary),
+            sharing: redact::Sharing::default(),
             full: 0,
             taken: Instant::now(),
             set_back: HashSet::new(),
@@ -133,11 +135,12 @@ impl<'a> Batches<'a> {
         if !locked.is_empty() {
             let others = alive::other_policies(self.plan)?;
             let results = self.contained(locked, |run, orders| {
-                redact::batch(run.plan, &others, &run.keys, &run.clock, orders)
+                redact::batch(run.plan, &others, &run.keys, &run.clock, &run.sharing, orders)
             })?;
             let mut waiting = Vec::new();
             for (orders, outcome) in results {
                 bytes = bytes.max(outcome.bytes);
+                self.sharing.learn(&outcome);
                 self.settle(&orders, &outcome)?;
                 waiting.extend(outcome.waiting);
             }

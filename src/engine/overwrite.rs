@@ -10,7 +10,8 @@ use crate::pg::catalog::{self, Compare};
 use crate::pg::error::{Error, Result};
 use crate::pg::ident::Ident;
 use crate::pg::identity::{Identity, KEYED, act_as, as_extension};
-use crate::pg::sql::{self, Arg};
+use crate::pg::prepared::{self, KEYED_FOR_A_WHILE};
+use crate::pg::sql::{self, Arg, Row};
 use crate::pg::subxact::trial;
 use crate::pg::trigger::EngineWrite;
 
@@ -206,10 +207,7 @@ fn take_locks(
         condition.join(" AND "),
         name = table.relation.name,
     );
-    let found = act_as(Identity::Owner(table.owner), &plan.search_path, KEYED, || {
-        sql::write(&query, &parameters.args)
-    })
-    .map_err(|e| e.at(&table.relation.shown()))?;
+    let found = by_key(plan, table, &query, &parameters.args).map_err(|e| e.at(&table.relation.shown()))?;
     for row in found {
         mark(locked, row.int(0)?)?;
     }
@@ -235,6 +233,17 @@ pub fn is_locked(plan: &Plan) -> Result<bool> {
         }
     }
     Ok(false)
+}
+
+/// Runs a statement that finds rows of a table by its key.
+fn by_key(plan: &Plan, table: &Table, query: &str, args: &[Arg<'_>]) -> Result<Vec<Row>> {
+    let owner = Identity::Owner(table.owner);
+    if table.keeps_plans() {
+        return act_as(owner, &plan.search_path, KEYED_FOR_A_WHILE, || {
+            prepared::for_a_while(query, args)
+        });
+    }
+    act_as(owner, &plan.search_path, KEYED, || sql::write(query, args))
 }
 
 fn mark(flags: &mut [bool], ordinal: i64) -> Result<()> {
@@ -454,11 +463,8 @@ fn run(plan: &Plan, table: &Table, rows: usize, query: &str, args: &[Arg<'_>]) -
             .map(|p| p.oid)
             .collect();
     }
-    let returned = act_as(Identity::Owner(table.owner), &plan.search_path, KEYED, || {
-        let _ours = EngineWrite::begin(&oids);
-        sql::write(query, args)
-    })
-    .map_err(|e| e.at(&shown))?;
+    let _ours = EngineWrite::begin(&oids);
+    let returned = by_key(plan, table, query, args).map_err(|e| e.at(&shown))?;
     let mut seen = vec![false; rows];
     for row in &returned {
         if !row.bool(1)? {

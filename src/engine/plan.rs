@@ -110,6 +110,11 @@ impl Table {
                 .any(|shown| expressions.iter().any(|e| e.same_text(shown)))
     }
 
+    /// Statements that find rows by the key keep their plans for a while: [`crate::pg::prepared`].
+    pub fn keeps_plans(&self) -> bool {
+        self.facts.kind == 'p'
+    }
+
     /// What must become of a text in one of its cells; `None` in a row that goes as a whole.
     ///
     /// # Errors

@@ -1,8 +1,10 @@
 //! The second transaction of a batch: open the committed copies, compare, overwrite.
 
 mod changes;
+mod shared;
 
 use changes::Changes;
+pub use shared::Sharing;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::rc::Rc;
 
@@ -37,6 +39,8 @@ pub struct Redacted {
     pub locked: Vec<usize>,
     /// Shared rows that were left alone.
     pub waiting: Vec<alive::Waiting>,
+    /// How many rows others may share.
+    pub shared: usize,
 }
 
 /// A row to be overwritten, for all orders of the batch that reach it.
@@ -52,6 +56,7 @@ pub(super) struct Target<'a> {
     stored: bool,
     /// Other orders may need it.
     shared: bool,
+    locked: bool,
 }
 
 /// For orders of a batch, a moment and the entry that says so.
@@ -67,6 +72,7 @@ pub fn batch(
     others: &[Rc<Plan>],
     keys: &MasterKeys,
     clock: &Clock,
+    sharing: &Sharing,
     batch: &mut [Due],
 ) -> Result<Redacted> {
     let seen: Vec<Option<Vec<LiveRecord>>> = batch.iter_mut().map(|d| d.seen.take()).collect();
@@ -94,10 +100,13 @@ pub fn batch(
 
     // Deferred triggers of the caller fire as the caller, not as a table's owner.
     xact::fire_deferred()?;
-    let mut waiting = wait_for_others(plan, others, clock, batch, &excluded, &mut targets)?;
-    lock(plan, &targets, &mut excluded, &mut out)?;
-    // What began to use a shared row before it was locked is seen by this second look.
-    waiting.extend(wait_for_others(plan, others, clock, batch, &excluded, &mut targets)?);
+    let look = shared::Look {
+        plan,
+        others,
+        clock,
+        batch,
+    };
+    let waiting = look.lock(sharing, &mut targets, &mut excluded, &mut out)?;
     let clean = live.records.iter().zip(&pii).filter(|(_, pii)| pii.is_empty());
     let files = files::found(plan, batch, &stored, &targets, clean.map(|(r, _)| r), &excluded)?;
     write(plan, &targets, &excluded)?;
@@ -293,6 +302,7 @@ fn targets<'a>(
                 link: record.link.as_ref(),
                 stored: record.stored,
                 shared: false,
+                locked: false,
             });
             continue;
         }
@@ -343,80 +353,6 @@ fn proven<'a>(
             _ => None,
         })
     })
-}
-
-/// Takes out of `targets` the shared rows that an order outside of this batch still needs.
-fn wait_for_others<'a>(
-    plan: &Plan,
-    others: &[Rc<Plan>],
-    clock: &Clock,
-    batch: &[Due],
-    excluded: &HashSet<usize>,
-    targets: &mut Vec<Target<'a>>,
-) -> Result<Vec<(Target<'a>, Keeper)>> {
-    let (staying, leaving): (Vec<_>, Vec<_>) = batch.iter().enumerate().partition(|(i, _)| excluded.contains(i));
-    let keys = |list: Vec<(usize, &Due)>| list.into_iter().map(|(_, d)| d.order_key.clone()).collect::<Vec<_>>();
-    let ours = alive::Ours {
-        leaving: keys(leaving),
-        staying: keys(staying),
-    };
-    let mut waiting = Vec::new();
-    for table in 0..plan.tables.len() {
-        let named_elsewhere = others.iter().any(|p| {
-            p.tables
-                .iter()
-                .any(|t| t.relation.oid == plan.tables[table].relation.oid)
-        });
-        let every = plan.tables[table].shared || named_elsewhere;
-        for target in targets.iter_mut().filter(|t| t.table == table) {
-            target.shared = every || target.stored;
-        }
-        let asked = |t: &Target<'_>| t.table == table && t.shared;
-        let rows: Vec<alive::Asked> = targets
-            .iter()
-            .filter(|t| asked(t))
-            .map(|t| alive::Asked {
-                key: t.write.key.clone(),
-                whole: t.orders.iter().any(|o| batch[*o].status == "redacted"),
-            })
-            .collect();
-        if rows.is_empty() {
-            continue;
-        }
-        let mut keepers = alive::keepers(plan, others, table, &rows, &ours, clock)?.into_iter();
-        let (mut keep, mut wait) = (Vec::new(), Vec::new());
-        for target in targets.drain(..) {
-            let keeper = if asked(&target) { keepers.next().flatten() } else { None };
-            match keeper {
-                Some(keeper) => wait.push((target, keeper)),
-                None => keep.push(target),
-            }
-        }
-        *targets = keep;
-        waiting.extend(wait);
-    }
-    Ok(waiting)
-}
-
-/// Locks every row before the first is written; an order with a row that somebody else has locked, or that is not the
-/// order's any more, is left out.
-fn lock(plan: &Plan, targets: &[Target<'_>], excluded: &mut HashSet<usize>, out: &mut Redacted) -> Result<()> {
-    for part in targets.chunk_by(|a, b| (a.table, a.link.map(|_| a.entry)) == (b.table, b.link.map(|_| b.entry))) {
-        let Some(first) = part.first() else { continue };
-        let table = &plan.tables[first.table];
-        let links: Vec<&Values> = part.iter().filter_map(|t| t.link).collect();
-        let links = first.link.map(|_| (&plan.entries[first.entry], links.as_slice()));
-        let keys = part.iter().map(|t| t.write.key);
-        let locked = overwrite::lock(plan, table, keys, links, table.shared || table.delete)?;
-        for (target, _) in part.iter().zip(locked).filter(|(_, locked)| !locked) {
-            for order in &target.orders {
-                if excluded.insert(*order) {
-                    out.locked.push(*order);
-                }
-            }
-        }
-    }
-    Ok(())
 }
 
 fn write(plan: &Plan, targets: &[Target<'_>], excluded: &HashSet<usize>) -> Result<()> {
