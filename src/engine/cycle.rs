@@ -147,7 +147,12 @@ fn run_policy(policy: &str, sweep: bool, boundary: Boundary) -> Result<Counts> {
         if counts.overdue > 0 {
             announce_overdue(policy, counts.overdue)?;
         }
-        by_age::count(&plan, &clock(&plan)?)?;
+        let clock = clock(&plan)?;
+        match subtransaction(|| by_age::count(&plan, &clock)) {
+            Err(e) if e.is_cancel() => return Err(e),
+            Err(e) if !e.is_lock() => note_error(policy, &e)?,
+            _ => {}
+        }
         boundary.commit()?;
         return Ok(counts);
     }

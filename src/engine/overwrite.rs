@@ -222,19 +222,29 @@ fn take_locks(
 /// Errors of the server, a lock that is not to be had apart.
 pub fn is_locked(plan: &Plan) -> Result<bool> {
     for table in &plan.tables {
-        let probe = format!("LOCK TABLE {} IN ROW EXCLUSIVE MODE NOWAIT", table.relation);
-        let free = trial(|| {
-            act_as(Identity::Owner(table.owner), &plan.search_path, &[], || {
-                sql::execute(&probe, &[])
-            })
-        });
-        match free {
-            Ok(_) => {}
-            Err(e) if e.is_lock() => return Ok(true),
-            Err(e) => return Err(e),
+        if is_table_locked(plan, table)? {
+            return Ok(true);
         }
     }
     Ok(false)
+}
+
+/// [`is_locked`], of one table.
+///
+/// # Errors
+/// As [`is_locked`].
+pub fn is_table_locked(plan: &Plan, table: &Table) -> Result<bool> {
+    let probe = format!("LOCK TABLE {} IN ROW EXCLUSIVE MODE NOWAIT", table.relation);
+    let free = trial(|| {
+        act_as(Identity::Owner(table.owner), &plan.search_path, &[], || {
+            sql::execute(&probe, &[])
+        })
+    });
+    match free {
+        Ok(_) => Ok(false),
+        Err(e) if e.is_lock() => Ok(true),
+        Err(e) => Err(e),
+    }
 }
 
 fn mark(flags: &mut [bool], ordinal: i64) -> Result<()> {
