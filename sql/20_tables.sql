@@ -217,6 +217,22 @@ CREATE INDEX file_outbox_waiting ON amazon_pii.file_outbox (policy, file_id) WHE
 -- For changes of keys.
 CREATE INDEX file_outbox_record ON amazon_pii.file_outbox (table_name, record_key);
 
+CREATE TABLE amazon_pii.orphan (
+    orphan_id       bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    policy          text        COLLATE "C" NOT NULL,
+    order_key       text        COLLATE "C" NOT NULL,
+    order_number    text        COLLATE "C",
+    link            text,
+    next_attempt_at timestamptz NOT NULL DEFAULT '-infinity',
+    table_name      text        COLLATE "C",
+    record_key      text        COLLATE "C"
+);
+COMMENT ON TABLE amazon_pii.orphan IS 'Customers that orders were imported with before they got the generic one, and what hangs on them';
+COMMENT ON COLUMN amazon_pii.orphan.link IS 'What the order pointed at the customer with, until a cycle has found the row';
+CREATE INDEX orphan_new ON amazon_pii.orphan (policy, next_attempt_at) WHERE record_key IS NULL;
+CREATE UNIQUE INDEX orphan_record ON amazon_pii.orphan (record_key, table_name, policy, order_key) WHERE record_key IS NOT NULL;
+CREATE INDEX orphan_order ON amazon_pii.orphan (order_key, policy);
+
 -- regclass, as in policy_table.
 CREATE TABLE amazon_pii.own_row (
     relation        regclass    NOT NULL,
@@ -281,11 +297,12 @@ DO $$
 DECLARE
     kept text;
 BEGIN
-    FOREACH kept IN ARRAY ARRAY['policy', 'policy_version', 'policy_table', 'order_state', 'record_state', 'renamed', 'aged_table', 'aged_row', 'file_outbox', 'own_row', 'run', 'audit_entry'] LOOP
+    FOREACH kept IN ARRAY ARRAY['policy', 'policy_version', 'policy_table', 'order_state', 'record_state', 'renamed', 'aged_table', 'aged_row', 'file_outbox', 'own_row', 'orphan', 'run', 'audit_entry'] LOOP
         PERFORM pg_extension_config_dump(('amazon_pii.' || kept)::regclass, '');
     END LOOP;
     PERFORM pg_extension_config_dump(pg_get_serial_sequence('amazon_pii.renamed', 'renamed_id')::regclass, '');
     PERFORM pg_extension_config_dump(pg_get_serial_sequence('amazon_pii.file_outbox', 'file_id')::regclass, '');
+    PERFORM pg_extension_config_dump(pg_get_serial_sequence('amazon_pii.orphan', 'orphan_id')::regclass, '');
     PERFORM pg_extension_config_dump(pg_get_serial_sequence('amazon_pii.run', 'run_id')::regclass, '');
     PERFORM pg_extension_config_dump(pg_get_serial_sequence('amazon_pii.audit_entry', 'audit_id')::regclass, '');
 END

@@ -124,6 +124,10 @@ CREATE FUNCTION amazon_pii.on_apply() RETURNS trigger
     LANGUAGE c AS 'MODULE_PATHNAME', 'on_apply_wrapper';
 COMMENT ON FUNCTION amazon_pii.on_apply() IS 'Notes the keys of rows that logical replication applies; made and dropped by the extension';
 
+CREATE FUNCTION amazon_pii.on_assign() RETURNS trigger
+    LANGUAGE c AS 'MODULE_PATHNAME', 'on_assign_wrapper';
+COMMENT ON FUNCTION amazon_pii.on_assign() IS 'Gives Amazon orders the generic customer; made and dropped by the extension';
+
 CREATE FUNCTION amazon_pii.on_ignore() RETURNS trigger
     LANGUAGE c AS 'MODULE_PATHNAME', 'on_ignore_wrapper';
 COMMENT ON FUNCTION amazon_pii.on_ignore() IS 'Keeps the personal data of retrieved rows as it is; made and dropped by the extension';

@@ -107,6 +107,8 @@ pub struct Orders {
     pub effective_from: Option<String>,
     /// What an order of another channel meets whose customer Amazon orders have.
     pub manual_orders: ManualOrders,
+    /// The customer that Amazon orders get instead of the importer's.
+    pub assign_customer: Option<AssignCustomer>,
     /// The personal data in the order's own row.
     pub redact: Redact,
     /// A column or expression: where a file of the row's lies, outside of the database.
@@ -300,6 +302,15 @@ pub enum RetrieveOnInsert {
     Always,
     /// When it meets this condition.
     When(String),
+}
+
+/// The customer that Amazon orders get instead of the importer's.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AssignCustomer {
+    /// The column of the orders table that points at the customer.
+    pub column: String,
+    /// What it holds for the generic customer, as text.
+    pub to: String,
 }
 
 /// What an order of another channel meets whose customer Amazon orders have.

@@ -4,6 +4,7 @@
 use std::collections::{HashMap, HashSet};
 use std::rc::Rc;
 
+use super::assign;
 use super::due::{Clock, REDACT_DUE};
 use super::plan::{Entry, Plan, Table};
 use super::turn;
@@ -189,6 +190,7 @@ pub fn users(plan: &Plan, table: usize, rows: &[Values], limit: Option<u32>) -> 
             out.push((f.input, key, f.row.bool(FIRST + orders.key.len())?));
         }
     }
+    out.extend(assign::users(plan, table, rows)?);
     Ok((out, cut))
 }
 

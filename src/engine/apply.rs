@@ -5,7 +5,7 @@ use pgrx::pg_sys;
 use super::audit::{self, AuditEntry};
 use super::check::{self, Problem, Severity};
 use super::plan::{Plan, require_ownership};
-use super::{by_age, history, state, sweep, trigger_ddl, vault};
+use super::{assign, by_age, history, state, sweep, trigger_ddl, vault};
 use crate::domain::policy::{Policy, QualifiedName};
 use crate::pg::error::{Error, Result};
 use crate::pg::identity::{as_extension, require_role, session_user};
@@ -50,6 +50,7 @@ fn ready(document: &str) -> Result<Plan> {
     }
     let mut plan = Plan::build(policy, &path, &oids)?;
     plan.own_lines = history::tables_with_lines(&plan)?;
+    plan.generic = assign::generic(&plan)?;
     Ok(plan)
 }
 
@@ -356,6 +357,7 @@ pub fn drop(policy: &str) -> Result<()> {
             "DELETE FROM amazon_pii.order_state WHERE policy = $1",
             "DELETE FROM amazon_pii.record_state WHERE policy = $1",
             "DELETE FROM amazon_pii.touched WHERE policy = $1",
+            "DELETE FROM amazon_pii.orphan WHERE policy = $1",
             "DELETE FROM amazon_pii.news WHERE policy = $1",
             "DELETE FROM amazon_pii.sweep_slice WHERE policy = $1",
             "DELETE FROM amazon_pii.aged_table WHERE policy = $1",

@@ -6,6 +6,7 @@ mod sample;
 mod trial;
 mod unique;
 
+use super::assign;
 use super::plan::{AnchorPlan, EXPRESSION_HINT, Plan, Table};
 use crate::domain::policy::Treatment as Rule;
 use crate::domain::treatment::Shape;
@@ -74,6 +75,7 @@ pub fn problems(plan: &Plan) -> Result<Vec<Problem>> {
         out.extend(cascades(plan, table)?);
     }
     out.extend(expressions(plan)?);
+    out.extend(assign::problem(plan)?);
     out.extend(indexes(plan));
     out.extend(anchors(plan));
     let (found, open) = unique::problems(plan)?;

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
+use super::assign;
 use super::batch::Batches;
 use super::by_age;
 use super::due::{Clock, Share};
@@ -238,6 +239,7 @@ impl Run<'_> {
             run.trouble = trouble.or(run.trouble.take());
             Ok(())
         })?;
+        self.step(|run| assign::settle(run.plan))?;
         self.step(|run| {
             for (order, error) in rekey::settle(run.plan, &run.batches.keys)? {
                 state::troubled(run.plan, &order, &error)?;

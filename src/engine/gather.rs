@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 
+use super::assign;
 use super::history;
 use super::overwrite::{CellWrite, NewValue};
 use super::plan::{Plan, Table};
@@ -210,7 +211,11 @@ pub fn gather(plan: &Plan, orders: &[Values], stored: &Stored) -> Result<Gathere
                 not_before = Some((text, index));
             }
             for (child, range) in &shape.links {
-                pending[*child].push(((order, not_before.clone()), row.texts(at(range.start)..at(range.end))?));
+                let link = row.texts(at(range.start)..at(range.end))?;
+                // The generic customer is nobody's personal data.
+                if plan.generic.is_empty() || !assign::is_generic(plan, *child, &link) {
+                    pending[*child].push(((order, not_before.clone()), link));
+                }
             }
             if entry.cells.is_empty() && shape.not_before.is_none() {
                 continue;

@@ -5,6 +5,7 @@ pub mod again;
 pub mod alive;
 pub mod apply;
 pub mod archive;
+pub mod assign;
 pub mod audit;
 pub mod batch;
 pub mod by_age;

@@ -9,6 +9,7 @@ use cache::Record;
 
 use std::fmt::Display;
 
+use super::assign::{self, Assign};
 use super::history::{self, History};
 
 use pgrx::pg_sys;
@@ -209,6 +210,9 @@ pub struct Plan {
     /// A time with zone: before it the order is not touched.
     pub effective: Option<String>,
     pub customer: Option<Customer>,
+    pub assign: Option<Assign>,
+    /// Generic customers, of former versions of the policy too: an entry, and the value that leads to the row.
+    pub generic: Vec<(usize, String)>,
     pub history: Option<History>,
     /// Tables that hold lines of the history that we wrote.
     pub own_lines: Vec<usize>,
@@ -270,6 +274,7 @@ impl Plan {
         plan.enabled = row.bool(3)?;
         plan.suspended = row.owned(4)?;
         plan.own_lines = history::tables_with_lines(&plan)?;
+        plan.generic = assign::generic(&plan)?;
         Ok(plan)
     }
 
@@ -351,6 +356,8 @@ impl Plan {
             .enumerate()
             .map(|(i, (aged, oid))| builder.aged(aged_name(i), aged, *oid))
             .collect::<Result<Vec<_>>>()?;
+        let assign = orders.assign_customer.as_ref();
+        let assign = assign.map(|a| Assign::build(&builder, a)).transpose()?;
         let history = match (
             &document.history,
             oids.get(1 + document.linked.len() + document.by_age.len()),
@@ -391,6 +398,8 @@ impl Plan {
             placed,
             effective,
             customer,
+            assign,
+            generic: Vec::new(),
             history,
             own_lines: Vec::new(),
         })

@@ -28,6 +28,8 @@ enum Scope {
     /// Every table that holds rows, for what logical replication applies. Not a partitioned one: its row triggers are
     /// given to each new partition in the name of whoever makes that, who may not use our functions.
     Replica,
+    /// The orders table, likewise, where Amazon orders get a generic customer.
+    Assigning,
     /// Likewise, where the policy ignores writes to retrieved rows instead of refusing them.
     Ignoring,
 }
@@ -69,6 +71,13 @@ const KINDS: &[Kind] = &[
         scope: Scope::Replica,
     },
     Kind {
+        suffix: "assign",
+        when: "BEFORE INSERT OR UPDATE",
+        after: "FOR EACH ROW",
+        function: "on_assign",
+        scope: Scope::Assigning,
+    },
+    Kind {
         suffix: "ignore",
         when: "BEFORE UPDATE",
         after: "FOR EACH ROW",
@@ -86,6 +95,7 @@ impl Kind {
                 table == 0 || (0..plan.entries.len()).any(|e| plan.entries[e].table == table && plan.anchored_by(e))
             }
             Scope::Replica => holds_rows,
+            Scope::Assigning => table == 0 && holds_rows && plan.assign.is_some(),
             Scope::Ignoring => {
                 holds_rows
                     && !plan.tables[table].cells.is_empty()
@@ -116,7 +126,8 @@ fn arguments(plan: &Plan, table: usize) -> String {
 /// # Errors
 /// Errors of the server, for example a lock that could not be had in time.
 pub fn ensure(plan: &Plan) -> Result<()> {
-    as_extension(|| {
+    let nested = IN_DDL.replace(true);
+    let outcome = as_extension(|| {
         for (index, table) in plan.tables.iter().enumerate() {
             let arguments = arguments(plan, index);
             for relation in catalog::with_partitions(table.relation.oid)? {
@@ -138,7 +149,9 @@ pub fn ensure(plan: &Plan) -> Result<()> {
             }
         }
         Ok(())
-    })
+    });
+    IN_DDL.set(nested);
+    outcome
 }
 
 fn create(statement: &str) -> Result<()> {
@@ -185,7 +198,7 @@ pub fn drop_all(policy: &str) -> Result<()> {
 }
 
 thread_local! {
-    /// Our own CREATE TRIGGER statements are no news.
+    /// Our own statements are no news.
     static IN_DDL: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
 }
 

@@ -57,8 +57,20 @@ pub fn execute(query: &str, args: &[Arg<'_>]) -> Result<u64> {
     run(query, args).map(|r| r.0)
 }
 
+/// [`rows()`] as somebody else, under a search path; the query must be another where that is.
+///
+/// # Errors
+/// As these.
+pub fn rows_as(who: Identity, search_path: &str, query: &str, args: &[Arg<'_>]) -> Result<Vec<Row>> {
+    run_as(who, search_path, query, args).map(|r| r.1)
+}
+
 fn run(query: &str, args: &[Arg<'_>]) -> Result<(u64, Vec<Row>)> {
-    act_as(Identity::Extension, OWN_PATH, PINS, || {
+    run_as(Identity::Extension, OWN_PATH, query, args)
+}
+
+fn run_as(who: Identity, search_path: &str, query: &str, args: &[Arg<'_>]) -> Result<(u64, Vec<Row>)> {
+    act_as(who, search_path, PINS, || {
         with_snapshot(|| {
             Spi::connect(|_client| {
                 // SAFETY: an SPI session is open for the duration of the closure, and parameters and results are used within

@@ -7,6 +7,7 @@ use pgrx::pg_sys;
 
 use super::call::Call;
 use super::error::{Error, Result};
+use super::params::Arg;
 use super::transition::Rows;
 
 /// What fired.
@@ -117,6 +118,71 @@ impl TriggerCall {
         }
     }
 
+    /// The row that an INSERT or UPDATE is about to write.
+    fn tuple(&self) -> pg_sys::HeapTuple {
+        // SAFETY: set for every row trigger on these events.
+        unsafe {
+            match self.event {
+                Event::Update => (*self.data).tg_newtuple,
+                _ => (*self.data).tg_trigtuple,
+            }
+        }
+    }
+
+    /// That row as a BEFORE trigger returns it.
+    pub fn written(&self) -> pg_sys::Datum {
+        pg_sys::Datum::from(self.tuple())
+    }
+
+    /// That row, or the one that an UPDATE replaces, as a parameter of the table's row type.
+    pub fn row(&self, old: bool) -> Arg<'static> {
+        // SAFETY: tuple and descriptor belong to the call; the copy lives in the current memory context.
+        unsafe {
+            let desc = (*(*self.data).tg_relation).rd_att;
+            let tuple = if old { (*self.data).tg_trigtuple } else { self.tuple() };
+            Arg::Raw((*desc).tdtypeid, pg_sys::heap_copy_tuple_as_datum(tuple, desc))
+        }
+    }
+
+    /// The text form of a column of the row that an UPDATE replaces.
+    ///
+    /// # Errors
+    /// The column does not exist.
+    pub fn old_column(&self, name: &str) -> Result<Option<String>> {
+        // SAFETY: as in `column`.
+        unsafe { self.text_of((*self.data).tg_trigtuple, name) }
+    }
+
+    /// The row that is about to be written with another value, given as text, in a column of a plain type.
+    ///
+    /// # Errors
+    /// The column does not exist.
+    pub fn with_value(&self, column: &str, text: &str) -> Result<pg_sys::Datum> {
+        let name = std::ffi::CString::new(column).map_err(|_| Error::internal("a column name holds a NUL"))?;
+        let text = std::ffi::CString::new(text).map_err(|_| Error::internal("a value holds a NUL"))?;
+        // SAFETY: the tuple is of the trigger's relation; the column's number is checked; the type's input function gets a
+        // C string; the copy is made in the trigger's memory context.
+        unsafe {
+            let desc = (*(*self.data).tg_relation).rd_att;
+            let mut number = pg_sys::SPI_fnumber(desc, name.as_ptr());
+            if number <= 0 {
+                return Err(Error::undefined("a column of the policy no longer exists"));
+            }
+            let (mut function, mut parameter) = (pg_sys::InvalidOid, pg_sys::InvalidOid);
+            pg_sys::getTypeInputInfo(pg_sys::SPI_gettypeid(desc, number), &mut function, &mut parameter);
+            let mut value = pg_sys::OidInputFunctionCall(function, text.as_ptr().cast_mut(), parameter, -1);
+            let mut is_null = false;
+            Ok(pg_sys::Datum::from(pg_sys::heap_modify_tuple_by_cols(
+                self.tuple(),
+                desc,
+                1,
+                &mut number,
+                &mut value,
+                &mut is_null,
+            )))
+        }
+    }
+
     /// The row that an UPDATE is about to write, as a BEFORE trigger returns it.
     pub fn new_row(&self) -> pg_sys::Datum {
         // SAFETY: set for every row trigger on UPDATE, and ours are created for nothing else.
@@ -168,13 +234,16 @@ impl TriggerCall {
     /// # Errors
     /// The column does not exist.
     pub fn column(&self, name: &str) -> Result<Option<String>> {
+        // SAFETY: the tuple is the call's.
+        unsafe { self.text_of(self.tuple(), name) }
+    }
+
+    /// # Safety
+    /// The tuple belongs to the call.
+    unsafe fn text_of(&self, tuple: pg_sys::HeapTuple, name: &str) -> Result<Option<String>> {
         let name = std::ffi::CString::new(name).map_err(|_| Error::internal("a column name holds a NUL"))?;
         // SAFETY: tuples and relation belong to the trigger call; the column number is checked.
         unsafe {
-            let tuple = match self.event {
-                Event::Update => (*self.data).tg_newtuple,
-                _ => (*self.data).tg_trigtuple,
-            };
             let desc = (*(*self.data).tg_relation).rd_att;
             let number = pg_sys::SPI_fnumber(desc, name.as_ptr());
             if number <= 0 {

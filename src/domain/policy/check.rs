@@ -127,14 +127,26 @@ fn customer(policy: &Policy) -> Result<()> {
         }
     }
     let asks = |entry: &Linked| !entry.duplicate_by.is_empty() || entry.merge != Merge::Allow;
+    let assign = policy.orders.assign_customer.as_ref();
     let needs = match policy.linked.iter().position(asks) {
+        _ if assign.is_some() => "orders.assign_customer".to_owned(),
         _ if policy.orders.manual_orders != ManualOrders::Allow => "orders.manual_orders".to_owned(),
         Some(at) if policy.linked[at].merge != Merge::Allow => format!("linked[{at}].merge"),
         Some(at) => format!("linked[{at}].duplicate_by"),
         None => return Ok(()),
     };
     match policy.customer() {
-        Some(entry) if entry.parent.is_none() => Ok(()),
+        Some(entry) if entry.parent.is_none() => match assign {
+            Some(assign) if entry.on.len() != 1 || entry.on[0].1 != assign.column => {
+                let problem = format!(
+                    "column \"{}\" is not what leads to entry \"{}\"",
+                    assign.column, entry.alias
+                );
+                Err(PolicyError::new("orders.assign_customer.column", problem)
+                    .with_hint("Name the column on the right side of the customer's \"on\"."))
+            }
+            _ => Ok(()),
+        },
         Some(entry) => Err(PolicyError::new(
             needs,
             format!("the customer's entry \"{}\" hangs on another entry", entry.alias),

@@ -8,8 +8,8 @@ use super::document::{Node, Object, nearest, suggestion};
 use super::history::history;
 use super::moment::moment;
 use super::{
-    Anchor, Archive, ByAge, Linked, OnRedact, Orders, Policy, PolicyError, QualifiedName, Redact, RetrieveOnInsert,
-    Role, Shared, Treatment, Window,
+    Anchor, Archive, AssignCustomer, ByAge, Linked, OnRedact, Orders, Policy, PolicyError, QualifiedName, Redact,
+    RetrieveOnInsert, Role, Shared, Treatment, Window,
 };
 
 type Result<T> = std::result::Result<T, PolicyError>;
@@ -49,6 +49,7 @@ const ORDERS: &[&str] = &[
     "stale",
     "effective_from",
     "manual_orders",
+    "assign_customer",
     "redact",
     "files",
 ];
@@ -182,6 +183,10 @@ fn orders(node: &Node<'_>) -> Result<Orders> {
         stale: orders.word_or_default("stale", &["report", "redact"])?,
         effective_from: orders.text("effective_from")?,
         manual_orders: orders.word_or_default("manual_orders", &["allow", "warn", "refuse"])?,
+        assign_customer: orders
+            .get("assign_customer")
+            .map(|node| assign_customer(&node))
+            .transpose()?,
         redact: redact(orders.get("redact").as_ref())?,
         files: files(&orders, orders.get("redact").is_some())?,
     })
@@ -282,6 +287,32 @@ fn by_age(node: &Node<'_>) -> Result<ByAge> {
         filter: entry.text("where")?,
         redact: columns,
         on_redact,
+    })
+}
+
+fn assign_customer(node: &Node<'_>) -> Result<AssignCustomer> {
+    let assign = node.object(&["column", "to", "orphan"])?;
+    let to = assign.need("to")?;
+    let text = match to.value() {
+        Value::Number(number) => number.to_string(),
+        Value::String(_) => to.text()?,
+        _ => {
+            return Err(to
+                .error("is neither a number nor a text")
+                .with_hint("Write the key of the generic customer."));
+        }
+    };
+    if let Some(orphan) = assign.get("orphan") {
+        if orphan.text()? == "now" {
+            return Err(orphan
+                .error("\"now\" is not supported yet")
+                .with_hint("Use \"archive\", or leave the key out."));
+        }
+        orphan.word::<String>(&["archive", "now"])?;
+    }
+    Ok(AssignCustomer {
+        column: assign.need("column")?.text()?,
+        to: text,
     })
 }
 

@@ -15,7 +15,7 @@ use crate::pg::sql::{self, Arg};
 pub struct Builder<'a> {
     pub(super) document: &'a Policy,
     pub(super) search_path: &'a str,
-    pub(super) tables: Vec<Table>,
+    pub tables: Vec<Table>,
     pub(super) entries: Vec<Entry>,
 }
 
@@ -391,13 +391,7 @@ impl Builder<'_> {
     }
 
     /// A constant as the column would give it back: 0 becomes 0.00 in numeric(10,2).
-    pub(super) fn canonical(
-        &self,
-        table: usize,
-        column: &catalog::Column,
-        constant: &str,
-        place: &str,
-    ) -> Result<String> {
+    pub fn canonical(&self, table: usize, column: &catalog::Column, constant: &str, place: &str) -> Result<String> {
         let table = &self.tables[table];
         let rows = act_as(Identity::Owner(table.owner), self.search_path, &[], || {
             sql::read(
