@@ -8,6 +8,7 @@ CREATE TABLE amazon_pii.policy (
     document        text        NOT NULL,
     enabled         boolean     NOT NULL,
     search_path     text        NOT NULL,
+    path_schemas    text,
     applied_at      timestamptz NOT NULL DEFAULT pg_catalog.now(),
     applied_by      name        NOT NULL,
     suspended       text,
@@ -19,11 +20,20 @@ CREATE TABLE amazon_pii.policy (
     recheck_left    bigint      NOT NULL DEFAULT 0,
     cycled_at       timestamptz,
     structure       numeric,
-    last_error      text
+    last_error      text,
+    report_only_until timestamptz,
+    export          text,
+    exported_upto   timestamptz,
+    export_looked_at timestamptz
 );
 COMMENT ON TABLE amazon_pii.policy IS 'One row a policy: the document in force';
 COMMENT ON COLUMN amazon_pii.policy.search_path IS 'The path under which expressions and code of the tables'' owners run';
+COMMENT ON COLUMN amazon_pii.policy.path_schemas IS 'The schemas of that path when the policy was applied: JSON array of [number, name]';
 COMMENT ON COLUMN amazon_pii.policy.suspended IS 'Why cycles leave this policy alone until it is applied again';
+COMMENT ON COLUMN amazon_pii.policy.report_only_until IS 'Before this moment cycles only say what they would do';
+COMMENT ON COLUMN amazon_pii.policy.export IS 'warn or require; NULL where the document does not say';
+COMMENT ON COLUMN amazon_pii.policy.exported_upto IS 'The accounting data of orders whose clock started up to this moment is exported';
+COMMENT ON COLUMN amazon_pii.policy.export_looked_at IS 'When orders that are not exported were last looked for';
 COMMENT ON COLUMN amazon_pii.policy.recheck_page IS 'Page of order_state from which redacted orders are looked at again';
 COMMENT ON COLUMN amazon_pii.policy.recheck_left IS 'Pages that are left of today''s share';
 COMMENT ON COLUMN amazon_pii.policy.structure IS 'What the last cycle saw of the catalog; while that stays, a cycle with nothing due does nothing';
@@ -46,17 +56,43 @@ CREATE TABLE amazon_pii.policy_table (
     relation        regclass    NOT NULL,
     owner           name        NOT NULL,
     archived_as     text        NOT NULL,
+    numbered_in     oid         NOT NULL,
+    whole           boolean     NOT NULL,
     PRIMARY KEY (policy, entry)
 );
+COMMENT ON COLUMN amazon_pii.policy_table.numbered_in IS 'The table whose columns have the numbers in policy_column; another one than relation after a dump was restored';
+COMMENT ON COLUMN amazon_pii.policy_table.whole IS 'Its rows go as a whole, or it is the history: no column of it has to be classified';
 COMMENT ON COLUMN amazon_pii.policy_table.archived_as IS 'The name under which the archive knows the table, whatever it is called now';
 COMMENT ON TABLE amazon_pii.policy_table IS 'The tables of a policy and their owners when it was applied; entry '''' is the orders table';
+
+CREATE TABLE amazon_pii.policy_column (
+    policy          text        COLLATE "C" NOT NULL,
+    table_name      text        COLLATE "C" NOT NULL,
+    archived_as     text        COLLATE "C" NOT NULL,
+    number          int,
+    name            text        COLLATE "C" NOT NULL,
+    seen_as         text        COLLATE "C" NOT NULL,
+    former          text,
+    named           boolean     NOT NULL,
+    read            boolean     NOT NULL,
+    PRIMARY KEY (policy, table_name, archived_as)
+);
+COMMENT ON TABLE amazon_pii.policy_column IS 'The columns of a policy''s tables that were there when it was first applied, or that it names; all others are unclassified';
+COMMENT ON COLUMN amazon_pii.policy_column.table_name IS 'The name under which the archive knows the table';
+COMMENT ON COLUMN amazon_pii.policy_column.archived_as IS 'The name under which the archive knows the column, whatever it is called now';
+COMMENT ON COLUMN amazon_pii.policy_column.number IS 'By which a renamed column is found; NULL: it is gone';
+COMMENT ON COLUMN amazon_pii.policy_column.name IS 'Its name in the document in force';
+COMMENT ON COLUMN amazon_pii.policy_column.seen_as IS 'Its name when a cycle last looked, by which it is found in a restored dump';
+COMMENT ON COLUMN amazon_pii.policy_column.former IS 'Earlier names: JSON array of [last version of the policy that has it, name]';
+COMMENT ON COLUMN amazon_pii.policy_column.named IS 'The document needs it';
+COMMENT ON COLUMN amazon_pii.policy_column.read IS 'An expression of the policy reads it, and would have to be rewritten if it were renamed';
 
 CREATE TABLE amazon_pii.order_state (
     policy          text        COLLATE "C" NOT NULL,
     order_key       text        COLLATE "C" NOT NULL,
     order_number    text        COLLATE "C",
     status          text        NOT NULL CHECK (status IN
-                        ('flagged', 'scheduled', 'archived', 'redacted', 'retrieved', 'failed', 'purged', 'gone')),
+                        ('flagged', 'scheduled', 'archived', 'redacted', 'retrieved', 'failed', 'gone')),
     flagged_at      timestamptz NOT NULL DEFAULT pg_catalog.now(),
     flagged_by      text        NOT NULL DEFAULT 'import',
     anchor_at       timestamptz,
@@ -76,6 +112,9 @@ CREATE TABLE amazon_pii.order_state (
     next_due_at     timestamptz,
     records         text,
     effective_at    timestamptz,
+    asked           text        CHECK (asked IN ('erase', 'forget', 'forgotten')),
+    purged_at       timestamptz,
+    key_generation  bigint,
     follows         text        COLLATE "C",
     -- The order's key first: it alone finds a row, whatever the server believes of the number of policies.
     PRIMARY KEY (order_key, policy)
@@ -86,11 +125,17 @@ COMMENT ON COLUMN amazon_pii.order_state.effective_at IS 'Before this moment the
 COMMENT ON COLUMN amazon_pii.order_state.stale_at IS 'When an order without an anchor is stale; NULL where the policy does not say';
 COMMENT ON COLUMN amazon_pii.order_state.next_due_at IS 'When a cycle has to look at the order again; NULL: nothing to do';
 COMMENT ON COLUMN amazon_pii.order_state.records IS 'The rows of the user''s that hold, or held, its personal data: JSON array of [table, key, entry, newest archived version]';
+COMMENT ON COLUMN amazon_pii.order_state.asked IS 'What was asked for: erase or forget until that is done; forgotten: what comes back is redacted without a copy';
+COMMENT ON COLUMN amazon_pii.order_state.purged_at IS 'When its archive was destroyed; NULL while there may be one. Views show such an order as purged';
+COMMENT ON COLUMN amazon_pii.order_state.key_generation IS 'The newest of its data keys that were destroyed: the next one is another';
 COMMENT ON COLUMN amazon_pii.order_state.follows IS 'The retrieved order that it replaces: it is redacted when that retrieval ends';
 CREATE INDEX order_state_follows ON amazon_pii.order_state (follows, policy) WHERE follows IS NOT NULL;
 -- Partial: an import of orders that are not dispatched yet does not touch it.
 CREATE INDEX order_state_due ON amazon_pii.order_state (policy, next_due_at) WHERE next_due_at IS NOT NULL;
 CREATE INDEX order_state_stale ON amazon_pii.order_state (policy, stale_at) WHERE status = 'flagged' AND stale_at IS NOT NULL;
+-- In the order in which archives come to the end of their time, whatever the policy says that this is.
+CREATE INDEX order_state_kept ON amazon_pii.order_state (policy, COALESCE(redacted_at, redact_due_at))
+    WHERE status IN ('redacted', 'gone') AND purged_at IS NULL;
 -- By hash: numbers come in no order, and are only ever asked for one by one.
 CREATE INDEX order_state_number ON amazon_pii.order_state USING hash (order_number);
 
@@ -217,6 +262,22 @@ CREATE INDEX file_outbox_waiting ON amazon_pii.file_outbox (policy, file_id) WHE
 -- For changes of keys.
 CREATE INDEX file_outbox_record ON amazon_pii.file_outbox (table_name, record_key);
 
+CREATE TABLE amazon_pii.orphan (
+    orphan_id       bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    policy          text        COLLATE "C" NOT NULL,
+    order_key       text        COLLATE "C" NOT NULL,
+    order_number    text        COLLATE "C",
+    link            text,
+    next_attempt_at timestamptz NOT NULL DEFAULT '-infinity',
+    table_name      text        COLLATE "C",
+    record_key      text        COLLATE "C"
+);
+COMMENT ON TABLE amazon_pii.orphan IS 'Customers that orders were imported with before they got the generic one, and what hangs on them';
+COMMENT ON COLUMN amazon_pii.orphan.link IS 'What the order pointed at the customer with, until a cycle has found the row';
+CREATE INDEX orphan_new ON amazon_pii.orphan (policy, next_attempt_at) WHERE record_key IS NULL;
+CREATE UNIQUE INDEX orphan_record ON amazon_pii.orphan (record_key, table_name, policy, order_key) WHERE record_key IS NOT NULL;
+CREATE INDEX orphan_order ON amazon_pii.orphan (order_key, policy);
+
 -- regclass, as in policy_table.
 CREATE TABLE amazon_pii.own_row (
     relation        regclass    NOT NULL,
@@ -227,7 +288,6 @@ CREATE TABLE amazon_pii.own_row (
 );
 COMMENT ON TABLE amazon_pii.own_row IS 'Lines that the extension wrote into a history of the shop''s: what they say is not redacted';
 COMMENT ON COLUMN amazon_pii.own_row.words IS 'JSON object of the columns and what was written there, expressions over the order left out';
-
 CREATE TABLE amazon_pii.run (
     run_id          bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     policy          text        COLLATE "C" NOT NULL,
@@ -281,11 +341,13 @@ DO $$
 DECLARE
     kept text;
 BEGIN
-    FOREACH kept IN ARRAY ARRAY['policy', 'policy_version', 'policy_table', 'order_state', 'record_state', 'renamed', 'aged_table', 'aged_row', 'file_outbox', 'own_row', 'run', 'audit_entry'] LOOP
+    FOREACH kept IN ARRAY ARRAY['policy', 'policy_version', 'policy_table', 'policy_column', 'order_state', 'record_state', 'renamed', 'aged_table', 'aged_row',
+            'file_outbox', 'own_row', 'orphan', 'run', 'audit_entry'] LOOP
         PERFORM pg_extension_config_dump(('amazon_pii.' || kept)::regclass, '');
     END LOOP;
     PERFORM pg_extension_config_dump(pg_get_serial_sequence('amazon_pii.renamed', 'renamed_id')::regclass, '');
     PERFORM pg_extension_config_dump(pg_get_serial_sequence('amazon_pii.file_outbox', 'file_id')::regclass, '');
+    PERFORM pg_extension_config_dump(pg_get_serial_sequence('amazon_pii.orphan', 'orphan_id')::regclass, '');
     PERFORM pg_extension_config_dump(pg_get_serial_sequence('amazon_pii.run', 'run_id')::regclass, '');
     PERFORM pg_extension_config_dump(pg_get_serial_sequence('amazon_pii.audit_entry', 'audit_id')::regclass, '');
 END

@@ -25,6 +25,11 @@ CREATE FUNCTION amazon_pii.drop_policy(policy text) RETURNS void
 COMMENT ON FUNCTION amazon_pii.drop_policy(text) IS
     'Removes a policy, its triggers and the states of its orders; archive, keys and audit log stay. Needs amazon_pii_admin';
 
+CREATE FUNCTION amazon_pii.mark_exported(policy text, upto timestamptz, back boolean DEFAULT false) RETURNS bigint
+    LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'mark_exported_wrapper';
+COMMENT ON FUNCTION amazon_pii.mark_exported(text, timestamptz, boolean) IS
+    'Notes that the accounting data of orders whose anchor is not after this moment is exported; returns how many orders that adds. An earlier moment than the last needs back => true. Needs amazon_pii_admin';
+
 CREATE PROCEDURE amazon_pii.run_cycle(
     policy text DEFAULT NULL, sweep boolean DEFAULT false,
     INOUT flagged bigint DEFAULT 0, INOUT archived bigint DEFAULT 0, INOUT redacted bigint DEFAULT 0,
@@ -81,6 +86,26 @@ CREATE FUNCTION amazon_pii.unflag(order_number text, reason text DEFAULT NULL, p
 COMMENT ON FUNCTION amazon_pii.unflag(text, text, text, text) IS
     'Writes an order''s personal data back for good and stops tracking it, for the victims of a wrong policy; the archive stays. Needs amazon_pii_admin';
 
+CREATE FUNCTION amazon_pii.erase(order_number text, reason text DEFAULT NULL, policy text DEFAULT NULL, key text DEFAULT NULL)
+    RETURNS void LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'erase_wrapper';
+COMMENT ON FUNCTION amazon_pii.erase(text, text, text, text) IS
+    'Makes an order due at once: the next cycle archives and redacts it, whatever its clock says. Needs amazon_pii_admin. 55000 held or deleted';
+
+CREATE FUNCTION amazon_pii.shred(order_number text, reason text DEFAULT NULL, policy text DEFAULT NULL, key text DEFAULT NULL)
+    RETURNS void LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'shred_wrapper';
+COMMENT ON FUNCTION amazon_pii.shred(text, text, text, text) IS
+    'Destroys the data keys and the archived documents of a redacted order: nothing brings its personal data back. Needs amazon_pii_admin. 55000 not redacted, 42704 already destroyed';
+
+CREATE FUNCTION amazon_pii.forget(order_number text, reason text DEFAULT NULL, policy text DEFAULT NULL, key text DEFAULT NULL)
+    RETURNS void LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'forget_wrapper';
+COMMENT ON FUNCTION amazon_pii.forget(text, text, text, text) IS
+    'Both: the next cycle redacts the order and destroys its archive in the same transaction; what an import brings back later is redacted without being archived. Needs amazon_pii_admin. 55000 held';
+
+CREATE FUNCTION amazon_pii.certificate(order_number text, policy text DEFAULT NULL, key text DEFAULT NULL)
+    RETURNS jsonb LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'certificate_wrapper';
+COMMENT ON FUNCTION amazon_pii.certificate(text, text, text) IS
+    'What was done to an order, when, why, by whom, to how many records, with a digest of its audit entries; no personal data. 55000 until it is done. Needs amazon_pii_admin or amazon_pii_auditor';
+
 CREATE FUNCTION amazon_pii.explain_order(order_number text)
     RETURNS TABLE (step text, object text, detail text)
     LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'explain_order_wrapper';
@@ -114,7 +139,6 @@ CREATE FUNCTION amazon_pii.assert_mergeable(policy text, key_a text, key_b text)
     LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'assert_mergeable_wrapper';
 COMMENT ON FUNCTION amazon_pii.assert_mergeable(text, text, text) IS
     'Fails (55000) unless the personal data of both customers is where it was: nothing of it archived, redacted or retrieved. Needs amazon_pii_admin or amazon_pii_operator';
-
 -- Triggers of ours on the user's tables. Nobody needs EXECUTE to fire one; creating one does.
 CREATE FUNCTION amazon_pii.on_change() RETURNS trigger
     LANGUAGE c AS 'MODULE_PATHNAME', 'on_change_wrapper';
@@ -124,9 +148,17 @@ CREATE FUNCTION amazon_pii.on_apply() RETURNS trigger
     LANGUAGE c AS 'MODULE_PATHNAME', 'on_apply_wrapper';
 COMMENT ON FUNCTION amazon_pii.on_apply() IS 'Notes the keys of rows that logical replication applies; made and dropped by the extension';
 
+CREATE FUNCTION amazon_pii.on_assign() RETURNS trigger
+    LANGUAGE c AS 'MODULE_PATHNAME', 'on_assign_wrapper';
+COMMENT ON FUNCTION amazon_pii.on_assign() IS 'Gives Amazon orders the generic customer; made and dropped by the extension';
+
 CREATE FUNCTION amazon_pii.on_ignore() RETURNS trigger
     LANGUAGE c AS 'MODULE_PATHNAME', 'on_ignore_wrapper';
 COMMENT ON FUNCTION amazon_pii.on_ignore() IS 'Keeps the personal data of retrieved rows as it is; made and dropped by the extension';
+
+CREATE FUNCTION amazon_pii.on_reimport() RETURNS trigger
+    LANGUAGE c AS 'MODULE_PATHNAME', 'on_reimport_wrapper';
+COMMENT ON FUNCTION amazon_pii.on_reimport() IS 'Keeps redacted cells as they are when they are written again; made and dropped by the extension';
 
 CREATE FUNCTION amazon_pii.refuse_change() RETURNS trigger LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN

@@ -7,7 +7,9 @@ REVOKE ALL ON ALL ROUTINES IN SCHEMA amazon_pii FROM PUBLIC;
 GRANT USAGE ON SCHEMA amazon_pii TO amazon_pii_admin, amazon_pii_operator, amazon_pii_auditor, amazon_pii_files;
 
 GRANT EXECUTE ON FUNCTION amazon_pii.apply_policy(jsonb), amazon_pii.check_policy(jsonb), amazon_pii.enable_policy(text),
-    amazon_pii.disable_policy(text), amazon_pii.drop_policy(text), amazon_pii.unflag(text, text, text, text)
+    amazon_pii.disable_policy(text), amazon_pii.drop_policy(text), amazon_pii.unflag(text, text, text, text),
+    amazon_pii.mark_exported(text, timestamptz, boolean),
+    amazon_pii.erase(text, text, text, text), amazon_pii.shred(text, text, text, text), amazon_pii.forget(text, text, text, text)
     TO amazon_pii_admin;
 GRANT EXECUTE ON PROCEDURE amazon_pii.run_cycle(text, boolean, bigint, bigint, bigint, bigint, bigint) TO amazon_pii_admin;
 GRANT EXECUTE ON FUNCTION amazon_pii.retrieve(text, text, text, text), amazon_pii.end_retrieval(text, text, text),
@@ -17,12 +19,13 @@ GRANT EXECUTE ON FUNCTION amazon_pii.retrieve(text, text, text, text), amazon_pi
 GRANT EXECUTE ON FUNCTION amazon_pii.files_due(text, bigint), amazon_pii.ack_file(bigint) TO amazon_pii_operator, amazon_pii_files;
 GRANT EXECUTE ON FUNCTION amazon_pii.find_orders(text), amazon_pii.find_duplicates(text),
     amazon_pii.assert_mergeable(text, text, text) TO amazon_pii_admin, amazon_pii_operator;
-GRANT EXECUTE ON FUNCTION amazon_pii.verify(text, text) TO amazon_pii_admin, amazon_pii_auditor;
+GRANT EXECUTE ON FUNCTION amazon_pii.verify(text, text), amazon_pii.certificate(text, text, text) TO amazon_pii_admin, amazon_pii_auditor;
 GRANT EXECUTE ON FUNCTION amazon_pii.preview(text, timestamptz), amazon_pii.explain_order(text)
     TO amazon_pii_admin, amazon_pii_operator, amazon_pii_auditor;
 
 GRANT SELECT ON amazon_pii.policies TO amazon_pii_admin, amazon_pii_auditor;
-GRANT SELECT ON amazon_pii.status, amazon_pii.runs, amazon_pii.by_age, amazon_pii.files TO amazon_pii_admin, amazon_pii_operator, amazon_pii_auditor;
+GRANT SELECT ON amazon_pii.status, amazon_pii.unclassified, amazon_pii.runs, amazon_pii.by_age, amazon_pii.files
+    TO amazon_pii_admin, amazon_pii_operator, amazon_pii_auditor;
 GRANT SELECT ON amazon_pii.orders, amazon_pii.records, amazon_pii.overdue, amazon_pii.upcoming
     TO amazon_pii_admin, amazon_pii_operator;
 GRANT SELECT ON amazon_pii.audit_log TO amazon_pii_auditor;

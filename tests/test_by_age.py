@@ -1,6 +1,7 @@
 """Rows that no order leads to (`by_age`): they go by their age, without a copy, and nothing else does."""
 import copy
 import json
+import time
 from contextlib import closing
 
 import pytest
@@ -194,6 +195,30 @@ def test_a_locked_row_is_left_for_later(shop):
     run_cycle(shop)
     # It does not meet the condition any more.
     assert ids(shop) == [2] and line(shop) == (0, 0, None) and shop.sql("SELECT * FROM amazon_pii.aged_row") == []
+
+
+def test_a_row_whose_trigger_waits_stops_nobody_else(shop):
+    """Breaks when what a trigger of one row waits for keeps the others from going; or a locked table is waited for row by row."""
+    add_mail(shop, 1, 20, "40 days")
+    shop.psql("""SET ROLE shop_owner; CREATE TABLE shop.held (id int); INSERT INTO shop.held VALUES (1);
+        CREATE FUNCTION shop.want() RETURNS trigger LANGUAGE plpgsql AS
+            $$ BEGIN IF OLD.id = 5 THEN UPDATE shop.held SET id = 1; END IF; RETURN OLD; END $$;
+        CREATE TRIGGER want BEFORE DELETE ON shop.raw_mail FOR EACH ROW EXECUTE FUNCTION shop.want();""")
+    shop.apply_policy(aged_policy(MAIL))
+    with closing(shop.connect("shop_owner", autocommit=False)) as other:
+        other.cursor().execute("UPDATE shop.held SET id = 2")
+        assert run_cycle(shop)["failed"] == 0
+        assert ids(shop) == [5] and line(shop) == (1, 0, None)
+        other.rollback()
+        add_mail(shop, 21, 22, "40 days")
+        other.cursor().execute("LOCK TABLE shop.raw_mail")
+        look_again(shop)
+        begun = time.monotonic()
+        run_cycle(shop)
+        assert time.monotonic() - begun < 30 and shop.sql("SELECT last_error FROM amazon_pii.status") == [(None,)]
+        other.rollback()
+    run_cycle(shop)
+    assert ids(shop) == []
 
 
 def test_a_row_that_comes_back_or_comes_late_is_found(shop):

@@ -71,8 +71,9 @@ BROKEN = {
     "a redacted column is gone": (
         shop_policy(), ("shop_owner", "ALTER TABLE shop.orders DROP COLUMN shop_note"),
         ("pii_admin", shop_policy(orders={**ORDERS, "redact": ["gift_message"]}))),
+    # One that is named barely would be followed.
     "a column of an expression is gone": (
-        shop_policy(), ("shop_owner", "ALTER TABLE shop.orders RENAME shipped_at TO sent_at; ALTER TABLE shop.orders ADD shipped_on timestamptz"),
+        shop_policy(orders={**ORDERS, "anchor": "shipped_at + '0 days'::interval"}), ("shop_owner", "ALTER TABLE shop.orders RENAME shipped_at TO sent_at; ALTER TABLE shop.orders ADD shipped_on timestamptz"),
         ("shop_owner", "ALTER TABLE shop.orders DROP shipped_on; ALTER TABLE shop.orders RENAME sent_at TO shipped_at")),
     "a linked table is gone": (
         shop_policy(), ("shop_owner", "DROP TABLE shop.invoice_lines"),

@@ -6,6 +6,7 @@ from contextlib import closing
 
 import pytest
 from cluster import wait_until
+from conftest import new_database
 from support import (
     PLACEHOLDER, add_invoice, add_order, documents, end_retrieval, hurry, number, open_shop, order_row, order_value, refused,
     retrieve, run_cycle, shop_policy, sweep,
@@ -325,3 +326,32 @@ def test_keys_that_change_take_their_files_along(cleaned):
               "UPDATE shop.orders SET id = 7 WHERE id = 1; UPDATE shop.invoices SET order_id = 7 WHERE id = 10; UPDATE shop.addresses SET order_id = 7 WHERE order_id = 1;"
               "ALTER TABLE shop.invoice_lines DROP CONSTRAINT invoice_lines_invoice_id_fkey; UPDATE shop.invoices SET id = 70 WHERE id = 10")
     assert [f[1:] for f in due(shop)] == [('["7"]', "shop.invoices", '["70"]', "/bills/10.pdf")]
+
+
+def test_a_dump_carries_what_is_still_to_be_done(cleaned):
+    """Breaks when a restored database has forgotten files that wait, or rows by age, or gives their numbers to others."""
+    shop = cleaned
+    set_path(shop, 10, "/bills/10.pdf")
+    shop.sql("CREATE TABLE shop.raw (id int PRIMARY KEY, at timestamptz); CREATE INDEX ON shop.raw (at); CREATE TABLE shop.refers (raw int REFERENCES shop.raw);"
+             "INSERT INTO shop.raw SELECT i, now() - '40 days'::interval FROM generate_series(1, 3) AS i", user="shop_owner")
+    aged = {"table": "shop.raw", "at": "at", "after": "30 days", "on_redact": "delete", "archive": False}
+    shop.apply_policy(policy({**INVOICES, "redact": {"bill_to": "placeholder", "path": "null"}, "files": "path"}, by_age=[aged]))
+    shop.sql("INSERT INTO shop.refers VALUES (2)", user="shop_owner")
+    run_cycle(shop)
+    files, failed = due(shop), shop.sql("SELECT * FROM amazon_pii.aged_row")
+    assert len(files) == 1 and len(failed) == 1
+    dump = shop.cluster.client("pg_dump", "-d", shop.name).stdout
+    assert "bills/10" not in dump
+    copy_of = new_database(shop.cluster, "template0")
+    try:
+        copy_of.psql(dump)
+        assert due(copy_of) == files and copy_of.sql("SELECT * FROM amazon_pii.aged_row") == failed
+        shown = "SELECT entry, table_name, overdue, failed FROM amazon_pii.by_age"
+        assert copy_of.sql(shown) == shop.sql(shown) == [("by_age[0]", "shop.raw", 1, 1)]
+        set_path(copy_of, 20, "/bills/20.pdf")
+        copy_of.sql("UPDATE shop.invoices SET bill_to = 'Jane Doe' WHERE id = 20; DELETE FROM shop.refers", user="shop_owner")
+        copy_of.sql("UPDATE amazon_pii.aged_row SET next_attempt_at = now(); UPDATE amazon_pii.aged_table SET next_look_at = now()")
+        run_cycle(copy_of)
+        assert [f[4] for f in due(copy_of)] == ["/bills/10.pdf", "/bills/20.pdf"] and copy_of.sql("SELECT id FROM shop.raw") == []
+    finally:
+        copy_of.drop()

@@ -5,7 +5,9 @@ import json
 import pytest
 from cluster import wait_until
 from conftest import add_extension, new_database
-from support import add_order, fill, number, open_shop, order_number, run_cycle, shop_policy, sweep
+from support import (
+    add_order, end_retrieval, fill, number, open_shop, order_number, retrieve, run_cycle, shop_policy, sweep,
+)
 
 
 class Ear:
@@ -71,6 +73,60 @@ def test_news_comes_before_what_the_cycle_does(shop):
     add_order(shop, 1)
     run_cycle(shop)
     assert shop.ear.heard() == [("flagged", 1, keys(1)), ("archived", 1, keys(1)), ("redacted", 1, keys(1))]
+
+
+def test_every_step_of_an_order_is_announced_once_a_batch(shop):
+    """Breaks when somebody who listens misses a change of state, or is told of one twice."""
+    for order in (1, 2, 3):
+        add_order(shop, order, shipped="29 days 1 hour")
+    run_cycle(shop)
+    assert shop.ear.heard() == [("flagged", 3, keys(1, 2, 3)), ("archived", 3, keys(1, 2, 3))]
+    hold = "SELECT amazon_pii.hold(%s, 'chargeback', now() + '1 day'::interval)"
+    shop.sql(hold, [number(3)], "pii_operator")
+    assert shop.ear.heard() == [("hold", 1, keys(3))]
+    shop.sql("UPDATE amazon_pii.order_state SET redact_due_at = now(), next_due_at = LEAST(next_due_at, GREATEST(now(), held_until))")
+    run_cycle(shop)
+    assert shop.ear.heard() == [("redacted", 2, keys(1, 2))]
+    shop.sql("SELECT amazon_pii.release(%s)", [number(3)], "pii_operator")
+    assert shop.ear.heard() == [("release", 1, keys(3))]
+    run_cycle(shop)
+    assert shop.ear.heard() == [("redacted", 1, keys(3))]
+    retrieve(shop, number(1))
+    assert shop.ear.heard() == [("retrieved", 1, keys(1))]
+    end_retrieval(shop, number(1))
+    assert shop.ear.heard() == [("end_retrieval", 1, keys(1))]
+    run_cycle(shop)
+    assert shop.ear.heard() == [("redacted", 1, keys(1))]
+    # Its own end, nobody's doing.
+    retrieve(shop, number(2))
+    shop.sql("UPDATE amazon_pii.order_state SET retrieved_until = now(), next_due_at = now() WHERE status = 'retrieved'")
+    shop.ear.heard()
+    run_cycle(shop)
+    assert shop.ear.heard() == [("redacted", 1, keys(2))]
+    # Personal data comes back.
+    shop.sql("UPDATE shop.orders SET gift_message = 'Dear Jane' WHERE id = 3", user="shop_owner")
+    run_cycle(shop)
+    assert shop.ear.heard() == [("redacted", 1, keys(3))]
+    shop.sql("SELECT * FROM amazon_pii.unflag(%s, 'wrong policy')", [number(3)], "pii_admin")
+    assert shop.ear.heard() == [("unflagged", 1, keys(3))]
+    shop.sql("DELETE FROM shop.addresses WHERE order_id = 1; DELETE FROM shop.orders WHERE id = 1", user="shop_owner")
+    run_cycle(shop)
+    assert shop.ear.heard() == [("gone", 1, keys(1))]
+    run_cycle(shop)
+    assert shop.ear.heard() == []
+
+
+def test_failures_are_announced_once_each(shop):
+    """Breaks when an order that fails is announced with its batch, or not at all, or again while it waits."""
+    for order in (1, 2):
+        add_order(shop, order)
+    shop.psql("""SET ROLE shop_owner; CREATE FUNCTION shop.no() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'no'; END $$;
+        CREATE TRIGGER no BEFORE UPDATE ON shop.addresses FOR EACH ROW WHEN (OLD.order_id = 1) EXECUTE FUNCTION shop.no();""")
+    run_cycle(shop)
+    heard = [h for h in shop.ear.heard() if h[0] != "overdue"]
+    assert heard == [("flagged", 2, keys(1, 2)), ("archived", 2, keys(1, 2)), ("failed", 1, keys(1)), ("redacted", 1, keys(2))]
+    run_cycle(shop)
+    assert {h[0] for h in shop.ear.heard()} == {"overdue"}
 
 
 def test_deleted_orders_are_announced(shop):

@@ -42,6 +42,10 @@ CALLS = {
     "SELECT amazon_pii.drop_policy('none')": {"pii_admin"},
     "CALL amazon_pii.run_cycle('none')": {"pii_admin"},
     "SELECT * FROM amazon_pii.unflag('none')": {"pii_admin"},
+    "SELECT amazon_pii.erase('none', 'return')": {"pii_admin"},
+    "SELECT amazon_pii.shred('none', 'return')": {"pii_admin"},
+    "SELECT amazon_pii.forget('none', 'return')": {"pii_admin"},
+    "SELECT amazon_pii.certificate('none')": {"pii_admin", "pii_auditor"},
     "SELECT * FROM amazon_pii.retrieve('none', 'return')": {"pii_operator"},
     "SELECT amazon_pii.peek('none', 'return')": {"pii_operator"},
     "SELECT amazon_pii.end_retrieval('none')": {"pii_operator"},
@@ -63,7 +67,7 @@ CALLS = {
     "SELECT * FROM amazon_pii_archive.document": set(),
     "SELECT * FROM amazon_pii_archive.data_key": set(),
     "INSERT INTO amazon_pii.touched (policy, entry) VALUES ('shop', '')": set(),
-    "UPDATE amazon_pii.orders SET status = 'redacted'": set(),
+    "UPDATE amazon_pii.orders SET attempts = 0": set(),
     "DELETE FROM amazon_pii.audit_entry": set(),
 }
 USERS = ("pii_admin", "pii_operator", "pii_auditor", "shop_owner", "other_owner", "nobody_special")
@@ -107,7 +111,7 @@ def test_status_needs_no_library(applied):
 # Functions and settings where they do not belong
 
 
-@pytest.mark.parametrize("function", ["on_change()", "on_apply()", "on_ignore()", "on_ddl()", "refuse_change()"])
+@pytest.mark.parametrize("function", ["on_change()", "on_apply()", "on_ignore()", "on_reimport()", "on_ddl()", "refuse_change()"])
 def test_trigger_functions_cannot_be_called(applied, function):
     """Breaks when one of them, called by hand, crashes the server or does something."""
     for user in USERS:
@@ -125,7 +129,7 @@ def test_nobody_makes_a_trigger_of_ours(applied, user):
     """Breaks when a user can attach on_change to a table of his own, and so speak for somebody's policy."""
     applied.sql(f"GRANT CREATE ON DATABASE {applied.name} TO {user}")
     applied.sql("CREATE SCHEMA mine; CREATE TABLE mine.orders (id bigint PRIMARY KEY)", user=user)
-    for function in ("on_change", "on_apply", "on_ignore"):
+    for function in ("on_change", "on_apply", "on_ignore", "on_reimport"):
         with refused("42501"):
             applied.sql(f"CREATE TRIGGER t AFTER INSERT ON mine.orders FOR EACH ROW EXECUTE FUNCTION amazon_pii.{function}('shop', '')", user=user)
 

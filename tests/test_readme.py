@@ -68,7 +68,8 @@ def test_every_policy_fragment_is_accepted(read):
     read.psql(ROOT / "tests/fixtures/readme.sql")
     assert len(FRAGMENTS) > 8
     for fragment in FRAGMENTS:
-        document = {**base, **fragment}
+        # A policy of its own: the tables have got columns since the README's was applied.
+        document = {**base, **fragment, "policy": "fragment"}
         assert read.check_policy(document, user="dba") == [], fragment
 
 

@@ -17,6 +17,10 @@ FUNCTIONS = {
     "drop_policy(text)": ("SELECT amazon_pii.drop_policy('nothing')", {ADMIN}),
     "run_cycle(text,boolean,bigint,bigint,bigint,bigint,bigint)": ("CALL amazon_pii.run_cycle('nothing')", {ADMIN}),
     "unflag(text,text,text,text)": ("SELECT amazon_pii.unflag('nothing', 'x')", {ADMIN}),
+    "erase(text,text,text,text)": ("SELECT amazon_pii.erase('nothing', 'x')", {ADMIN}),
+    "shred(text,text,text,text)": ("SELECT amazon_pii.shred('nothing', 'x')", {ADMIN}),
+    "forget(text,text,text,text)": ("SELECT amazon_pii.forget('nothing', 'x')", {ADMIN}),
+    "certificate(text,text,text)": ("SELECT amazon_pii.certificate('nothing')", {ADMIN, AUDITOR}),
     "retrieve(text,text,text,text)": ("SELECT amazon_pii.retrieve('nothing', 'x')", {OPERATOR}),
     "peek(text,text,text,text)": ("SELECT amazon_pii.peek('nothing', 'x')", {OPERATOR}),
     "end_retrieval(text,text,text)": ("SELECT amazon_pii.end_retrieval('nothing')", {OPERATOR}),
@@ -27,6 +31,9 @@ FUNCTIONS = {
     "assert_mergeable(text,text,text)": ("SELECT amazon_pii.assert_mergeable('nothing', '1', '2')", {ADMIN, OPERATOR}),
     "preview(text,timestamp with time zone)": ("SELECT amazon_pii.preview('nothing')", set(EVERYBODY)),
     "explain_order(text)": ("SELECT amazon_pii.explain_order('nothing')", set(EVERYBODY)),
+    "mark_exported(text,timestamp with time zone,boolean)": ("SELECT amazon_pii.mark_exported('nothing', now())", {ADMIN}),
+    "files_due(text,bigint)": ("SELECT amazon_pii.files_due('nothing')", {OPERATOR}),
+    "ack_file(bigint)": ("SELECT amazon_pii.ack_file(1)", {OPERATOR}),
     "verify(text,text)": ("SELECT amazon_pii.verify('nothing')", {ADMIN, AUDITOR}),
     # Triggers cannot be called; making one of them needs EXECUTE.
     "on_change()": ("CREATE TRIGGER mine AFTER INSERT ON pg_temp.mine EXECUTE FUNCTION amazon_pii.on_change()", set()),
@@ -36,6 +43,7 @@ FUNCTIONS = {
 }
 VIEWS = {
     "audit_log": {AUDITOR}, "runs": set(EVERYBODY), "status": set(EVERYBODY), "policies": {ADMIN, AUDITOR},
+    "unclassified": set(EVERYBODY), "by_age": set(EVERYBODY), "files": set(EVERYBODY),
     "orders": {ADMIN, OPERATOR}, "records": {ADMIN, OPERATOR}, "overdue": {ADMIN, OPERATOR}, "upcoming": {ADMIN, OPERATOR},
 }
 USERS = (*EVERYBODY, "nobody_special", "shop_owner")

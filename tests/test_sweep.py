@@ -1,5 +1,6 @@
 """The sweep: what it leaves at a sum, and what it still finds. Nothing here counts on a clock."""
 import pytest
+from cluster import MAJOR
 from support import add_order, fill, open_shop, order_value, run_cycle, shop_policy, sweep
 
 FAR = {"archive_after": "3000 days", "redact_after": "3001 days"}
@@ -72,6 +73,38 @@ def test_what_no_trigger_saw_is_found(swept, statement, order, column, expected)
     assert fresh(swept) == 1, "the other slices are as they were"
     sweep(swept)
     assert fresh(swept) == 0
+
+
+@pytest.mark.parametrize("year", [2026, 2099, 2100, 2600])
+def test_a_microsecond_is_not_lost(swept, year):
+    """Breaks when a sum sees times as numbers that are too coarse for them."""
+    for second in ("29.999999", "30", "30.000001", "30.000002"):
+        moment = f"{year}-12-31 23:59:{second}+00"
+        unseen(swept, f"UPDATE shop.orders SET shipped_at = '{moment}' WHERE id = 20")
+        sweep(swept)
+        assert order_value(swept, 20, f"anchor_at = '{moment}'")
+
+
+@pytest.mark.skipif(MAJOR < 15, reason="statistics are told at once since PostgreSQL 15")
+def test_slices_that_are_all_known_are_summed_up_together(swept):
+    """Breaks when each costs a statement of its own; and when what has changed is not searched for among them."""
+    def scans(action):
+        def told():
+            swept.sql("SELECT pg_stat_force_next_flush()", user="pii_admin")
+            return swept.sql("SELECT seq_scan, idx_scan FROM pg_stat_user_tables WHERE relid = 'shop.orders'::regclass")[0]
+        before = told()
+        action()
+        return tuple(a - b for a, b in zip(told(), before))
+
+    swept.session("pii_admin").close()
+    assert scans(lambda: sweep(swept)) == (1, 0)
+    unseen(swept, "UPDATE shop.orders SET external_no = 'other' WHERE id = 200010")
+    # All, the first slice, two that are not what they were, the second, its orders, and what comes after it.
+    assert scans(lambda: sweep(swept))[0] == 1
+    assert order_value(swept, 200010, "order_number") == "other"
+    assert fresh(swept) == 1
+    swept.session("pii_admin").close()
+    assert scans(lambda: sweep(swept)) == (1, 0)
 
 
 def test_slices_grow_split_and_unite(swept):
@@ -175,3 +208,14 @@ def test_every_redacted_order_is_looked_at_within_a_week(db):
         found.append(db.value("SELECT count(*) FROM shop.orders WHERE gift_message = '[Redacted]'"))
     assert found[-1] == 2000
     assert 0 < found[0] < 1000, "a part a day"
+
+
+def test_redacted_orders_are_looked_at_where_they_are_few(swept):
+    """Breaks when the re-check ends with the first part of the state table in which it finds nothing."""
+    swept.sql("INSERT INTO shop.orders (id, external_no, channel, shipped_at, gift_message) "
+              "VALUES (1000000, 'old', 'amazon', now() - '4000 days'::interval, 'Note')", user="shop_owner")
+    assert run_cycle(swept)["redacted"] == 1
+    assert swept.value("""SELECT (ctid::text::point)[0] FROM amazon_pii.order_state WHERE order_key = '["1000000"]'""") > 256
+    unseen(swept, "UPDATE shop.orders SET gift_message = 'back again' WHERE id = 1000000")
+    sweep(swept)
+    assert swept.value("SELECT gift_message FROM shop.orders WHERE id = 1000000") == "[Redacted]"

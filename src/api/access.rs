@@ -6,7 +6,7 @@ use crate::pg::error::{Error, Result, or_raise};
 use crate::pg::xact;
 
 /// The order that a call names; NULL is no number.
-fn target<'a>(number: Option<&'a str>, policy: Option<&'a str>, key: Option<&'a str>) -> Result<Target<'a>> {
+pub(super) fn target<'a>(number: Option<&'a str>, policy: Option<&'a str>, key: Option<&'a str>) -> Result<Target<'a>> {
     let number = number.ok_or_else(|| Error::invalid("the order number must not be null"))?;
     Ok(Target { number, policy, key })
 }

@@ -3,6 +3,7 @@
 mod access;
 mod customers;
 mod cycle;
+mod ending;
 mod files;
 mod policy;
 mod trigger;

@@ -1,6 +1,7 @@
 use pgrx::prelude::*;
 
 use crate::engine::apply;
+use crate::engine::export;
 use crate::engine::inspect;
 use crate::pg::error::or_raise;
 
@@ -47,6 +48,11 @@ fn disable_policy(policy: &str) {
 #[pg_extern(sql = false)]
 fn drop_policy(policy: &str) {
     or_raise(apply::drop(policy));
+}
+
+#[pg_extern(sql = false)]
+fn mark_exported(policy: &str, upto: TimestampWithTimeZone, back: bool) -> i64 {
+    or_raise(crate::pg::xact::from_server(upto).and_then(|at| export::mark(policy, &at, back)))
 }
 
 #[pg_extern(sql = false)]

@@ -12,6 +12,7 @@ pub mod pace;
 pub mod policy;
 pub mod reason;
 pub mod sample;
+pub mod scrub;
 pub mod sought;
 pub mod treatment;
 pub mod vault;

@@ -4,6 +4,7 @@
 //! policy is applied.
 
 mod check;
+mod columns;
 mod document;
 mod history;
 mod moment;
@@ -54,8 +55,14 @@ pub struct Policy {
     pub enabled: bool,
     /// Before this moment orders are flagged and shown, and not touched.
     pub effective_from: Option<DateTime<Utc>>,
+    /// Before this moment cycles say what they would do, and flag only.
+    pub report_only_until: Option<DateTime<Utc>>,
+    /// What the export of accounting data means to redaction, if the document says so.
+    pub export: Option<Export>,
     /// What a write to a retrieved order's personal data meets.
     pub when_retrieved: WhenRetrieved,
+    /// What a write of personal data to a redacted order meets.
+    pub on_reimport: OnReimport,
     /// Whether access needs a reason.
     pub reason: ReasonRule,
     /// Where accesses are written besides the audit log.
@@ -107,10 +114,16 @@ pub struct Orders {
     pub effective_from: Option<String>,
     /// What an order of another channel meets whose customer Amazon orders have.
     pub manual_orders: ManualOrders,
+    /// The customer that Amazon orders get instead of the importer's.
+    pub assign_customer: Option<AssignCustomer>,
     /// The personal data in the order's own row.
     pub redact: Redact,
+    /// Columns that are known to hold none.
+    pub keep: Vec<String>,
     /// A column or expression: where a file of the row's lies, outside of the database.
     pub files: Option<String>,
+    /// Columns that say of the order that it is redacted, with an expression for each.
+    pub mark: Vec<(String, String)>,
 }
 
 /// What starts an order's clock.
@@ -152,6 +165,10 @@ pub struct Linked {
     pub not_before: Option<String>,
     /// The personal data in these rows.
     pub redact: Redact,
+    /// Columns that are known to hold none.
+    pub keep: Vec<String>,
+    /// Columns that say of a row that it is redacted, with an expression for each.
+    pub mark: Vec<(String, String)>,
     /// Whether a row is overwritten or removed.
     pub on_redact: OnRedact,
     /// What these rows are to the order.
@@ -162,12 +179,12 @@ pub struct Linked {
     pub merge: Merge,
     /// Which orders keep a row alive that several of them use.
     pub shared: Shared,
+    /// Whether a new row has its order retrieved.
+    pub retrieve_on_insert: RetrieveOnInsert,
     /// Whether a row is archived before it is overwritten or removed.
     pub archive: bool,
     /// A column or expression: where a file of the row's lies, outside of the database.
     pub files: Option<String>,
-    /// Whether a new row has its order retrieved.
-    pub retrieve_on_insert: RetrieveOnInsert,
 }
 
 /// Rows that no order leads to, and that hold personal data until they are old. They are not archived: the document has said
@@ -186,6 +203,8 @@ pub struct ByAge {
     pub filter: Option<String>,
     /// The personal data in these rows; nothing where they go as a whole.
     pub redact: Redact,
+    /// Columns that are known to hold none.
+    pub keep: Vec<String>,
     /// Whether a row is overwritten or removed.
     pub on_redact: OnRedact,
 }
@@ -239,6 +258,8 @@ pub enum Treatment {
     ArrayPlaceholder,
     /// The first characters, this many.
     Prefix(usize),
+    /// The text without the order's own values of these columns, each named as entry and column.
+    Scrub(Vec<String>),
 }
 
 /// What a write to a retrieved order's personal data meets.
@@ -252,6 +273,19 @@ pub enum WhenRetrieved {
     Ignore,
 }
 
+/// What a write of personal data to a redacted order meets: the channel sends the order again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnReimport {
+    /// It goes through; the next cycle archives what is new, and redacts it.
+    #[default]
+    Redact,
+    /// What redaction left stays, the rest of the write goes through.
+    Keep,
+    /// An error.
+    Refuse,
+}
+
 /// Whether access to personal data needs a reason.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -261,6 +295,16 @@ pub enum ReasonRule {
     Required,
     /// It may be left out.
     Optional,
+}
+
+/// What happens to an order whose accounting data is not exported when it is due.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Export {
+    /// It is redacted; that is told before and after.
+    Warn,
+    /// It waits.
+    Require,
 }
 
 /// What happens to an order that has no anchor for too long.
@@ -300,6 +344,15 @@ pub enum RetrieveOnInsert {
     Always,
     /// When it meets this condition.
     When(String),
+}
+
+/// The customer that Amazon orders get instead of the importer's.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AssignCustomer {
+    /// The column of the orders table that points at the customer.
+    pub column: String,
+    /// What it holds for the generic customer, as text.
+    pub to: String,
 }
 
 /// What an order of another channel meets whose customer Amazon orders have.

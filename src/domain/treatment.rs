@@ -13,6 +13,7 @@ use serde_json::Value;
 use super::array_text::{ArrayError, redact_array};
 use super::json_text::{JsonError, JsonRule};
 use super::policy;
+use super::scrub::{Marks, Names};
 
 /// What kind of column a treatment is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,6 +39,8 @@ pub enum Outcome<'a> {
     Text(Cow<'a, str>),
     /// Write what the policy's SQL expression gives.
     Sql,
+    /// Write it without the names of its order, which are not known here.
+    Scrub,
 }
 
 /// Why a treatment does not fit its column. The caller names the column.
@@ -83,6 +86,7 @@ enum Action {
     Elements,
     Prefix(usize),
     Sql,
+    Scrub,
 }
 
 const KEY: &str = "{key}";
@@ -143,6 +147,7 @@ impl Treatment {
         let result: Cow<'_, str> = match &self.action {
             Action::Null => return Ok(Outcome::Null),
             Action::Sql => return Ok(Outcome::Sql),
+            Action::Scrub => return Ok(Outcome::Scrub),
             Action::Constant(text) => text.into(),
             Action::Unique(template) => {
                 let key: Vec<&str> = record_key.iter().flatten().map(String::as_str).collect();
@@ -172,6 +177,39 @@ impl Treatment {
         } else {
             Outcome::Text(result)
         })
+    }
+
+    /// Whether a cell of a redacted record is as this treatment leaves it, rather than one that held nothing. What an
+    /// expression gives cannot be told here.
+    pub fn has_left(&self, cell: Option<&str>, record_key: &[Option<String>]) -> Result<bool, TreatError> {
+        match (&self.action, cell) {
+            (Action::Sql, _) | (Action::Null, None) => Ok(true),
+            (_, None) => Ok(false),
+            (_, Some(text)) => Ok(!self.is_empty(text) && self.apply(cell, record_key)? == Outcome::Keep),
+        }
+    }
+
+    /// A text without these names, as long as the column has room for it; `None` for another treatment, and where the text
+    /// has none of them.
+    pub fn scrub(&self, cell: &str, names: &Names, room: Option<usize>) -> Option<String> {
+        if !matches!(self.action, Action::Scrub) {
+            return None;
+        }
+        let scrubbed = names.scrub(self.significant(cell), self.marks(), room);
+        (!self.same(cell, &scrubbed)).then_some(scrubbed)
+    }
+
+    /// What may stand in place of a value.
+    pub fn marks(&self) -> Marks<'_> {
+        Marks {
+            placeholder: &self.placeholder,
+            others: &self.marks,
+        }
+    }
+
+    /// Whether it leaves something of a value, which others may go on changing.
+    pub fn leaves_rest(&self) -> bool {
+        matches!(self.action, Action::Json(_))
     }
 
     fn is_redacted(&self, cell: &str) -> bool {
@@ -258,6 +296,8 @@ impl Compile<'_> {
             (T::Json(_) | T::JsonKeep(_), _) => self.misfit("a JSON treatment"),
             (T::ArrayPlaceholder, _) => self.misfit("an array treatment"),
             (T::Prefix(_), _) => self.misfit("a prefix"),
+            (T::Scrub(_), Shape::Text) => Ok(Action::Scrub),
+            (T::Scrub(_), _) => self.misfit("scrubbing"),
         }
     }
 

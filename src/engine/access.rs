@@ -13,6 +13,7 @@ use super::plan::Plan;
 use super::records::RecordList;
 use super::rekey;
 use super::replacement;
+use super::scrub;
 use super::state;
 use super::sweep;
 use super::vault;
@@ -35,14 +36,20 @@ pub struct Target<'a> {
     pub key: Option<&'a str>,
 }
 
-struct Order {
-    key: String,
-    status: String,
+/// An order that a call means.
+pub(super) struct Order {
+    pub(super) key: String,
+    /// As the view `orders` shows it.
+    pub(super) status: String,
+    /// As it is stored: one that was purged is redacted, or gone.
+    pub(super) stored: String,
     archived: bool,
     redacted_version: Option<i64>,
-    held: bool,
-    records: RecordList,
+    pub(super) held: bool,
+    /// It is to be redacted at once.
+    ending: bool,
     number: Option<String>,
+    records: RecordList,
 }
 
 /// Whether the orders that a number stands for are locked until the transaction ends.
@@ -56,8 +63,10 @@ enum Lock {
 
 /// Finds the orders that bear a number.
 fn resolve(target: &Target<'_>, lock: Lock) -> Result<(Rc<Plan>, Vec<Order>)> {
-    const FOUND: &str = "SELECT policy, order_key, status, archived_at IS NOT NULL, redacted_version, \
-            held_until IS NOT NULL AND held_until > pg_catalog.now(), records FROM amazon_pii.order_state \
+    const FOUND: &str = "SELECT policy, order_key, CASE WHEN purged_at IS NOT NULL AND status IN ('redacted', 'gone') THEN 'purged' \
+            ELSE status END, archived_at IS NOT NULL, redacted_version, \
+            held_until IS NOT NULL AND held_until > pg_catalog.now(), status, COALESCE(asked IN ('erase', 'forget'), false), records \
+         FROM amazon_pii.order_state \
          WHERE order_number = $1 AND ($2::text IS NULL OR policy = $2) AND ($3::text IS NULL OR order_key = $3) \
          ORDER BY policy, order_key";
     let rows = as_extension(|| {
@@ -81,8 +90,10 @@ fn resolve(target: &Target<'_>, lock: Lock) -> Result<(Rc<Plan>, Vec<Order>)> {
             archived: row.bool(3)?,
             redacted_version: row.text(4)?.and_then(|v| v.parse().ok()),
             held: row.bool(5)?,
-            records: RecordList::parse(row.text(6)?)?,
+            stored: row.string(6)?,
+            ending: row.bool(7)?,
             number: Some(target.number.to_owned()),
+            records: RecordList::parse(row.text(8)?)?,
         });
     }
     if by_policy.len() > 1 {
@@ -98,14 +109,36 @@ fn resolve(target: &Target<'_>, lock: Lock) -> Result<(Rc<Plan>, Vec<Order>)> {
     Ok((Plan::current(&policy)?, orders))
 }
 
+/// The orders that bear a number, locked until the transaction ends.
+///
+/// # Errors
+/// Unknown, ambiguous.
+pub(super) fn resolve_locked(target: &Target<'_>) -> Result<(Rc<Plan>, Vec<Order>)> {
+    resolve(target, Lock::Taken)
+}
+
+/// The orders that bear a number, to be looked at.
+///
+/// # Errors
+/// Unknown, ambiguous.
+pub(super) fn resolve_only(target: &Target<'_>) -> Result<(Rc<Plan>, Vec<Order>)> {
+    resolve(target, Lock::None)
+}
+
 /// A reason as it is stored, or why it cannot be.
-fn checked(plan: &Plan, given: Option<&str>) -> Result<Option<String>> {
+pub(super) fn checked(plan: &Plan, given: Option<&str>) -> Result<Option<String>> {
     reason::check(given, plan.document.reason)
         .map(|r| Some(r).filter(|r| !r.is_empty()))
         .map_err(|e| Error::invalid(e.to_string()).hint(e.hint()))
 }
 
-fn entry(plan: &Plan, action: &str, order: &Order, number: &str, reason: Option<&str>) -> Result<AuditEntry> {
+pub(super) fn entry(
+    plan: &Plan,
+    action: &str,
+    order: &Order,
+    number: &str,
+    reason: Option<&str>,
+) -> Result<AuditEntry> {
     Ok(AuditEntry {
         policy: Some(plan.policy.clone()),
         policy_version: Some(plan.version),
@@ -234,11 +267,17 @@ pub fn peek(target: &Target<'_>, reason: Option<&str>) -> Result<serde_json::Val
             }
             for (table, key, newest) in archive.records() {
                 let marks = marks(&plan);
+                let index = plan.tables.iter().position(|t| t.archived_as == table);
+                let full = |name: &str| {
+                    let index = index?;
+                    let column = plan.tables[index].cells.iter().find(|c| c.archived_as == name)?;
+                    scrub::restored(&plan, index, column, newest, archive).map(|(_, full)| full)
+                };
                 let cells: serde_json::Map<String, serde_json::Value> = newest
                     .cells()
                     .map(|cell| {
-                        let whole = newest.whole(cell.name, &marks);
-                        (cell.name.to_owned(), serde_json::Value::from(whole))
+                        let whole = full(cell.name).or_else(|| newest.whole(cell.name, &marks));
+                        (shown(&plan, table, cell.name), serde_json::Value::from(whole))
                     })
                     .collect();
                 records.push(serde_json::json!({ "table": table, "record_key": key, "cells": cells }));
@@ -251,6 +290,13 @@ pub fn peek(target: &Target<'_>, reason: Option<&str>) -> Result<serde_json::Val
         out.push(serde_json::json!({ "policy": plan.policy, "order_key": order.key, "records": records }));
     }
     Ok(serde_json::Value::Array(out))
+}
+
+/// What a column is called now, or in the archive where it is none of the policy's any more.
+fn shown(plan: &Plan, table: &str, archived: &str) -> String {
+    let table = plan.tables.iter().find(|t| t.archived_as == table);
+    let cell = table.and_then(|t| t.cells.iter().find(|c| c.archived_as == archived));
+    cell.map_or(archived, |c| c.name.bare()).to_owned()
 }
 
 /// Makes sure that the number still stands for the orders whose access was recorded.
@@ -313,10 +359,10 @@ pub fn hold(target: &Target<'_>, reason: Option<&str>, until: &str) -> Result<()
         target,
         Some(reason),
         "hold",
-        |order| HOLDS_PII.contains(&order.status.as_str()),
+        |order| HOLDS_PII.contains(&order.status.as_str()) && !order.ending,
         (
-            "holds no personal data any more",
-            "Only what was not redacted yet, or was retrieved, can be held.",
+            "holds no personal data any more, or is to be redacted at once",
+            "Only what was not redacted yet, or was retrieved, can be held, and nothing that is to be erased or forgotten.",
         ),
         |plan, orders| {
             as_extension(|| {
@@ -380,7 +426,7 @@ pub fn unflag(target: &Target<'_>, reason: Option<&str>) -> Result<Vec<Restored>
     let order_keys: Vec<String> = orders.iter().map(|o| o.key.clone()).collect();
     history::write(&plan, "unflag", &order_keys, target.number, reason.as_deref())?;
     as_extension(|| {
-        for table in ["record_state", "order_state"] {
+        for table in ["record_state", "orphan", "order_state"] {
             sql::execute(
                 &format!(
                     "DELETE FROM amazon_pii.{} WHERE policy = $1 AND order_key = ANY ($2)",

@@ -1,5 +1,8 @@
 //! Orders some of whose rows were written: those that are done, or nearly, are looked at again.
 
+use std::cell::RefCell;
+use std::collections::HashSet;
+
 use super::flag::{by_keys, upsert};
 use super::news::Tell;
 use super::plan::{AnchorPlan, Plan};
@@ -8,6 +11,7 @@ use crate::pg::error::{Error, Result};
 use crate::pg::identity::on_keys;
 use crate::pg::prepared;
 use crate::pg::sql::{self, Arg};
+use crate::pg::trigger::engine_is_writing;
 
 /// An order that is redacted and has nothing due. A subquery, so that the moment is worked out once.
 const DONE: &str = "(status = 'redacted' AND (next_due_at IS NULL OR next_due_at > (SELECT pg_catalog.now())))";
@@ -18,6 +22,50 @@ const SOON: &str = "(COALESCE(retrieved_until, redact_due_at) < (SELECT pg_catal
 
 /// From this many on, a range of the index is read: keys of one import lie close together.
 const MANY: usize = 1000;
+
+thread_local! {
+    /// Orders to whose rows the shop's own triggers wrote because the engine did, while somebody listens.
+    static BESIDES: RefCell<Option<HashSet<(String, String)>>> = const { RefCell::new(None) };
+}
+
+/// Listens to what the shop's own triggers write because the engine writes: a history gets a copy of what was there, which
+/// the order's new state would pass over. Ends when dropped.
+#[must_use]
+pub struct Besides(());
+
+impl Besides {
+    /// Begins to listen.
+    pub fn begin() -> Self {
+        BESIDES.set(Some(HashSet::new()));
+        Self(())
+    }
+
+    /// The orders of a policy that such rows belong to.
+    pub fn orders(&self, policy: &str) -> Vec<String> {
+        BESIDES.with_borrow(|b| {
+            let all = b.iter().flatten();
+            all.filter(|(of, _)| of == policy)
+                .map(|(_, order)| order.clone())
+                .collect()
+        })
+    }
+}
+
+impl Drop for Besides {
+    fn drop(&mut self) {
+        BESIDES.set(None);
+    }
+}
+
+fn note_besides(plan: &Plan, orders: impl Iterator<Item = String>) {
+    if engine_is_writing() {
+        BESIDES.with_borrow_mut(|b| {
+            if let Some(b) = b {
+                b.extend(orders.map(|order| (plan.policy.clone(), order)));
+            }
+        });
+    }
+}
 
 /// Orders that a write to their rows concerns.
 #[derive(Default)]
@@ -31,6 +79,7 @@ struct Concerned {
 /// # Errors
 /// Errors of the server.
 pub fn look_again(plan: &Plan, orders: &[String]) -> Result<()> {
+    note_besides(plan, orders.iter().cloned());
     let mut keys: Vec<&str> = orders.iter().map(String::as_str).collect();
     // Keys of one length are a range: numbers are in order within it.
     keys.sort_unstable_by_key(|k| (k.len(), *k));
@@ -46,6 +95,7 @@ pub fn look_again(plan: &Plan, orders: &[String]) -> Result<()> {
 /// # Errors
 /// As [`look_again`].
 pub fn look_again_at_numbers(plan: &Plan, orders: &[i64]) -> Result<()> {
+    note_besides(plan, orders.iter().map(ToKey::to_key));
     let is_in = |part: &[i64], key: &str| {
         let number = key.trim_start_matches("[\"").trim_end_matches("\"]").parse();
         number.is_ok_and(|n| part.binary_search(&n).is_ok())

@@ -4,7 +4,8 @@
 use std::collections::{HashMap, HashSet};
 use std::rc::Rc;
 
-use super::due::{Clock, REDACT_DUE};
+use super::assign;
+use super::due::{Clock, redact_due};
 use super::plan::{Entry, Plan, Table};
 use super::turn;
 use super::walk::{self, FIRST, Values, by_key, key_parts, key_text, up_some};
@@ -189,6 +190,7 @@ pub fn users(plan: &Plan, table: usize, rows: &[Values], limit: Option<u32>) -> 
             out.push((f.input, key, f.row.bool(FIRST + orders.key.len())?));
         }
     }
+    out.extend(assign::users(plan, table, rows)?);
     Ok((out, cut))
 }
 
@@ -258,7 +260,8 @@ fn own_keys(table: &Table, entry: &Entry, rows: &[Values]) -> Option<Vec<(usize,
 
 /// An order of the policy that asks lets go of shared rows once it is redacted and has nothing new to archive: a copy that
 /// was made earlier may be out of date by now.
-const LET_GO: &str = "(o.status = 'purged' OR (o.status = 'redacted' AND (o.next_due_at IS NULL OR o.next_due_at > pg_catalog.clock_timestamp())))";
+const LET_GO: &str =
+    "(o.status = 'redacted' AND (o.next_due_at IS NULL OR o.next_due_at > pg_catalog.clock_timestamp()))";
 
 /// Those users that still need the row, with the second in which they will let go at the earliest.
 ///
@@ -283,10 +286,12 @@ fn alive(
     let keys: Vec<&str> = users.iter().map(|u| u.1.as_str()).collect();
     let rows = on_keys(|| {
         sql::read(
+            // ident-ok: made of constants.
             &format!(
-                "SELECT o.order_key, {LET_GO} OR (NOT $5 AND (o.status = 'redacted' OR (o.status = 'archived' AND {REDACT_DUE}))), \
+                "SELECT o.order_key, {LET_GO} OR (NOT $5 AND (o.status = 'redacted' OR (o.status = 'archived' AND {}))), \
                     pg_catalog.date_part('epoch', LEAST(GREATEST(o.redact_due_at, o.retrieved_until, o.held_until), '9999-01-01'::timestamptz))::bigint \
-                 FROM amazon_pii.order_state o WHERE o.policy IS NOT DISTINCT FROM $1 AND o.order_key = ANY ($3)"
+                 FROM amazon_pii.order_state o WHERE o.policy IS NOT DISTINCT FROM $1 AND o.order_key = ANY ($3)",
+                redact_due(plan)
             ),
             &[
                 Arg::Text(Some(&plan.policy)),

@@ -4,9 +4,10 @@ use pgrx::pg_sys;
 
 use super::audit::{self, AuditEntry};
 use super::check::{self, Problem, Severity};
+use super::columns;
 use super::plan::{Plan, require_ownership};
-use super::{by_age, history, state, sweep, trigger_ddl, vault};
-use crate::domain::policy::{Policy, QualifiedName};
+use super::{assign, by_age, history, state, sweep, trigger_ddl, vault};
+use crate::domain::policy::{Export, Policy, PolicyError, QualifiedName};
 use crate::pg::error::{Error, Result};
 use crate::pg::identity::{as_extension, require_role, session_user};
 use crate::pg::sql::{self, Arg};
@@ -32,6 +33,9 @@ fn ready(document: &str) -> Result<Plan> {
     if let Some(history) = &policy.history {
         oids.push(table(&history.table, "history.table")?);
     }
+    for (at, aged) in policy.by_age.iter().enumerate() {
+        oids.push(table(&aged.table, &format!("by_age[{at}].table"))?);
+    }
     let path = catalog::search_path();
     // Ownership first: nobody learns of, or runs, anything in tables of others.
     for oid in &oids {
@@ -50,7 +54,17 @@ fn ready(document: &str) -> Result<Plan> {
     }
     let mut plan = Plan::build(policy, &path, &oids)?;
     plan.own_lines = history::tables_with_lines(&plan)?;
+    plan.generic = assign::generic(&plan)?;
     Ok(plan)
+}
+
+/// What is wrong with a document, or with the name of one.
+fn invalid(error: PolicyError) -> Error {
+    let told = Error::invalid(error.to_string());
+    match error.hint {
+        Some(hint) => told.hint(hint),
+        None => told,
+    }
 }
 
 /// The OID of a table that the document names.
@@ -87,6 +101,19 @@ fn intervals(policy: &Policy) -> Result<()> {
                 return Err(Error::invalid(format!("{name}: not an interval of zero or more"))
                     .hint("Write it as PostgreSQL does, for example \"29 days\"."));
             }
+        }
+    }
+    // Orders of any age are compared with it.
+    let counts = as_extension(|| {
+        let far = "SELECT pg_catalog.now() + '10000 years'::interval + $1::interval IS NOT NULL";
+        sql::read(far, &[Arg::Text(Some(&policy.archive_for))])
+    });
+    match counts {
+        Ok(_) => {}
+        Err(e) if e.is_cancel() => return Err(e),
+        Err(_) => {
+            return Err(Error::invalid("archive_for: too long")
+                .hint("Write how long the archive is kept, for example \"10 years\"."));
         }
     }
     let ordered = as_extension(|| {
@@ -165,6 +192,9 @@ pub fn apply(document: &str) -> Result<String> {
 /// Writes the document. Returns its version, and whether it replaces an older one.
 fn store(plan: &Plan, document: &str) -> Result<(i64, bool)> {
     let user = session_user();
+    let path = catalog::schemas_searched();
+    // Since a dump was restored no cycle may have been here.
+    columns::see(&plan.policy)?;
     as_extension(|| {
         let known = sql::write(
             "SELECT version, document FROM amazon_pii.policy WHERE policy = $1 FOR UPDATE",
@@ -185,11 +215,18 @@ fn store(plan: &Plan, document: &str) -> Result<(i64, bool)> {
                 (row.int(0)? + i64::from(!same), !same)
             }
         };
+        let schemas = sql::read(
+            "SELECT COALESCE(pg_catalog.jsonb_agg(pg_catalog.jsonb_build_array(n.oid::bigint, n.nspname) ORDER BY u.i), '[]')::text \
+             FROM pg_catalog.unnest($1) WITH ORDINALITY AS u (name, i) JOIN pg_catalog.pg_namespace AS n ON n.nspname = u.name",
+            &[Arg::texts(&path)],
+        )?;
+        let schemas = schemas.first().ok_or_else(|| Error::internal("no row"))?.string(0)?;
         sql::execute(
-            "INSERT INTO amazon_pii.policy AS p (policy, version, document, enabled, search_path, applied_by) \
-             VALUES ($1, $2, $3, $4, $5, $6) ON CONFLICT (policy) DO UPDATE SET version = EXCLUDED.version, \
+            "INSERT INTO amazon_pii.policy AS p (policy, version, document, enabled, search_path, applied_by, report_only_until, export, path_schemas) \
+             VALUES ($1, $2, $3, $4, $5, $6, $7::timestamptz, $8, $9) ON CONFLICT (policy) DO UPDATE SET version = EXCLUDED.version, \
                 document = EXCLUDED.document, search_path = EXCLUDED.search_path, applied_at = pg_catalog.now(), \
-                applied_by = EXCLUDED.applied_by, suspended = NULL, last_error = NULL",
+                applied_by = EXCLUDED.applied_by, \
+                report_only_until = EXCLUDED.report_only_until, path_schemas = EXCLUDED.path_schemas, export = EXCLUDED.export, export_looked_at = NULL, suspended = NULL, last_error = NULL",
             &[
                 Arg::Text(Some(&plan.policy)),
                 Arg::Int(version),
@@ -197,6 +234,12 @@ fn store(plan: &Plan, document: &str) -> Result<(i64, bool)> {
                 Arg::Bool(plan.document.enabled),
                 Arg::Text(Some(&plan.search_path)),
                 Arg::Text(Some(&user)),
+                Arg::Text(plan.document.report_only_until.map(timestamp_text).as_deref()),
+                Arg::Text(plan.document.export.map(|e| match e {
+                    Export::Warn => "warn",
+                    Export::Require => "require",
+                })),
+                Arg::Text(Some(&schemas)),
             ],
         )?;
         if new {
@@ -223,17 +266,21 @@ fn store(plan: &Plan, document: &str) -> Result<(i64, bool)> {
         for (entry, table) in entries.chain(aged).chain(history) {
             let archived_as = archived_as(&mut names, table.relation.oid, table.relation.shown());
             sql::execute(
-                "INSERT INTO amazon_pii.policy_table (policy, entry, relation, owner, archived_as) VALUES ($1, $2, $3::regclass, $4, $5)",
+                "INSERT INTO amazon_pii.policy_table (policy, entry, relation, owner, archived_as, numbered_in, whole) \
+                 VALUES ($1, $2, $3::regclass, $4, $5, $3, $6)",
                 &[
                     Arg::Text(Some(&plan.policy)),
                     Arg::Text(Some(entry)),
                     Arg::Oid(table.relation.oid),
                     Arg::Text(Some(&crate::pg::error::role_name(table.owner))),
                     Arg::Text(Some(&archived_as)),
+                    // Of the history, too, only what we write there matters.
+                    Arg::Bool(table.delete || entry == history::NAME),
                 ],
             )?;
         }
         by_age::begin(plan)?;
+        columns::store(plan, &names, version - i64::from(new))?;
         invalidation::announce_policy_change()?;
         Ok((version, new && !known.is_empty()))
     })
@@ -292,7 +339,7 @@ fn reschedule(plan: &Plan) -> Result<()> {
                 archive,
                 " ELSE GREATEST(",
                 redact,
-                ", held_until) END ELSE next_due_at END WHERE policy = $1 AND (status IN ('scheduled', 'archived', 'failed') \
+                ", held_until) END ELSE next_due_at END WHERE policy = $1 AND asked IS NULL AND (status IN ('scheduled', 'archived', 'failed') \
                     OR status = 'flagged' AND effective_at IS DISTINCT FROM ",
                 EFFECTIVE,
                 ") AND follows IS NULL",
@@ -353,9 +400,11 @@ pub fn drop(policy: &str) -> Result<()> {
         )?;
         for statement in [
             "DELETE FROM amazon_pii.policy_table WHERE policy = $1",
+            "DELETE FROM amazon_pii.policy_column WHERE policy = $1",
             "DELETE FROM amazon_pii.order_state WHERE policy = $1",
             "DELETE FROM amazon_pii.record_state WHERE policy = $1",
             "DELETE FROM amazon_pii.touched WHERE policy = $1",
+            "DELETE FROM amazon_pii.orphan WHERE policy = $1",
             "DELETE FROM amazon_pii.news WHERE policy = $1",
             "DELETE FROM amazon_pii.sweep_slice WHERE policy = $1",
             "DELETE FROM amazon_pii.aged_table WHERE policy = $1",

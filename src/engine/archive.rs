@@ -10,6 +10,7 @@ use super::former::Former;
 use super::gather::{self, Gathered, LiveRecord};
 use super::plan::Plan;
 use super::records::{self, Fate, Listed, RecordList, Stored};
+use super::scrub;
 use super::state;
 use super::vault::{self, NewDocument, Newest, OrderArchive};
 use super::walk::Values;
@@ -40,8 +41,12 @@ pub fn batch(plan: &Plan, keys: &MasterKeys, batch: &[Due]) -> Result<Archived> 
     let order_keys: Vec<&str> = batch.iter().map(|d| d.order_key.as_str()).collect();
     let inputs: Vec<Values> = batch.iter().map(|d| d.key.clone()).collect();
     let stored = Stored::of(plan, batch)?;
-    let live = gather::gather(plan, &inputs, &stored)?;
-    let known = vault::open(&plan.archive_schema, keys, &plan.policy, &order_keys)?;
+    let mut live = gather::gather(plan, &inputs, &stored)?;
+    let mut known = vault::open(&plan.archive_schema, keys, &plan.policy, &order_keys)?;
+    for due in batch.iter().filter(|d| d.generation > 0) {
+        known.entry(due.order_key.clone()).or_default().generation = due.generation;
+    }
+    scrub::fill(plan, &mut live.records, &known, &order_keys);
     let former = Former::load(plan, batch.iter().map(|d| d.redacted_version))?;
     let (documents, found) = missing(plan, &former, batch, &live, &known)?;
     vault::store(&plan.archive_schema, keys, &plan.policy, &known, &documents)?;
@@ -56,7 +61,7 @@ pub fn batch(plan: &Plan, keys: &MasterKeys, batch: &[Due]) -> Result<Archived> 
     }
     let (mut complete, mut gone, mut new, mut lines) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for (i, due) in batch.iter().enumerate() {
-        if live.is_gone(i) {
+        if live.is_gone(i) && !due.asked.forgets() {
             gone.push(due);
             continue;
         }
@@ -74,6 +79,9 @@ pub fn batch(plan: &Plan, keys: &MasterKeys, batch: &[Due]) -> Result<Archived> 
         }
     }
     state::archived(plan, &complete)?;
+    let anew = batch.iter().filter(|d| d.purged).map(|d| d.order_key.as_str());
+    let anew: Vec<&str> = anew.filter(|key| counts.contains_key(key)).collect();
+    state::archived_anew(plan, &anew)?;
     audit::insert_batch(keys, "archive", plan, lines)?;
     state::announce(plan, "archived", &new)?;
     settle_gone(plan, keys, &gone)?;
@@ -159,7 +167,7 @@ pub fn taken_out<'a>(
     let first = untouched && !table.shared && !table.delete;
     let candidates = newest.filter(|_| first);
     record.cells.iter().enumerate().filter_map(move |(i, cell)| {
-        let archived = candidates?.cell(table.cells[i].name.bare())?;
+        let archived = candidates?.cell(&table.cells[i].archived_as)?;
         let live = cell.as_ref()?;
         if archived.text == live.value.as_deref() {
             return None;
@@ -168,8 +176,8 @@ pub fn taken_out<'a>(
             .treatment
             .as_ref()?
             .apply(live.value.as_deref(), &record.key);
-        let clean =
-            matches!(outcome, Ok(Outcome::Keep)) || (outcome == Ok(Outcome::Sql) && live.computed == live.value);
+        let clean = matches!(outcome, Ok(Outcome::Keep))
+            || (matches!(outcome, Ok(Outcome::Sql | Outcome::Scrub)) && live.computed == live.value);
         clean.then_some(i)
     })
 }
@@ -206,7 +214,7 @@ fn missing<'a>(
         if pii.is_empty() {
             continue;
         }
-        let archived = |i: usize| newest.and_then(|n| n.cell(table.cells[i].name.bare()));
+        let archived = |i: usize| newest.and_then(|n| n.cell(&table.cells[i].archived_as));
         pii.retain(|(i, _)| !archived(*i).is_some_and(|a| former.left(plan, due.redacted_version, record, *i, &a)));
         let value = |i: usize| record.cells[i].as_ref().and_then(|c| c.value.as_deref());
         let covered = newest.is_some()
@@ -217,7 +225,7 @@ fn missing<'a>(
         if !covered {
             version += 1;
             let cell = |i: usize| Cell {
-                name: table.cells[i].name.bare(),
+                name: &table.cells[i].archived_as,
                 type_name: &table.cells[i].type_shown,
                 text: value(i),
             };

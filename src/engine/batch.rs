@@ -1,7 +1,7 @@
 //! The batches of a cycle: each takes the next orders that are due, copies them to the archive in one transaction and
 //! overwrites them in the next. Several processes may do this for one policy, each with its share of the orders.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::time::Instant;
 
 use super::alive;
@@ -25,6 +25,10 @@ use crate::pg::xact::{self, Boundary, Mode};
 /// Full batches in a row after which there is probably work for more than one.
 const BACKLOG: u32 = 2;
 
+/// How often an order comes back in one cycle for what triggers of the shop's write when its rows are overwritten. A history
+/// is done after one time, the history of a history after two.
+const COME_BACK: u32 = 3;
+
 /// One process's way through what is due.
 pub struct Batches<'a> {
     pub plan: &'a Plan,
@@ -37,6 +41,7 @@ pub struct Batches<'a> {
     /// Other processes of the same cycle have the same turn.
     pub mode: Mode,
     pub pace: Pace,
+    sharing: redact::Sharing,
     full: u32,
     /// When the batch's orders were locked.
     taken: Instant,
@@ -44,6 +49,8 @@ pub struct Batches<'a> {
     set_back: HashSet<String>,
     /// Orders that come back for a shared row when nothing else is due.
     last: Vec<String>,
+    /// How often orders came back for what triggers of the shop's had written.
+    besides: HashMap<String, u32>,
 }
 
 impl<'a> Batches<'a> {
@@ -58,10 +65,12 @@ impl<'a> Batches<'a> {
             share: Share::whole(),
             mode: Mode::Alone,
             pace: Pace::new(boundary),
+            sharing: redact::Sharing::default(),
             full: 0,
             taken: Instant::now(),
             set_back: HashSet::new(),
             last: Vec::new(),
+            besides: HashMap::new(),
         }
     }
 
@@ -83,7 +92,10 @@ impl<'a> Batches<'a> {
         turn::take(&self.plan.policy, self.mode)?;
         self.taken = Instant::now();
         let limit = self.pace.size();
-        let batch = due::take(self.plan, &self.clock, &self.share, limit)?;
+        let mut batch = due::take(self.plan, &self.clock, &self.share, limit)?;
+        for due in &mut batch {
+            due.came_back = self.besides.contains_key(&due.order_key);
+        }
         self.full = if i64::try_from(batch.len()) == Ok(limit) {
             self.full + 1
         } else {
@@ -133,11 +145,12 @@ impl<'a> Batches<'a> {
         if !locked.is_empty() {
             let others = alive::other_policies(self.plan)?;
             let results = self.contained(locked, |run, orders| {
-                redact::batch(run.plan, &others, &run.keys, &run.clock, orders)
+                redact::batch(run.plan, &others, &run.keys, &run.clock, &run.sharing, orders)
             })?;
             let mut waiting = Vec::new();
             for (orders, outcome) in results {
                 bytes = bytes.max(outcome.bytes);
+                self.sharing.learn(&outcome);
                 self.settle(&orders, &outcome)?;
                 waiting.extend(outcome.waiting);
             }
@@ -167,6 +180,20 @@ impl<'a> Batches<'a> {
             .map(|i| &orders[*i])
             .partition(|d| self.set_back.insert(d.order_key.clone()));
         state::set_back(self.plan, &again, 0, true)?;
+        let mut back = Vec::new();
+        for order in &outcome.besides {
+            let times = self.besides.entry(order.clone()).or_default();
+            *times += 1;
+            if *times <= COME_BACK {
+                back.push(order.as_str());
+            } else if let Some(due) = orders.iter().find(|d| d.order_key == *order) {
+                self.fail(
+                    due,
+                    &Error::not_overwritten("triggers copy its personal data again whenever it is overwritten"),
+                )?;
+            }
+        }
+        alive::come_back(self.plan, &self.clock, &back)?;
         for due in stubborn {
             self.fail(
                 due,

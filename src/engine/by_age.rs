@@ -194,25 +194,27 @@ impl<'a> Pass<'a> {
         for key in self.still_old(&others)? {
             troubles.push(Trouble { key, error: None });
         }
-        let records = if self.aged.table.delete {
-            Vec::new()
-        } else {
-            gather::rows_of(self.plan, &self.aged.table, &ours)?
-        };
-        let bytes = records.iter().flatten().map(bytes_of).sum();
-        match subtransaction(|| self.write(&ours, &records)) {
-            Ok(written) => done.rows = written,
-            Err(e) if e.is_cancel() || e.is_lock() => return Err(e),
+        let mut bytes = 0;
+        match subtransaction(|| self.treat(&ours)) {
+            Ok((rows, text)) => {
+                done.rows = rows;
+                bytes = text;
+            }
+            Err(e) if e.is_cancel() => return Err(e),
+            // Each row alone would wait for the table as long as they did together.
+            Err(e) if e.is_lock() && overwrite::is_table_locked(self.plan, &self.aged.table)? => return Err(e),
             // One bad row stops nobody else.
             Err(_) => {
-                for (i, key) in ours.iter().enumerate() {
-                    let alone = records.get(i..=i).unwrap_or_default();
-                    match subtransaction(|| self.write(&[*key], alone)) {
-                        Ok(written) => done.rows += written,
-                        Err(e) if e.is_cancel() || e.is_lock() => return Err(e),
+                for key in &ours {
+                    match subtransaction(|| self.treat(&[*key])) {
+                        Ok((rows, text)) => {
+                            done.rows += rows;
+                            bytes += text;
+                        }
+                        Err(e) if e.is_cancel() => return Err(e),
                         Err(e) => troubles.push(Trouble {
                             key,
-                            error: Some(e.stored()),
+                            error: (!e.is_lock()).then(|| e.stored()),
                         }),
                     }
                 }
@@ -258,19 +260,21 @@ impl<'a> Pass<'a> {
             .collect())
     }
 
-    /// Removes or overwrites rows that are locked. How many there were.
-    fn write(&self, keys: &[&str], records: &[Option<LiveRecord>]) -> Result<i64> {
+    /// Removes or overwrites rows that are locked. How many there were, and how much text they held.
+    fn treat(&self, keys: &[&str]) -> Result<(i64, usize)> {
         let table = &self.aged.table;
+        if keys.is_empty() {
+            return Ok((0, 0));
+        }
         if table.delete {
             let values = keys.iter().map(|k| key_parts(k)).collect::<Result<Vec<_>>>()?;
-            let rows: Vec<RowWrite<'_>> = values.iter().map(|key| RowWrite { key, cells: Vec::new() }).collect();
-            if !rows.is_empty() {
-                overwrite::delete(self.plan, table, &rows.iter().collect::<Vec<_>>())?;
-            }
-            return Ok(rows.len() as i64);
+            delete_rows(self.plan, self.aged, values.iter())?;
+            return Ok((keys.len() as i64, 0));
         }
+        let records = gather::rows_of(self.plan, table, keys)?;
         let records: Vec<&LiveRecord> = records.iter().flatten().collect();
-        overwrite_rows(self.plan, self.aged, &records)
+        let bytes = records.iter().map(|r| bytes_of(r)).sum();
+        Ok((overwrite_rows(self.plan, self.aged, &records)?, bytes))
     }
 
     /// In the audit log, and to whoever listens.
@@ -318,6 +322,15 @@ fn bytes_of(record: &LiveRecord) -> usize {
     cells.filter_map(|c| c.value.as_deref()).map(str::len).sum()
 }
 
+/// Removes rows that are locked, or of a trial, by their keys.
+fn delete_rows<'k>(plan: &Plan, aged: &Aged, keys: impl Iterator<Item = &'k Values>) -> Result<()> {
+    let rows: Vec<RowWrite<'_>> = keys.map(|key| RowWrite { key, cells: Vec::new() }).collect();
+    if rows.is_empty() {
+        return Ok(());
+    }
+    overwrite::delete(plan, &aged.table, &rows.iter().collect::<Vec<_>>())
+}
+
 /// Overwrites the personal data of rows that are locked, or of a trial. How many had some.
 fn overwrite_rows(plan: &Plan, aged: &Aged, records: &[&LiveRecord]) -> Result<i64> {
     let table = &aged.table;
@@ -329,7 +342,7 @@ fn overwrite_rows(plan: &Plan, aged: &Aged, records: &[&LiveRecord]) -> Result<i
             rows.push(RowWrite { key, cells });
         }
     }
-    overwrite::update(plan, table, &rows.iter().collect::<Vec<_>>())?;
+    overwrite::update(plan, table, &rows.iter().collect::<Vec<_>>(), overwrite::Marks::Set)?;
     Ok(rows.len() as i64)
 }
 
@@ -499,13 +512,7 @@ pub fn try_out(plan: &Plan, aged: &Aged) -> Result<Option<String>> {
         .filter_map(|(row, locked)| locked.then_some(row))
         .collect();
     if table.delete {
-        let rows: Vec<RowWrite<'_>> = free
-            .iter()
-            .map(|(_, key)| RowWrite { key, cells: Vec::new() })
-            .collect();
-        if !rows.is_empty() {
-            overwrite::delete(plan, table, &rows.iter().collect::<Vec<_>>())?;
-        }
+        delete_rows(plan, aged, free.iter().map(|(_, key)| *key))?;
         return Ok(None);
     }
     let keys: Vec<&str> = free.iter().map(|(key, _)| *key).collect();

@@ -2,11 +2,16 @@
 //! treatment on real rows in a subtransaction that is rolled back.
 
 mod by_age;
+mod copies;
 mod sample;
 mod trial;
 mod unique;
 
-use super::plan::{AnchorPlan, EXPRESSION_HINT, Plan, Table};
+use pgrx::pg_sys;
+
+use super::assign;
+use super::columns;
+use super::plan::{AnchorPlan, EXPRESSION_HINT, Mark, Plan, Table};
 use crate::domain::policy::Treatment as Rule;
 use crate::domain::treatment::Shape;
 use crate::pg::catalog;
@@ -43,7 +48,12 @@ pub struct Problem {
 }
 
 impl Problem {
-    fn new(severity: Severity, object: impl Into<String>, problem: impl Into<String>, hint: impl Into<String>) -> Self {
+    pub fn new(
+        severity: Severity,
+        object: impl Into<String>,
+        problem: impl Into<String>,
+        hint: impl Into<String>,
+    ) -> Self {
         Self {
             severity,
             object: object.into(),
@@ -74,8 +84,13 @@ pub fn problems(plan: &Plan) -> Result<Vec<Problem>> {
         out.extend(cascades(plan, table)?);
     }
     out.extend(expressions(plan)?);
+    if out.iter().all(|p| p.severity != Severity::Error) {
+        out.extend(marks(plan)?);
+    }
+    out.extend(assign::problem(plan)?);
     out.extend(indexes(plan));
     out.extend(anchors(plan));
+    out.extend(columns::unnamed(plan)?);
     let (found, open) = unique::problems(plan)?;
     out.extend(found);
     out.extend(by_age::problems(plan)?);
@@ -93,9 +108,56 @@ pub fn problems(plan: &Plan) -> Result<Vec<Problem>> {
     Ok(out)
 }
 
-/// Expressions that the server does not accept, and conditions that are none. They are looked at without parameters, so
-/// that none can refer to one of ours.
+/// Whether the server still accepts the expressions of a policy whose tables have changed.
+///
+/// # Errors
+/// What is wrong with the first that it does not.
+pub fn still_sound(plan: &Plan) -> Result<()> {
+    for typed in types(plan) {
+        match typed.types {
+            Err(e) if e.is_cancel() => return Err(e),
+            // Somebody has the table locked.
+            Err(e) if e.is_lock() => {}
+            Err(e) => return Err(e.at(&typed.place).hint(EXPRESSION_HINT)),
+            Ok(types) if !typed.fits(&types) => {
+                return Err(Error::invalid(format!("{}: not a condition", typed.place)).hint(EXPRESSION_HINT));
+            }
+            Ok(_) => {}
+        }
+    }
+    Ok(())
+}
+
+/// An expression of a policy, by its place in the document, and what the server makes of it.
+struct Typed {
+    place: String,
+    is_condition: bool,
+    types: Result<Vec<pg_sys::Oid>>,
+}
+
+impl Typed {
+    fn fits(&self, types: &[pg_sys::Oid]) -> bool {
+        !self.is_condition || types.first() == Some(&pg_sys::BOOLOID)
+    }
+}
+
+/// Expressions that the server does not accept, and conditions that are none.
 fn expressions(plan: &Plan) -> Result<Vec<Problem>> {
+    let mut out = Vec::new();
+    for typed in types(plan) {
+        let problem = match &typed.types {
+            Ok(types) if typed.fits(types) => continue,
+            Ok(_) => "not a condition".to_owned(),
+            Err(e) if e.is_cancel() => return Err(e.clone()),
+            Err(e) => e.shown(),
+        };
+        out.push(Problem::new(Severity::Error, typed.place, problem, EXPRESSION_HINT));
+    }
+    Ok(out)
+}
+
+/// The types of a policy's expressions. They are looked at without parameters, so that none can refer to one of ours.
+fn types(plan: &Plan) -> Vec<Typed> {
     // Place, table, expression, whether it is a condition.
     let mut all: Vec<(String, usize, &Expr, bool)> = vec![("orders.amazon".to_owned(), 0, &plan.amazon, true)];
     all.extend(plan.number.iter().map(|e| ("orders.number".to_owned(), 0, e, false)));
@@ -148,19 +210,56 @@ fn expressions(plan: &Plan) -> Result<Vec<Problem>> {
             all.extend(cell.expression.iter().map(|e| (place(), index, e, false)));
         }
     }
+    for (index, table) in plan.tables.iter().enumerate() {
+        let place = |m: &Mark| format!("{}.{}", table.relation.shown(), m.name.bare());
+        all.extend(table.marks.iter().map(|m| (place(m), index, &m.expression, false)));
+    }
+    all.into_iter()
+        .map(|(place, table, expression, is_condition)| {
+            let table = &plan.tables[table];
+            let types = act_as(Identity::Owner(table.owner), &plan.search_path, &[], || {
+                catalog::expression_types(&table.relation, std::slice::from_ref(expression))
+            });
+            Typed {
+                place,
+                is_condition,
+                types,
+            }
+        })
+        .collect()
+}
+
+/// Marks that their column does not take, found out without a row.
+fn marks(plan: &Plan) -> Result<Vec<Problem>> {
     let mut out = Vec::new();
-    for (place, table, expression, condition) in all {
-        let table = &plan.tables[table];
-        let types = act_as(Identity::Owner(table.owner), &plan.search_path, &[], || {
-            catalog::expression_types(&table.relation, std::slice::from_ref(expression))
-        });
-        let problem = match types {
-            Ok(types) if condition && types.first() != Some(&pgrx::pg_sys::BOOLOID) => "not a condition".to_owned(),
-            Ok(_) => continue,
-            Err(e) if e.is_cancel() => return Err(e),
-            Err(e) => e.shown(),
-        };
-        out.push(Problem::new(Severity::Error, place, problem, EXPRESSION_HINT));
+    for table in &plan.tables {
+        for mark in &table.marks {
+            let name = &table.relation.name;
+            let planned = trial(|| {
+                act_as(Identity::Owner(table.owner), &plan.search_path, &[], || {
+                    for value in [mark.expression.to_string(), "DEFAULT".to_owned()] {
+                        sql::read(
+                            &format!(
+                                "EXPLAIN UPDATE {} AS {name} SET {} = {value}",
+                                table.relation, mark.name
+                            ),
+                            &[],
+                        )?;
+                    }
+                    Ok(())
+                })
+            });
+            match planned {
+                Ok(()) => {}
+                Err(e) if e.is_cancel() => return Err(e),
+                Err(e) => out.push(Problem::new(
+                    Severity::Error,
+                    format!("{}.{}", table.relation.shown(), mark.name.bare()),
+                    format!("the mark cannot be set: {}", e.shown()),
+                    "Give an expression over the row whose type the column takes, for example \"now()\".",
+                )),
+            }
+        }
     }
     Ok(out)
 }

@@ -5,14 +5,20 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
+use super::assign;
 use super::batch::Batches;
 use super::by_age;
+use super::check;
+use super::columns;
 use super::due::{Clock, Share};
+use super::export;
 use super::idle;
 use super::news;
 use super::pace::Pace;
 use super::plan::{Aged, Plan};
+use super::purge;
 use super::rekey;
+use super::report;
 use super::state;
 use super::sweep;
 use super::touched;
@@ -139,6 +145,10 @@ fn run_policy(policy: &str, sweep: bool, boundary: Boundary) -> Result<Counts> {
     // As it is before anything is looked at: what changes meanwhile is looked at again.
     let structure = idle::structure(policy)?;
     let plan = Plan::current(policy)?;
+    if idle::is_changed(policy, structure.as_deref())? {
+        columns::see(policy)?;
+        check::still_sound(&plan)?;
+    }
     if !plan.enabled || plan.suspended.is_some() {
         let counts = Counts {
             overdue: overdue(policy)?,
@@ -147,7 +157,12 @@ fn run_policy(policy: &str, sweep: bool, boundary: Boundary) -> Result<Counts> {
         if counts.overdue > 0 {
             announce_overdue(policy, counts.overdue)?;
         }
-        by_age::count(&plan, &clock(&plan)?)?;
+        let clock = clock(&plan)?;
+        match subtransaction(|| by_age::count(&plan, &clock)) {
+            Err(e) if e.is_cancel() => return Err(e),
+            Err(e) if !e.is_lock() => note_error(policy, &e)?,
+            _ => {}
+        }
         boundary.commit()?;
         return Ok(counts);
     }
@@ -168,8 +183,15 @@ fn run_policy(policy: &str, sweep: bool, boundary: Boundary) -> Result<Counts> {
     run.flag(sweep)?;
     // What flagging has just found due belongs to this cycle.
     run.batches.clock = self::clock(&plan)?;
-    run.work()?;
-    run.by_age()?;
+    match report::remark(&plan, &run.batches.clock)? {
+        Some(remark) => run.only_report(&remark)?,
+        None => {
+            run.work()?;
+            run.purge()?;
+            run.by_age()?;
+        }
+    }
+    run.step(|run| export::look(run.plan))?;
     run.batches.counts.overdue = overdue(policy)?;
     if run.batches.counts.overdue > 0 {
         announce_overdue(policy, run.batches.counts.overdue)?;
@@ -238,6 +260,7 @@ impl Run<'_> {
             run.trouble = trouble.or(run.trouble.take());
             Ok(())
         })?;
+        self.step(|run| assign::settle(run.plan))?;
         self.step(|run| {
             for (order, error) in rekey::settle(run.plan, &run.batches.keys)? {
                 state::troubled(run.plan, &order, &error)?;
@@ -276,6 +299,16 @@ impl Run<'_> {
         self.boundary.commit()
     }
 
+    /// What it would do. A row in `run` says so; cycles that say the same have one.
+    fn only_report(&mut self, remark: &str) -> Result<()> {
+        pgrx::notice!("policy {} {remark}", self.plan.policy);
+        if self.id.is_none() && report::repeats(self.plan, remark)? {
+            return Ok(());
+        }
+        self.start()?;
+        self.batches.pace.note(Some(remark))
+    }
+
     /// All that is due. Calls others for help when that is much, and takes over from those that end too early.
     fn work(&mut self) -> Result<()> {
         loop {
@@ -304,6 +337,25 @@ impl Run<'_> {
                     self.boundary.commit()?;
                 }
             }
+        }
+    }
+
+    /// Archives that are past their time, batch by batch.
+    fn purge(&mut self) -> Result<()> {
+        loop {
+            let mut count = 0;
+            self.step(|run| {
+                turn::take(&run.plan.policy, run.batches.mode)?;
+                count = purge::step(run.plan, &run.batches.keys, run.batches.pace.size())?;
+                if count > 0 {
+                    run.start()?;
+                }
+                Ok(())
+            })?;
+            if count == 0 {
+                return Ok(());
+            }
+            self.batches.pace.wait()?;
         }
     }
 

@@ -10,9 +10,10 @@ use super::plan::Plan;
 use super::records::RecordList;
 use super::walk::{Values, key_parts};
 use crate::domain::clock::Horizons;
-use crate::pg::error::Result;
+use crate::domain::policy::Export;
+use crate::pg::error::{Error, Result};
 use crate::pg::identity::{Identity, OWN_PATH, act_as, on_keys};
-use crate::pg::sql::{self, Arg};
+use crate::pg::sql::{self, Arg, Row};
 use crate::pg::xact::timestamp_text;
 
 /// An order that a batch works on.
@@ -28,18 +29,60 @@ pub struct Due {
     pub attempts: u32,
     /// The policy's version when it was redacted last.
     pub redacted_version: Option<i64>,
+    /// What was asked for.
+    pub asked: Asked,
+    /// Its archive was destroyed.
+    pub purged: bool,
+    /// The newest of its data keys that were destroyed.
+    pub generation: i64,
     /// The rows that hold, or held, its personal data.
     pub records: Rc<RecordList>,
     /// This batch has stored its copy.
     pub copied: bool,
+    /// It was redacted in this cycle, and comes back for rows that triggers wrote because of that.
+    pub came_back: bool,
     /// Its rows as this batch has archived them: what is overwritten next need not be looked for again.
     pub seen: Option<Vec<LiveRecord>>,
+}
+
+/// What people asked for: [`ending`](super::ending).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Asked {
+    Nothing,
+    /// To be redacted at once.
+    Erase,
+    /// To be redacted at once; then its archive is destroyed.
+    Forget,
+    /// That was done: what comes back is redacted without a copy.
+    Forgotten,
+}
+
+impl Asked {
+    fn of(word: Option<&str>) -> Result<Self> {
+        match word {
+            None => Ok(Self::Nothing),
+            Some("erase") => Ok(Self::Erase),
+            Some("forget") => Ok(Self::Forget),
+            Some("forgotten") => Ok(Self::Forgotten),
+            Some(_) => Err(Error::internal("an order was asked for something unknown")),
+        }
+    }
+
+    /// Whether nothing else says when its records are due.
+    pub fn at_once(self) -> bool {
+        self != Self::Nothing
+    }
+
+    /// Whether it is known for good that it was, or is being, forgotten: it stays tracked when it is deleted.
+    pub fn forgets(self) -> bool {
+        matches!(self, Self::Forget | Self::Forgotten)
+    }
 }
 
 impl Due {
     /// Whether the live values have to be archived (again) before anything is overwritten.
     pub fn needs_copy(&self) -> bool {
-        self.status != "archived"
+        self.status != "archived" && self.asked != Asked::Forgotten
     }
 }
 
@@ -83,9 +126,21 @@ const IN_SHARE: &str = "($7::bigint = 1 OR (pg_catalog.hashtextextended(o.order_
 
 /// The condition under which an order's overwrite is due, over `o` with $2 = now and $4 = the redaction horizon. No window is
 /// a reason to touch an order before it is in effect.
-pub const REDACT_DUE: &str = "(o.held_until IS NULL OR o.held_until <= $2::timestamptz) \
+const REDACT_DUE: &str = "(o.held_until IS NULL OR o.held_until <= $2::timestamptz) \
      AND (o.effective_at IS NULL OR o.effective_at <= $2::timestamptz) AND (o.status = 'redacted' \
      OR CASE WHEN o.status = 'retrieved' OR o.retrieved_until IS NOT NULL THEN o.retrieved_until ELSE o.redact_due_at END <= $4::timestamptz)";
+
+/// The condition that an order's accounting data is exported, or the order was redacted once, or is to be erased; $1 = the policy.
+const EXPORTED: &str = "(o.redacted_at IS NOT NULL OR o.asked IS NOT NULL OR COALESCE(o.anchor_at, o.stale_at) <= \
+     (SELECT x.exported_upto FROM amazon_pii.policy x WHERE x.policy = $1))";
+
+/// [`REDACT_DUE`] under a policy, $1: where it requires the export, nothing is overwritten before.
+pub fn redact_due(plan: &Plan) -> String {
+    match plan.document.export {
+        Some(Export::Require) => [REDACT_DUE, " AND ", EXPORTED].concat(),
+        Some(Export::Warn) | None => REDACT_DUE.to_owned(),
+    }
+}
 
 /// The condition that a cycle may go on: the policy is at work, in version $5.
 const IN_FORCE: &str = "EXISTS (SELECT FROM amazon_pii.policy p WHERE p.policy = $1 AND p.version = $5 \
@@ -104,15 +159,17 @@ const IN_ORDER: &[(&str, &str)] = &[
 /// # Errors
 /// Errors of the server.
 pub fn take(plan: &Plan, clock: &Clock, share: &Share, limit: i64) -> Result<Vec<Due>> {
+    let redact_due = redact_due(plan);
     let rows = act_as(Identity::Extension, OWN_PATH, IN_ORDER, || {
         sql::write(
+            // ident-ok: made of constants.
             &format!(
-                "SELECT o.order_key, o.order_number, o.status, o.archived_at IS NOT NULL, COALESCE({REDACT_DUE}, false), \
-                        o.attempts, o.redacted_version, o.records \
+                "SELECT o.order_key, o.order_number, o.status, o.archived_at IS NOT NULL, COALESCE({redact_due}, false), \
+                        o.attempts, o.redacted_version, o.records, o.asked, o.purged_at IS NOT NULL, COALESCE(o.key_generation, 0) \
                  FROM amazon_pii.order_state o \
                  WHERE o.policy = $1 AND o.next_due_at <= GREATEST($2::timestamptz, $4::timestamptz) \
                    AND (o.next_attempt_at IS NULL OR o.next_attempt_at <= $2::timestamptz) \
-                   AND ((o.archived_at IS NULL AND o.archive_due_at <= $3::timestamptz) OR ({REDACT_DUE})) AND {IN_FORCE} AND {IN_SHARE} \
+                   AND ((o.archived_at IS NULL AND o.archive_due_at <= $3::timestamptz) OR ({redact_due})) AND {IN_FORCE} AND {IN_SHARE} \
                  ORDER BY o.next_due_at LIMIT $6 FOR UPDATE OF o SKIP LOCKED"
             ),
             &[
@@ -139,11 +196,42 @@ pub fn take(plan: &Plan, clock: &Clock, share: &Share, limit: i64) -> Result<Vec
                 attempts: u32::try_from(r.int(5)?).unwrap_or(u32::MAX),
                 redacted_version: r.text(6)?.and_then(|v| v.parse().ok()),
                 records: Rc::new(RecordList::parse(r.text(7)?)?),
+                asked: Asked::of(r.text(8)?)?,
+                purged: r.bool(9)?,
+                generation: r.int(10)?,
                 copied: false,
+                came_back: false,
                 seen: None,
             })
         })
         .collect()
+}
+
+/// How many orders a cycle would archive now, and how many it would redact.
+///
+/// # Errors
+/// Errors of the server.
+pub fn count(plan: &Plan, clock: &Clock) -> Result<(i64, i64)> {
+    let redact_due = redact_due(plan);
+    let rows = act_as(Identity::Extension, OWN_PATH, IN_ORDER, || {
+        sql::read(
+            // ident-ok: made of constants.
+            &format!(
+                "SELECT pg_catalog.count(*) FILTER (WHERE d.copy), pg_catalog.count(*) FILTER (WHERE d.redact) FROM ( \
+                    SELECT o.archived_at IS NULL AND (COALESCE(o.archive_due_at <= $3::timestamptz, false) OR COALESCE({redact_due}, false)), \
+                           o.status <> 'redacted' AND COALESCE({redact_due}, false) FROM amazon_pii.order_state o \
+                    WHERE o.policy = $1 AND o.next_due_at <= GREATEST($2::timestamptz, $4::timestamptz)) AS d (copy, redact)"
+            ),
+            &[
+                Arg::Text(Some(&plan.policy)),
+                Arg::Text(Some(&clock.now)),
+                Arg::Text(clock.archive.as_deref()),
+                Arg::Text(Some(&clock.redact)),
+            ],
+        )
+    })?;
+    let row = rows.first().ok_or_else(|| Error::internal("no row"))?;
+    Ok((row.int(0)?, row.int(1)?))
 }
 
 /// Locks orders again for the next transaction of their batch; returns those that could be.
@@ -152,12 +240,15 @@ pub fn take(plan: &Plan, clock: &Clock, share: &Share, limit: i64) -> Result<Vec
 /// Errors of the server.
 pub fn relock(plan: &Plan, clock: &Clock, batch: Vec<Due>) -> Result<Vec<Due>> {
     let keys: Vec<&str> = batch.iter().map(|d| d.order_key.as_str()).collect();
+    let redact_due = redact_due(plan);
     let rows = on_keys(|| {
         sql::write(
             // Meanwhile it may have been retrieved or held: whether it is due is asked again.
+            // ident-ok: made of constants.
             &format!(
-                "SELECT o.order_key, o.status FROM amazon_pii.order_state o WHERE o.policy IS NOT DISTINCT FROM $1 AND o.order_key = ANY ($3) \
-                 AND o.status IN ('scheduled', 'archived', 'redacted', 'retrieved', 'failed') AND ({REDACT_DUE}) \
+                "SELECT o.order_key, o.status, o.asked, o.purged_at IS NOT NULL FROM amazon_pii.order_state o \
+                 WHERE o.policy IS NOT DISTINCT FROM $1 AND o.order_key = ANY ($3) \
+                 AND o.status IN ('scheduled', 'archived', 'redacted', 'retrieved', 'failed') AND ({redact_due}) \
                  AND (o.held_until IS NULL OR o.held_until <= pg_catalog.now()) AND {IN_FORCE} FOR UPDATE OF o SKIP LOCKED"
             ),
             &[
@@ -169,15 +260,17 @@ pub fn relock(plan: &Plan, clock: &Clock, batch: Vec<Due>) -> Result<Vec<Due>> {
             ],
         )
     })?;
-    let locked: HashMap<String, String> = rows
-        .iter()
-        .map(|r| Ok((r.string(0)?, r.string(1)?)))
-        .collect::<Result<_>>()?;
-    // Another cycle may have done it.
-    let open = |d: &Due| {
-        locked
-            .get(&d.order_key)
-            .is_some_and(|now| now != "redacted" || d.status == "redacted")
-    };
-    Ok(batch.into_iter().filter(open).collect())
+    let locked: HashMap<&str, &Row> = rows.iter().map(|r| Ok((r.str(0)?, r))).collect::<Result<_>>()?;
+    let mut out = Vec::with_capacity(batch.len());
+    for due in batch {
+        let Some(now) = locked.get(due.order_key.as_str()) else {
+            continue;
+        };
+        // Another cycle may have done it.
+        if now.str(1)? != "redacted" || due.status == "redacted" {
+            let (asked, purged) = (Asked::of(now.text(2)?)?, now.bool(3)?);
+            out.push(Due { asked, purged, ..due });
+        }
+    }
+    Ok(out)
 }

@@ -69,7 +69,8 @@ pub(super) fn found<'a>(
     // Order, table, key.
     let mut rows: Vec<(usize, usize, &'a Values, &'a str)> = Vec::new();
     for target in targets {
-        if target.orders.iter().all(|o| !excluded.contains(o))
+        if !target.only_marked
+            && target.orders.iter().all(|o| !excluded.contains(o))
             && let Some(order) = target.orders.first()
         {
             rows.push((*order, target.table, target.write.key, target.key_text));

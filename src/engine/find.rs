@@ -56,9 +56,9 @@ pub fn find_orders(search: &str) -> Result<Vec<Hit>> {
         let keys: Vec<&String> = matches.keys().collect();
         let rows = as_extension(|| {
             sql::read(
-                "SELECT order_key, order_number, status, order_number = $2 FROM amazon_pii.order_state \
+                "SELECT order_key, order_number, status, order_number = $2 FROM amazon_pii.orders \
                  WHERE policy = $1 AND order_key = ANY ($3) \
-                 UNION SELECT order_key, order_number, status, true FROM amazon_pii.order_state WHERE policy = $1 AND order_number = $2 \
+                 UNION SELECT order_key, order_number, status, true FROM amazon_pii.orders WHERE policy = $1 AND order_number = $2 \
                  ORDER BY 1",
                 &[
                     Arg::Text(Some(&plan.policy)),

@@ -253,15 +253,14 @@ const UP_TO_DATE: &str = "WHERE NOT EXISTS (SELECT FROM amazon_pii.order_state A
 /// [`UP_TO_DATE`] for [`DATED_ROWS`].
 const DATED_UP_TO_DATE: &str = "WHERE NOT EXISTS (SELECT FROM amazon_pii.order_state AS e WHERE e.policy = $1 AND e.order_key = s.k \
                 AND e.status <> 'gone' AND e.order_number IS NOT DISTINCT FROM s.n \
-                AND (e.effective_at IS NOT DISTINCT FROM s.e OR e.status IN ('redacted', 'retrieved', 'purged')) AND (e.archived_at IS NOT NULL \
+                AND (e.effective_at IS NOT DISTINCT FROM s.e OR e.status IN ('redacted', 'retrieved') OR e.asked IS NOT NULL) AND (e.archived_at IS NOT NULL \
                      OR e.anchor_at IS NOT DISTINCT FROM s.a AND e.stale_at IS NOT DISTINCT FROM \
                         CASE WHEN s.a IS NULL AND s.p + $9::interval IS NOT NULL THEN GREATEST(s.p + $9::interval, s.e) END)) ";
 
 /// What becomes of orders that are known: which of them are looked at again, and what is told. A date of effect that moved
 /// moves what is due, until the order is redacted.
 fn known(again: &str, dated: bool) -> String {
-    const MOVED: &str =
-        "o.status NOT IN ('redacted', 'retrieved', 'purged') AND o.effective_at IS DISTINCT FROM EXCLUDED.effective_at";
+    const MOVED: &str = "o.status NOT IN ('redacted', 'retrieved') AND o.asked IS NULL AND o.effective_at IS DISTINCT FROM EXCLUDED.effective_at";
     const DUE: &str =
         "GREATEST(COALESCE(o.anchor_at + $7::interval, o.stale_at, o.redact_due_at), EXCLUDED.effective_at";
     let [redact_due, next_due, set, changed] = if dated {
@@ -282,13 +281,15 @@ fn known(again: &str, dated: bool) -> String {
     format!(
         "ON CONFLICT (policy, order_key) DO UPDATE SET \
                 order_number = EXCLUDED.order_number, stale_at = EXCLUDED.stale_at, {set}\
-                status = CASE WHEN o.status IN ('flagged', 'scheduled') AND o.archived_at IS NULL OR o.status = 'gone' THEN EXCLUDED.status ELSE o.status END, \
+                status = CASE WHEN o.status IN ('flagged', 'scheduled') AND o.archived_at IS NULL AND o.asked IS NULL OR o.status = 'gone' THEN EXCLUDED.status ELSE o.status END, \
                 anchor_at = CASE WHEN o.archived_at IS NULL OR o.status = 'gone' THEN EXCLUDED.anchor_at ELSE o.anchor_at END, \
-                archive_due_at = CASE WHEN o.archived_at IS NULL OR o.status = 'gone' THEN EXCLUDED.archive_due_at ELSE o.archive_due_at END, \
-                redact_due_at = CASE WHEN o.archived_at IS NULL OR o.status = 'gone' THEN EXCLUDED.redact_due_at {redact_due}ELSE o.redact_due_at END, \
+                archive_due_at = CASE WHEN o.archived_at IS NULL AND o.asked IS NULL OR o.status = 'gone' THEN EXCLUDED.archive_due_at ELSE o.archive_due_at END, \
+                redact_due_at = CASE WHEN o.archived_at IS NULL AND o.asked IS NULL OR o.status = 'gone' THEN EXCLUDED.redact_due_at {redact_due}ELSE o.redact_due_at END, \
                 archived_at = CASE WHEN o.status = 'gone' THEN NULL ELSE o.archived_at END, \
+                redacted_version = CASE WHEN o.status <> 'gone' OR o.order_number IS NOT DISTINCT FROM EXCLUDED.order_number THEN o.redacted_version END, \
                 redacted_at = CASE WHEN o.status = 'gone' THEN NULL ELSE o.redacted_at END, \
-                next_due_at = CASE WHEN o.status IN ('flagged', 'scheduled') AND o.archived_at IS NULL OR o.status = 'gone' THEN EXCLUDED.next_due_at \
+                purged_at = CASE WHEN o.status = 'gone' THEN NULL ELSE o.purged_at END, \
+                next_due_at = CASE WHEN o.status IN ('flagged', 'scheduled') AND o.archived_at IS NULL AND o.asked IS NULL OR o.status = 'gone' THEN EXCLUDED.next_due_at \
                     {next_due}WHEN o.status = 'redacted' AND {again} THEN pg_catalog.now() ELSE o.next_due_at END \
              WHERE o.status = 'gone' OR o.order_number IS DISTINCT FROM EXCLUDED.order_number \
                 OR (o.archived_at IS NULL AND o.anchor_at IS DISTINCT FROM EXCLUDED.anchor_at) \

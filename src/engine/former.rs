@@ -53,7 +53,7 @@ impl Former {
         let Some(document) = version.and_then(|v| self.0.get(&v)) else {
             return false;
         };
-        let Some(treatment) = treatment(plan, document, record, cell) else {
+        let Some(treatment) = treatment(plan, document, version.unwrap_or_default(), record, cell) else {
             return false;
         };
         let live = record.cells[cell].as_ref().and_then(|c| c.value.as_deref());
@@ -66,7 +66,7 @@ impl Former {
 }
 
 /// How a document treated a cell that the policy in force treats.
-fn treatment(plan: &Plan, document: &Policy, record: &LiveRecord, cell: usize) -> Option<Treatment> {
+fn treatment(plan: &Plan, document: &Policy, version: i64, record: &LiveRecord, cell: usize) -> Option<Treatment> {
     let entry = &plan.entries[record.entry];
     let table = &plan.tables[record.table];
     let column = &table.cells[cell];
@@ -75,13 +75,13 @@ fn treatment(plan: &Plan, document: &Policy, record: &LiveRecord, cell: usize) -
     } else {
         &document.linked.iter().find(|l| l.alias == entry.alias)?.redact
     };
-    let name = column.name.bare();
+    let name = column.name_under(version);
     let rule = match redact {
         Redact::Nothing => None,
         Redact::Columns(names) => names.iter().any(|n| n == name).then_some(Rule::Default),
         Redact::Treatments(pairs) => pairs.iter().find(|(n, _)| n == name).map(|(_, r)| r.clone()),
     }?;
-    let nullable = !table.facts.column(name)?.not_null;
+    let nullable = !table.facts.column(column.name.bare())?.not_null;
     Treatment::compile(
         &rule,
         column.shape,

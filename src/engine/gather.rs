@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 
+use super::assign;
 use super::history;
 use super::overwrite::{CellWrite, NewValue};
 use super::plan::{Plan, Table};
@@ -16,7 +17,7 @@ use crate::pg::sql::Text;
 pub struct LiveCell {
     /// Its text form; `None` is NULL.
     pub value: Option<Text>,
-    /// What a treatment by expression makes of it.
+    /// What a treatment by expression, or one that scrubs, makes of it.
     pub computed: Option<Text>,
 }
 
@@ -64,6 +65,11 @@ impl LiveRecord {
                 None => out.push((i, Outcome::Null)),
                 Some(Outcome::Keep) => {}
                 Some(Outcome::Sql) if cell.computed == cell.value => {}
+                Some(Outcome::Scrub) => {
+                    if let Some(scrubbed) = cell.computed.as_deref().filter(|c| Some(*c) != cell.value.as_deref()) {
+                        out.push((i, Outcome::Text(scrubbed.to_owned().into())));
+                    }
+                }
                 Some(outcome) => out.push((i, outcome)),
             }
         }
@@ -169,13 +175,50 @@ fn shape(plan: &Plan, index: usize) -> Shape {
 /// # Errors
 /// Errors of the server or of the owners' expressions.
 pub fn gather(plan: &Plan, orders: &[Values], stored: &Stored) -> Result<Gathered> {
+    let (mut gathered, known) = walk_down(plan, orders.len(), Start::Keys(orders))?;
+    add_stored(plan, stored, &known, &mut gathered)?;
+    history::leave_own(plan, &mut gathered.records)?;
+    Ok(gathered)
+}
+
+/// Where the way down begins.
+pub enum Start<'a> {
+    /// At the rows of orders. Where one is gone, at what bears its key.
+    Keys(&'a [Values]),
+    /// At the links of rows that are gone: order, entry, values.
+    Links(Vec<(usize, usize, Values)>),
+}
+
+/// Reads everything that the policy reaches.
+///
+/// # Errors
+/// As [`gather`].
+pub fn reach(plan: &Plan, orders: usize, start: Start<'_>) -> Result<Gathered> {
+    let (mut gathered, _) = walk_down(plan, orders, start)?;
+    history::leave_own(plan, &mut gathered.records)?;
+    Ok(gathered)
+}
+
+/// Records by order, table and key.
+type Known = HashMap<(usize, usize, String), usize>;
+
+fn walk_down(plan: &Plan, orders: usize, start: Start<'_>) -> Result<(Gathered, Known)> {
     let mut gathered = Gathered {
-        exists: vec![false; orders.len()],
+        exists: vec![false; orders],
         records: Vec::new(),
     };
-    let mut known: HashMap<(usize, usize, String), usize> = HashMap::new();
+    let mut known = Known::new();
     // For each entry: the orders and link values that lead into it, and how young the rows are that they come from.
     let mut pending: Vec<Vec<((usize, NotBefore), Values)>> = plan.entries.iter().map(|_| Vec::new()).collect();
+    let orders: &[Values] = match start {
+        Start::Keys(keys) => keys,
+        Start::Links(links) => {
+            for (order, entry, link) in links {
+                pending[entry].push(((order, None), link));
+            }
+            &[]
+        }
+    };
     for index in 0..plan.entries.len() {
         let shape = shape(plan, index);
         let entry = &plan.entries[index];
@@ -210,9 +253,14 @@ pub fn gather(plan: &Plan, orders: &[Values], stored: &Stored) -> Result<Gathere
                 not_before = Some((text, index));
             }
             for (child, range) in &shape.links {
-                pending[*child].push(((order, not_before.clone()), row.texts(at(range.start)..at(range.end))?));
+                let link = row.texts(at(range.start)..at(range.end))?;
+                // The generic customer is nobody's personal data.
+                if plan.generic.is_empty() || !assign::is_generic(plan, *child, &link) {
+                    pending[*child].push(((order, not_before.clone()), link));
+                }
             }
-            if entry.cells.is_empty() && shape.not_before.is_none() {
+            let is_marked = entry.parent.is_none() && !table.marks.is_empty();
+            if entry.cells.is_empty() && shape.not_before.is_none() && !is_marked {
                 continue;
             }
             let key = row.texts(at(0)..at(shape.keys))?;
@@ -249,20 +297,30 @@ pub fn gather(plan: &Plan, orders: &[Values], stored: &Stored) -> Result<Gathere
                 record.not_before = Some((moment, by));
             }
         }
+        if entry.parent.is_none() {
+            follow_keys(plan, orders, &gathered.exists, &mut pending);
+        }
     }
-    add_stored(plan, stored, &known, &mut gathered)?;
-    history::leave_own(plan, &mut gathered.records)?;
-    Ok(gathered)
+    Ok((gathered, known))
+}
+
+/// What leads on from orders whose row is gone: links that are made of their key alone.
+fn follow_keys(plan: &Plan, orders: &[Values], exists: &[bool], pending: &mut [Vec<((usize, NotBefore), Values)>]) {
+    if exists.iter().all(|exists| *exists) {
+        return;
+    }
+    for (entry, pending) in pending.iter_mut().enumerate() {
+        let Some(parts) = plan.key_link(entry) else { continue };
+        for (order, key) in orders.iter().enumerate().filter(|(i, _)| !exists[*i]) {
+            let link = parts.iter().map(|p| key.get(*p).cloned().flatten()).collect();
+            pending.push(((order, None), link));
+        }
+    }
 }
 
 /// Adds the records that these orders once led to and that are not done: a link that was changed, or a deleted order,
 /// leaves no personal data behind.
-fn add_stored(
-    plan: &Plan,
-    stored: &Stored,
-    known: &HashMap<(usize, usize, String), usize>,
-    gathered: &mut Gathered,
-) -> Result<()> {
+fn add_stored(plan: &Plan, stored: &Stored, known: &Known, gathered: &mut Gathered) -> Result<()> {
     // For each table: order, entry, key.
     let mut missing: Vec<Vec<(usize, usize, &str)>> = plan.tables.iter().map(|_| Vec::new()).collect();
     for (order, Listed(table, key, alias, _)) in stored.open() {

@@ -11,7 +11,7 @@ use crate::pg::ident;
 use crate::pg::prepared;
 use crate::pg::sql::Arg;
 use crate::pg::subxact::subtransaction;
-use crate::pg::trigger::{TriggerCall, is_engine_write};
+use crate::pg::trigger::{Instead, TriggerCall, is_engine_write};
 
 /// Whether any row of a table is retrieved now.
 fn any_retrieved(table: &str) -> Result<bool> {
@@ -99,7 +99,10 @@ pub fn ignore(call: &TriggerCall) -> Result<pg_sys::Datum> {
         ))
     });
     match kept {
-        Ok(Some(columns)) => call.with_old_values(&columns),
+        Ok(Some(columns)) => {
+            let old: Vec<(&str, Instead)> = columns.iter().map(|c| (c.as_str(), Instead::Old)).collect();
+            call.with_values(&old)
+        }
         Ok(None) => Ok(call.new_row()),
         Err(e) if e.is_cancel() => Err(e),
         Err(_) => Ok(call.new_row()),

@@ -8,7 +8,7 @@ use pgrx::pg_sys;
 use super::gather::LiveRecord;
 use super::plan::{Builder, EXPRESSION_HINT, Plan, Table};
 use super::walk::{FIRST, Values, batch_column, batch_rows, by_key, key_parts, key_text, select_all};
-use crate::domain::policy::{Access, History as Document, Source, Template};
+use crate::domain::policy::{Access, History as Document, Policy, Source, Template};
 use crate::pg::error::{Error, Result};
 use crate::pg::ident::{Expr, Ident};
 use crate::pg::identity::{Identity, act_as, as_extension, on_keys, session_user};
@@ -17,7 +17,7 @@ use crate::pg::trigger::EngineWrite;
 use crate::pg::{catalog, guc, xact};
 
 /// The name under which the history is one of a policy's tables.
-pub const NAME: &str = "history.table";
+pub const NAME: &str = Policy::HISTORY;
 
 /// A history, ready to be written to.
 pub struct History {

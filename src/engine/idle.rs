@@ -2,6 +2,7 @@
 //! time, and most of its cycles find nothing.
 
 use super::due::Clock;
+use super::purge;
 use crate::domain::clock::horizons;
 use crate::domain::policy::Policy;
 use crate::pg::error::{Error, Result};
@@ -37,6 +38,20 @@ pub fn structure(policy: &str) -> Result<Option<String>> {
     })
 }
 
+/// Whether the catalog rows of a policy's tables are not those that its last complete cycle saw.
+///
+/// # Errors
+/// Errors of the server.
+pub fn is_changed(policy: &str, structure: Option<&str>) -> Result<bool> {
+    let rows = on_keys(|| {
+        sql::read(
+            "SELECT p.structure IS DISTINCT FROM $2::numeric FROM amazon_pii.policy p WHERE p.policy = $1",
+            &[Arg::Text(Some(policy)), Arg::Text(structure)],
+        )
+    })?;
+    rows.first().map_or(Ok(true), |r| r.bool(0))
+}
+
 /// Whether nothing is to be done for a policy now: its tables are what they were when a cycle last saw them, nothing
 /// waits to be flagged, moved or told, and no order has come to its time. Where it cannot be told, there may be.
 fn nothing_to_do(policy: &str) -> Result<bool> {
@@ -47,6 +62,7 @@ fn nothing_to_do(policy: &str) -> Result<bool> {
                 AND p.sweep_started_at <= p.swept_at AND p.swept_at > pg_catalog.now() - '1 day'::interval AND p.rechecked_at IS NOT NULL AND p.recheck_left = 0 \
                 AND NOT EXISTS (SELECT FROM amazon_pii.news n WHERE n.policy = $1) \
                 AND NOT EXISTS (SELECT FROM amazon_pii.touched t WHERE t.policy = $1 AND t.next_attempt_at <= pg_catalog.now()) \
+                AND NOT EXISTS (SELECT FROM amazon_pii.orphan r WHERE r.policy = $1 AND r.record_key IS NULL AND r.next_attempt_at <= pg_catalog.now()) \
                 AND NOT EXISTS (SELECT FROM amazon_pii.renamed r WHERE r.policy = $1) \
                 AND NOT EXISTS (SELECT FROM amazon_pii.order_state o WHERE o.policy = $1 AND o.status = 'flagged' AND o.stale_at <= pg_catalog.now())",
             &[Arg::Text(Some(policy))],
@@ -80,7 +96,8 @@ fn nothing_to_do(policy: &str) -> Result<bool> {
             ],
         )
     })?;
-    rows.first().ok_or_else(|| Error::internal("no row"))?.bool(0)
+    let idle = rows.first().ok_or_else(|| Error::internal("no row"))?.bool(0)?;
+    Ok(idle && purge::past(policy, &document.archive_for, 1)?.is_empty())
 }
 
 /// Ends a cycle that has nothing to do: that it was here is all that is noted. Whether it does.

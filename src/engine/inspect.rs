@@ -158,7 +158,8 @@ pub fn explain(number: &str) -> Result<Vec<Step>> {
         sql::read(
             "SELECT policy, order_key, status, flagged_at, flagged_by, anchor_at, archive_due_at, archived_at, redact_due_at, \
                     redacted_at, redacted_version, retrieved_until, held_until, pushed_by, attempts, next_attempt_at, last_error, \
-                    effective_at, effective_at > pg_catalog.now(), follows \
+                    effective_at, effective_at > pg_catalog.now(), purged_at, asked, \
+                    CASE WHEN purged_at IS NOT NULL AND status IN ('redacted', 'gone') THEN 'purged' ELSE status END, follows \
              FROM amazon_pii.order_state WHERE order_number = $1 ORDER BY policy, order_key",
             &[Arg::Text(Some(number))],
         )
@@ -179,7 +180,7 @@ pub fn explain(number: &str) -> Result<Vec<Step>> {
         };
         let or_none = |i: usize| o.text(i).map(|t| t.unwrap_or("not yet").to_owned());
         say("flagged", format!("{} by {}", o.str(3)?, o.str(4)?));
-        say("status", o.string(2)?);
+        say("status", o.string(21)?);
         let plan = Plan::current(&policy);
         say(
             "anchor",
@@ -210,7 +211,7 @@ pub fn explain(number: &str) -> Result<Vec<Step>> {
         if let Some(until) = o.text(11)? {
             say("retrieved", format!("until {until}"));
         }
-        if let Some(original) = o.text(19)? {
+        if let Some(original) = o.text(22)? {
             say(
                 "follows",
                 format!("the retrieval of order {original}, which it replaces"),
@@ -218,6 +219,12 @@ pub fn explain(number: &str) -> Result<Vec<Step>> {
         }
         if let Some(until) = o.text(12)? {
             say("held", format!("until {until}"));
+        }
+        if let Some(asked) = o.text(20)? {
+            say("asked", asked.to_owned());
+        }
+        if let Some(at) = o.text(19)? {
+            say("purged", format!("archive destroyed {at}"));
         }
         if let Some(error) = o.text(16)? {
             say(

@@ -10,7 +10,8 @@ use crate::pg::catalog::{self, Compare};
 use crate::pg::error::{Error, Result};
 use crate::pg::ident::Ident;
 use crate::pg::identity::{Identity, KEYED, act_as, as_extension};
-use crate::pg::sql::{self, Arg};
+use crate::pg::prepared::{self, KEYED_FOR_A_WHILE};
+use crate::pg::sql::{self, Arg, Row};
 use crate::pg::subxact::trial;
 use crate::pg::trigger::EngineWrite;
 
@@ -28,7 +29,7 @@ impl<'a> From<&'a Outcome<'_>> for NewValue<'a> {
         match outcome {
             Outcome::Text(text) => Self::Text(Cow::Borrowed(text)),
             Outcome::Sql => Self::Computed,
-            Outcome::Null | Outcome::Keep => Self::Null,
+            Outcome::Null | Outcome::Keep | Outcome::Scrub => Self::Null,
         }
     }
 }
@@ -51,6 +52,14 @@ pub enum CellWrite<'a> {
 pub struct RowWrite<'a> {
     pub key: &'a Values,
     pub cells: Vec<CellWrite<'a>>,
+}
+
+/// What becomes of the columns that say that a row is redacted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Marks {
+    Set,
+    /// They get what a new row has.
+    TakeBack,
 }
 
 /// Composes a statement's parameters, numbering them as they come.
@@ -206,10 +215,7 @@ fn take_locks(
         condition.join(" AND "),
         name = table.relation.name,
     );
-    let found = act_as(Identity::Owner(table.owner), &plan.search_path, KEYED, || {
-        sql::write(&query, &parameters.args)
-    })
-    .map_err(|e| e.at(&table.relation.shown()))?;
+    let found = by_key(plan, table, &query, &parameters.args).map_err(|e| e.at(&table.relation.shown()))?;
     for row in found {
         mark(locked, row.int(0)?)?;
     }
@@ -222,19 +228,40 @@ fn take_locks(
 /// Errors of the server, a lock that is not to be had apart.
 pub fn is_locked(plan: &Plan) -> Result<bool> {
     for table in &plan.tables {
-        let probe = format!("LOCK TABLE {} IN ROW EXCLUSIVE MODE NOWAIT", table.relation);
-        let free = trial(|| {
-            act_as(Identity::Owner(table.owner), &plan.search_path, &[], || {
-                sql::execute(&probe, &[])
-            })
-        });
-        match free {
-            Ok(_) => {}
-            Err(e) if e.is_lock() => return Ok(true),
-            Err(e) => return Err(e),
+        if is_table_locked(plan, table)? {
+            return Ok(true);
         }
     }
     Ok(false)
+}
+
+/// [`is_locked`], of one table.
+///
+/// # Errors
+/// As [`is_locked`].
+pub fn is_table_locked(plan: &Plan, table: &Table) -> Result<bool> {
+    let probe = format!("LOCK TABLE {} IN ROW EXCLUSIVE MODE NOWAIT", table.relation);
+    let free = trial(|| {
+        act_as(Identity::Owner(table.owner), &plan.search_path, &[], || {
+            sql::execute(&probe, &[])
+        })
+    });
+    match free {
+        Ok(_) => Ok(false),
+        Err(e) if e.is_lock() => Ok(true),
+        Err(e) => Err(e),
+    }
+}
+
+/// Runs a statement that finds rows of a table by its key.
+fn by_key(plan: &Plan, table: &Table, query: &str, args: &[Arg<'_>]) -> Result<Vec<Row>> {
+    let owner = Identity::Owner(table.owner);
+    if table.keeps_plans() {
+        return act_as(owner, &plan.search_path, KEYED_FOR_A_WHILE, || {
+            prepared::for_a_while(query, args)
+        });
+    }
+    act_as(owner, &plan.search_path, KEYED, || sql::write(query, args))
 }
 
 fn mark(flags: &mut [bool], ordinal: i64) -> Result<()> {
@@ -302,16 +329,16 @@ fn new_text<'a>(cell: &'a CellWrite<'_>) -> Option<&'a str> {
     }
 }
 
-/// Overwrites cells of rows that still hold what is expected.
+/// Overwrites cells of rows that still hold what is expected, and their marks.
 ///
 /// # Errors
 /// A row that did not come back (changed, or gone), that the table's own triggers wrote differently, or that a
 /// constraint refused: nothing of the batch is kept.
-pub fn update(plan: &Plan, table: &Table, rows: &[&RowWrite<'_>]) -> Result<()> {
+pub fn update(plan: &Plan, table: &Table, rows: &[&RowWrite<'_>], marks: Marks) -> Result<()> {
     let written: Vec<usize> = (0..table.cells.len())
         .filter(|i| rows.iter().any(|r| matches!(r.cells[*i], CellWrite::Write { .. })))
         .collect();
-    if written.is_empty() {
+    if rows.is_empty() || (written.is_empty() && table.marks.is_empty()) {
         return Ok(());
     }
     let name = &table.relation.name;
@@ -383,6 +410,12 @@ pub fn update(plan: &Plan, table: &Table, rows: &[&RowWrite<'_>]) -> Result<()> 
             }
         }
     }
+    // What they get is not compared: it may be the clock's.
+    set.extend(table.marks.iter().map(|m| match marks {
+        Marks::Set => format!("{} = {}", m.name, m.expression),
+        Marks::TakeBack => format!("{} = DEFAULT", m.name),
+    }));
+    check.push("true".to_owned());
     let query = format!(
         "UPDATE {} AS {name} SET {} FROM {} WHERE {} RETURNING {ORDINAL}, {}",
         table.relation,
@@ -454,11 +487,8 @@ fn run(plan: &Plan, table: &Table, rows: usize, query: &str, args: &[Arg<'_>]) -
             .map(|p| p.oid)
             .collect();
     }
-    let returned = act_as(Identity::Owner(table.owner), &plan.search_path, KEYED, || {
-        let _ours = EngineWrite::begin(&oids);
-        sql::write(query, args)
-    })
-    .map_err(|e| e.at(&shown))?;
+    let _ours = EngineWrite::begin(&oids);
+    let returned = by_key(plan, table, query, args).map_err(|e| e.at(&shown))?;
     let mut seen = vec![false; rows];
     for row in &returned {
         if !row.bool(1)? {

@@ -123,7 +123,10 @@ impl Pace {
     }
 
     /// For the view `runs`.
-    fn note(&self, text: Option<&str>) -> Result<()> {
+    ///
+    /// # Errors
+    /// Errors of the server.
+    pub fn note(&self, text: Option<&str>) -> Result<()> {
         let Some(run) = self.run else { return Ok(()) };
         as_extension(|| {
             sql::execute(

@@ -9,7 +9,7 @@ use super::plan::{AnchorPlan, Plan, Table};
 use super::walk::Values;
 use crate::pg::catalog::{self, Compare};
 use crate::pg::error::{Error, Result};
-use crate::pg::ident;
+use crate::pg::ident::{self, Expr};
 use crate::pg::identity::{Identity, act_as};
 use crate::pg::sql::{self, Arg, Row};
 
@@ -143,8 +143,20 @@ fn digest(plan: &Plan) -> Option<String> {
             AnchorPlan::Linked { .. } => return None,
         }
     }
+    let columns = &plan.orders().facts.columns;
     let moment = |sql: &str, n: i32| {
-        format!("COALESCE(pg_catalog.timestamp_hash_extended(pg_catalog.timezone('UTC', {sql}), {n}), {n})")
+        let any = format!("COALESCE(pg_catalog.timestamp_hash_extended(pg_catalog.timezone('UTC', {sql}), {n}), {n})");
+        if !columns.iter().any(|c| Expr::column(c.name.bare()).to_string() == sql) {
+            return any;
+        }
+        // Before PostgreSQL 18 no function hashes a time with zone. Its seconds as a number are much cheaper than its time at
+        // UTC; in this range no two microseconds have the same.
+        format!(
+            "CASE WHEN {sql} OPERATOR(pg_catalog.>=) '1900-01-01 00:00:00+00'::pg_catalog.timestamptz \
+                AND {sql} OPERATOR(pg_catalog.<) '2100-01-01 00:00:00+00'::pg_catalog.timestamptz \
+             THEN pg_catalog.hashfloat8extended(pg_catalog.tstzrange_subdiff({sql}, '2000-01-01 00:00:00+00'::pg_catalog.timestamptz), {n}) \
+             ELSE {any} END"
+        )
     };
     let mut parts = Vec::new();
     if let Some(number) = &plan.number {
@@ -152,8 +164,10 @@ fn digest(plan: &Plan) -> Option<String> {
             "COALESCE(pg_catalog.hashtextextended({number}::pg_catalog.text COLLATE pg_catalog.\"C\", 1), 1)"
         ));
     }
-    if !anchors.is_empty() {
-        parts.push(moment(&format!("COALESCE({})", anchors.join(", ")), 2));
+    match anchors.as_slice() {
+        [] => {}
+        [anchor] => parts.push(moment(anchor, 2)),
+        several => parts.push(moment(&format!("COALESCE({})", several.join(", ")), 2)),
     }
     if let Some(placed) = &plan.placed {
         parts.push(moment(placed, 3));

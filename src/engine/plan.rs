@@ -2,13 +2,19 @@
 
 mod build;
 mod cache;
+mod columns;
+mod marks;
+mod names;
+mod path;
 
 pub use build::Builder;
 use build::refuse_redacted_links;
 use cache::Record;
+pub use columns::{TODAY, former};
 
 use std::fmt::Display;
 
+use super::assign::{self, Assign};
 use super::history::{self, History};
 
 use pgrx::pg_sys;
@@ -39,8 +45,18 @@ pub struct CellColumn {
     rule: Option<Rule>,
     /// The expression of a `sql` treatment.
     pub expression: Option<Expr>,
+    /// Where the names of a `scrub` treatment are: tables and their cells.
+    pub names: Vec<(usize, usize)>,
+    /// Characters at most.
+    pub room: Option<usize>,
     /// The declared type with its modifier, as SQL.
     pub type_shown: String,
+    /// The name under which the archive knows it, whatever it is called now.
+    pub archived_as: String,
+    /// Its name in the document in force.
+    said: String,
+    /// Earlier names, each with the last version of the policy that has it.
+    former: Vec<(i64, String)>,
 }
 
 impl CellColumn {
@@ -70,12 +86,19 @@ impl CellColumn {
     }
 }
 
+/// A column that says of a row that it is redacted.
+pub struct Mark {
+    pub name: Ident,
+    pub expression: Expr,
+}
+
 /// A table of a policy; several entries may reach it.
 pub struct Table {
     pub relation: Relation,
     pub owner: pg_sys::Oid,
     pub key: Vec<(Ident, pg_sys::Oid)>,
     pub cells: Vec<CellColumn>,
+    pub marks: Vec<Mark>,
     /// The name under which the archive knows it: the one it had when a policy first named it, whatever it is called now.
     pub archived_as: String,
     /// Redaction removes the row.
@@ -108,6 +131,11 @@ impl Table {
                 .indexed_expressions
                 .iter()
                 .any(|shown| expressions.iter().any(|e| e.same_text(shown)))
+    }
+
+    /// Statements that find rows by the key keep their plans for a while: [`crate::pg::prepared`].
+    pub fn keeps_plans(&self) -> bool {
+        self.facts.kind == 'p'
     }
 
     /// What must become of a text in one of its cells; `None` in a row that goes as a whole.
@@ -209,10 +237,15 @@ pub struct Plan {
     /// A time with zone: before it the order is not touched.
     pub effective: Option<String>,
     pub customer: Option<Customer>,
+    pub assign: Option<Assign>,
+    /// Generic customers, of former versions of the policy too: an entry, and the value that leads to the row.
+    pub generic: Vec<(usize, String)>,
     pub history: Option<History>,
     /// Tables that hold lines of the history that we wrote.
     pub own_lines: Vec<usize>,
     pub archive_schema: Ident,
+    /// `archive_for` is nothing: an order's archive ends with its redaction.
+    pub keeps_nothing: bool,
 }
 
 impl Plan {
@@ -229,11 +262,26 @@ impl Plan {
         Self::from_record(policy, &Record::read(policy)?)
     }
 
+    /// Whether the columns that a policy needs are there.
+    ///
+    /// # Errors
+    /// One is not, or has another name inside of an expression.
+    pub fn find_columns(policy: &str) -> Result<()> {
+        let record = Record::read(policy)?;
+        let mut document = Policy::parse(record.row.str(1)?).map_err(|e| Error::invalid(e.to_string()))?;
+        record.follow(&mut document).map(drop)
+    }
+
     fn from_record(policy: &str, record: &Record) -> Result<Self> {
-        let Record { row, relations } = record;
-        let document = Policy::parse(row.str(1)?).map_err(|e| Error::invalid(e.to_string()))?;
+        let Record {
+            row,
+            relations,
+            schemas,
+            ..
+        } = record;
+        let mut document = Policy::parse(row.str(1)?).map_err(|e| Error::invalid(e.to_string()))?;
         let mut oids = Vec::new();
-        let aged: Vec<String> = (0..document.by_age.len()).map(aged_name).collect();
+        let aged: Vec<String> = (0..document.by_age.len()).map(Policy::by_age_name).collect();
         let linked = document.linked.iter().map(|l| l.alias.as_str());
         let history = document.history.iter().map(|_| history::NAME);
         let apart = aged.iter().map(String::as_str).chain(history);
@@ -243,14 +291,15 @@ impl Plan {
                 .find(|r| r.str(0).is_ok_and(|a| a == alias))
                 .ok_or_else(|| Error::undefined(format!("a table of policy \"{policy}\" is not recorded")))?;
             if known.str(3)?.is_empty() {
-                return Err(
-                    Error::undefined(format!("a table of policy \"{policy}\" no longer exists"))
-                        .detail(format!(
-                            "It is the table of entry \"{}\".",
-                            if alias.is_empty() { "orders" } else { alias }
-                        ))
-                        .hint("Apply the policy again without it."),
-                );
+                return Err(Error::undefined(format!(
+                    "table {} of policy \"{policy}\" no longer exists",
+                    known.str(4)?
+                ))
+                .detail(format!(
+                    "It is the table of entry \"{}\".",
+                    if alias.is_empty() { "orders" } else { alias }
+                ))
+                .hint("Apply the policy again without it."));
             }
             if known.str(2)? != known.str(3)? {
                 return Err(
@@ -260,16 +309,20 @@ impl Plan {
             }
             oids.push(known.oid(1)?);
         }
-        let mut plan = Self::build(document, row.str(2)?, &oids)?;
+        let known = record.follow(&mut document)?;
+        let path = path::today(row.str(2)?, row.text(5)?, schemas)?;
+        let mut plan = Self::build(document, &path, &oids)?;
         for (entry, known) in plan.entries.iter().map(|e| (e.table, &e.alias)) {
             if let Some(row) = relations.iter().find(|r| r.str(0).is_ok_and(|a| a == known)) {
                 plan.tables[entry].archived_as = row.string(4)?;
             }
         }
+        columns::mark(&mut plan, &known);
         plan.version = row.int(0)?;
         plan.enabled = row.bool(3)?;
         plan.suspended = row.owned(4)?;
         plan.own_lines = history::tables_with_lines(&plan)?;
+        plan.generic = assign::generic(&plan)?;
         Ok(plan)
     }
 
@@ -290,6 +343,9 @@ impl Plan {
         let table = builder.table(orders_oid, &orders.table, orders.key.as_deref())?;
         let cells = builder.cells(table, &orders.redact, "orders")?;
         builder.files(table, orders.files.as_deref(), "orders")?;
+        builder.kept(table, &orders.keep, "orders")?;
+        builder.files(table, orders.files.as_deref(), "orders")?;
+        builder.marks(table, &orders.mark, "orders")?;
         builder.entries.push(Entry {
             alias: String::new(),
             table,
@@ -349,8 +405,10 @@ impl Plan {
             .iter()
             .zip(oids.iter().skip(1 + document.linked.len()))
             .enumerate()
-            .map(|(i, (aged, oid))| builder.aged(aged_name(i), aged, *oid))
+            .map(|(i, (aged, oid))| builder.aged(Policy::by_age_name(i), aged, *oid))
             .collect::<Result<Vec<_>>>()?;
+        let assign = orders.assign_customer.as_ref();
+        let assign = assign.map(|a| Assign::build(&builder, a)).transpose()?;
         let history = match (
             &document.history,
             oids.get(1 + document.linked.len() + document.by_age.len()),
@@ -373,7 +431,10 @@ impl Plan {
                 });
         }
         refuse_redacted_links(&tables, &entries, number.as_ref())?;
+        marks::refuse(&tables, &entries, number.as_ref())?;
+        names::resolve(&mut tables, &entries)?;
         Ok(Self {
+            keeps_nothing: super::purge::is_nothing(&document.archive_for)?,
             policy: document.policy.clone(),
             version: 0,
             enabled: document.enabled,
@@ -391,6 +452,8 @@ impl Plan {
             placed,
             effective,
             customer,
+            assign,
+            generic: Vec::new(),
             history,
             own_lines: Vec::new(),
         })
@@ -430,6 +493,15 @@ impl Plan {
             })
     }
 
+    /// For an entry that hangs on the orders by nothing but their key: which parts of the key its link is made of. Its rows can
+    /// be found when the order's own row is gone.
+    pub fn key_link(&self, index: usize) -> Option<Vec<usize>> {
+        let entry = &self.entries[index];
+        let key = &self.orders().key;
+        let part = |e: &Expr| key.iter().position(|(name, _)| *e == Expr::column(name.bare()));
+        (entry.parent == Some(0)).then(|| entry.on_parent.iter().map(part).collect())?
+    }
+
     /// The key of an order, where it is one whole number.
     pub fn number_key(&self) -> Option<&Ident> {
         match self.orders().key.as_slice() {
@@ -466,11 +538,6 @@ impl Plan {
         path.reverse();
         path
     }
-}
-
-/// The name of the `i`th table of `by_age` among the policy's tables.
-fn aged_name(i: usize) -> String {
-    format!("by_age[{i}]")
 }
 
 /// Refuses unless the caller owns the table or is a member of its owner.

@@ -1,21 +1,26 @@
 //! The second transaction of a batch: open the committed copies, compare, overwrite.
 
 mod changes;
+mod shared;
 
 use changes::Changes;
+pub use shared::Sharing;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::rc::Rc;
 
+use super::again::Besides;
 use super::alive::{self, Keeper};
 use super::archive::{line, settle_gone, taken_out};
 use super::audit;
-use super::due::{Clock, Due};
+use super::due::{Asked, Clock, Due};
 use super::files;
 use super::former::Former;
 use super::gather::{self, Gathered, LiveRecord};
-use super::overwrite::{self, CellWrite, RowWrite};
+use super::overwrite::{self, CellWrite, Marks, RowWrite};
 use super::plan::Plan;
+use super::purge;
 use super::records::{self, Stored};
+use super::scrub;
 use super::state;
 use super::vault::{self, Newest, OrderArchive};
 use super::walk::Values;
@@ -37,6 +42,10 @@ pub struct Redacted {
     pub locked: Vec<usize>,
     /// Shared rows that were left alone.
     pub waiting: Vec<alive::Waiting>,
+    /// Orders, of this batch and of others, of which triggers of the shop's wrote rows meanwhile.
+    pub besides: Vec<String>,
+    /// How many rows others may share.
+    pub shared: usize,
 }
 
 /// A row to be overwritten, for all orders of the batch that reach it.
@@ -52,6 +61,9 @@ pub(super) struct Target<'a> {
     stored: bool,
     /// Other orders may need it.
     shared: bool,
+    /// Nothing of it is overwritten.
+    pub(super) only_marked: bool,
+    locked: bool,
 }
 
 /// For orders of a batch, a moment and the entry that says so.
@@ -67,6 +79,7 @@ pub fn batch(
     others: &[Rc<Plan>],
     keys: &MasterKeys,
     clock: &Clock,
+    sharing: &Sharing,
     batch: &mut [Due],
 ) -> Result<Redacted> {
     let seen: Vec<Option<Vec<LiveRecord>>> = batch.iter_mut().map(|d| d.seen.take()).collect();
@@ -76,10 +89,14 @@ pub fn batch(
     let archive = vault::open(&plan.archive_schema, keys, &plan.policy, &order_keys)?;
     let stored = Stored::of(plan, batch)?;
     let mut live = look(plan, batch, seen, &stored)?;
+    scrub::fill(plan, &mut live.records, &archive, &order_keys);
     let mut out = Redacted::default();
     let (late, set_aside) = late_rows(plan, clock, batch, &mut live.records)?;
     let mut excluded: HashSet<usize> = push_back(plan, clock, batch, &live.records)?;
-    let gone: HashSet<usize> = (0..batch.len()).filter(|i| live.is_gone(*i)).collect();
+    // One that is forgotten stays known: it may be imported again.
+    let gone: HashSet<usize> = (0..batch.len())
+        .filter(|i| live.is_gone(*i) && !batch[*i].asked.forgets())
+        .collect();
     settle_gone(plan, keys, &gone.iter().map(|i| &batch[*i]).collect::<Vec<_>>())?;
     excluded.extend(&gone);
     let former = Former::load(plan, batch.iter().map(|d| d.redacted_version))?;
@@ -94,12 +111,16 @@ pub fn batch(
 
     // Deferred triggers of the caller fire as the caller, not as a table's owner.
     xact::fire_deferred()?;
-    let mut waiting = wait_for_others(plan, others, clock, batch, &excluded, &mut targets)?;
-    lock(plan, &targets, &mut excluded, &mut out)?;
-    // What began to use a shared row before it was locked is seen by this second look.
-    waiting.extend(wait_for_others(plan, others, clock, batch, &excluded, &mut targets)?);
+    let look = shared::Look {
+        plan,
+        others,
+        clock,
+        batch,
+    };
+    let waiting = look.lock(sharing, &mut targets, &mut excluded, &mut out)?;
     let clean = live.records.iter().zip(&pii).filter(|(_, pii)| pii.is_empty());
     let files = files::found(plan, batch, &stored, &targets, clean.map(|(r, _)| r), &excluded)?;
+    let besides = Besides::begin();
     write(plan, &targets, &excluded)?;
     files::note(plan, keys, batch, &files)?;
 
@@ -124,7 +145,8 @@ pub fn batch(
         });
     }
     let done: Vec<usize> = (0..batch.len()).filter(|i| !excluded.contains(i)).collect();
-    changes.left(plan, batch, &stored, &done, live.records.iter().chain(&set_aside));
+    out.besides = besides.orders(&plan.policy);
+    changes.left(plan, batch, &stored, &done, &live.records, &set_aside);
     records::write(plan, &changes.list)?;
     records::shared_done(&changes.shared)?;
     let count = |i: usize| changes.counts.get(&i).copied().unwrap_or_default();
@@ -145,7 +167,7 @@ pub fn batch(
     // An order that came back for a row it had to leave was counted before.
     let counted = overwritten
         .iter()
-        .filter(|i| batch[**i].status != "redacted" || changes.anew.contains(i));
+        .filter(|i| batch[**i].status != "redacted" || changes.anew.contains(i) && !batch[**i].came_back);
     out.done = counted.count() as i64;
     let dues = |list: Vec<usize>| list.into_iter().map(|i| &batch[i]).collect::<Vec<_>>();
     let (overwritten, clean) = (dues(overwritten), dues(clean));
@@ -154,10 +176,28 @@ pub fn batch(
     for (order, (moment, by)) in late.into_iter().filter(|(order, _)| !excluded.contains(order)) {
         state::pushed(plan, &batch[order], &moment, &plan.entries[by].alias)?;
     }
+    let ended = |i: &usize| {
+        let due = &batch[*i];
+        // Where nothing is left of an earlier end there is nothing to end again.
+        let kept = archive.contains_key(&due.order_key) || !due.purged;
+        due.asked == Asked::Forget || plan.keeps_nothing && kept
+    };
+    let of = |due: &Due| purge::Ended {
+        order_key: due.order_key.clone(),
+        order_number: due.number.clone(),
+    };
+    let ending: Vec<usize> = (0..batch.len()).filter(|i| !excluded.contains(i) && ended(i)).collect();
     let set_back: Vec<&Due> = excluded.difference(&gone).map(|i| &batch[*i]).collect();
     state::copied(plan, &set_back)?;
     audit::insert_batch(keys, "redact", plan, lines)?;
     state::announce(plan, "redacted", &overwritten)?;
+    for (asked, why) in [(true, "forgotten"), (false, "archive_for is over")] {
+        let orders = ending.iter().map(|i| &batch[*i]);
+        let orders: Vec<_> = orders.filter(|d| (d.asked == Asked::Forget) == asked).map(of).collect();
+        if !orders.is_empty() {
+            purge::end(plan, keys, orders, why)?;
+        }
+    }
     out.bytes = live.bytes();
     Ok(out)
 }
@@ -192,7 +232,9 @@ fn late_rows(
     batch: &[Due],
     records: &mut Vec<LiveRecord>,
 ) -> Result<(Moments, Vec<LiveRecord>)> {
-    let dated = |r: &LiveRecord| batch[r.order].status == "redacted" && r.not_before.is_some();
+    let dated = |r: &LiveRecord| {
+        batch[r.order].status == "redacted" && !batch[r.order].asked.at_once() && r.not_before.is_some()
+    };
     let moments: Vec<String> = records
         .iter()
         .filter(|r| dated(r))
@@ -226,7 +268,11 @@ fn late_rows(
 fn push_back(plan: &Plan, clock: &Clock, batch: &[Due], records: &[LiveRecord]) -> Result<HashSet<usize>> {
     let mut latest: Moments = BTreeMap::new();
     for record in records {
-        let Some((moment, by)) = &record.not_before else {
+        let Some((moment, by)) = record
+            .not_before
+            .as_ref()
+            .filter(|_| !batch[record.order].asked.at_once())
+        else {
             continue;
         };
         let known = latest.entry(record.order).or_insert_with(|| (moment.clone(), *by));
@@ -269,7 +315,7 @@ fn targets<'a>(
             .and_then(|a| a.record(&table.archived_as, &record.key_text));
         let cells = if !table.no_copy && taken_out(plan, due, record, newest).next().is_some() {
             None
-        } else if pii.is_empty() {
+        } else if pii.is_empty() && !is_marked(plan, due, record) {
             continue;
         } else {
             proven(plan, former, due, record, pii, newest)?
@@ -293,11 +339,14 @@ fn targets<'a>(
                 link: record.link.as_ref(),
                 stored: record.stored,
                 shared: false,
+                only_marked: pii.is_empty(),
+                locked: false,
             });
             continue;
         }
         let target = &mut targets[at];
         target.stored &= record.stored;
+        target.only_marked &= pii.is_empty();
         target.orders.push(record.order);
         for (slot, cell) in target.write.cells.iter_mut().zip(cells) {
             if !matches!(slot, CellWrite::Write { .. }) && !matches!(cell, CellWrite::Leave) {
@@ -307,6 +356,11 @@ fn targets<'a>(
     }
     targets.sort_unstable_by_key(|t| (t.table, t.link.map(|_| t.entry), t.key_text));
     Ok(targets)
+}
+
+/// Whether the order's own row is marked although it holds no PII: the mark speaks of the order.
+fn is_marked(plan: &Plan, due: &Due, record: &LiveRecord) -> bool {
+    record.table == 0 && !record.stored && !plan.tables[0].marks.is_empty() && due.status != "redacted"
 }
 
 /// The cells of a record as they are to be compared and written, or `None` when the archive does not hold every one of
@@ -325,10 +379,10 @@ fn proven<'a>(
     let table = &plan.tables[record.table];
     record.writes(pii, |i, live| {
         // There is to be no copy: it must be what was read, and no more.
-        if table.no_copy {
+        if table.no_copy || due.asked == Asked::Forgotten {
             return Ok(Some(live));
         }
-        let opened = newest.and_then(|n| n.cell(table.cells[i].name.bare()));
+        let opened = newest.and_then(|n| n.cell(&table.cells[i].archived_as));
         Ok(match opened {
             // What the statement compares with is the opened value, never the one that was read.
             Some(opened) if opened.text == live => Some(opened.text),
@@ -345,80 +399,6 @@ fn proven<'a>(
     })
 }
 
-/// Takes out of `targets` the shared rows that an order outside of this batch still needs.
-fn wait_for_others<'a>(
-    plan: &Plan,
-    others: &[Rc<Plan>],
-    clock: &Clock,
-    batch: &[Due],
-    excluded: &HashSet<usize>,
-    targets: &mut Vec<Target<'a>>,
-) -> Result<Vec<(Target<'a>, Keeper)>> {
-    let (staying, leaving): (Vec<_>, Vec<_>) = batch.iter().enumerate().partition(|(i, _)| excluded.contains(i));
-    let keys = |list: Vec<(usize, &Due)>| list.into_iter().map(|(_, d)| d.order_key.clone()).collect::<Vec<_>>();
-    let ours = alive::Ours {
-        leaving: keys(leaving),
-        staying: keys(staying),
-    };
-    let mut waiting = Vec::new();
-    for table in 0..plan.tables.len() {
-        let named_elsewhere = others.iter().any(|p| {
-            p.tables
-                .iter()
-                .any(|t| t.relation.oid == plan.tables[table].relation.oid)
-        });
-        let every = plan.tables[table].shared || named_elsewhere;
-        for target in targets.iter_mut().filter(|t| t.table == table) {
-            target.shared = every || target.stored;
-        }
-        let asked = |t: &Target<'_>| t.table == table && t.shared;
-        let rows: Vec<alive::Asked> = targets
-            .iter()
-            .filter(|t| asked(t))
-            .map(|t| alive::Asked {
-                key: t.write.key.clone(),
-                whole: t.orders.iter().any(|o| batch[*o].status == "redacted"),
-            })
-            .collect();
-        if rows.is_empty() {
-            continue;
-        }
-        let mut keepers = alive::keepers(plan, others, table, &rows, &ours, clock)?.into_iter();
-        let (mut keep, mut wait) = (Vec::new(), Vec::new());
-        for target in targets.drain(..) {
-            let keeper = if asked(&target) { keepers.next().flatten() } else { None };
-            match keeper {
-                Some(keeper) => wait.push((target, keeper)),
-                None => keep.push(target),
-            }
-        }
-        *targets = keep;
-        waiting.extend(wait);
-    }
-    Ok(waiting)
-}
-
-/// Locks every row before the first is written; an order with a row that somebody else has locked, or that is not the
-/// order's any more, is left out.
-fn lock(plan: &Plan, targets: &[Target<'_>], excluded: &mut HashSet<usize>, out: &mut Redacted) -> Result<()> {
-    for part in targets.chunk_by(|a, b| (a.table, a.link.map(|_| a.entry)) == (b.table, b.link.map(|_| b.entry))) {
-        let Some(first) = part.first() else { continue };
-        let table = &plan.tables[first.table];
-        let links: Vec<&Values> = part.iter().filter_map(|t| t.link).collect();
-        let links = first.link.map(|_| (&plan.entries[first.entry], links.as_slice()));
-        let keys = part.iter().map(|t| t.write.key);
-        let locked = overwrite::lock(plan, table, keys, links, table.shared || table.delete)?;
-        for (target, _) in part.iter().zip(locked).filter(|(_, locked)| !locked) {
-            for order in &target.orders {
-                if excluded.insert(*order) {
-                    out.locked.push(*order);
-                }
-            }
-        }
-    }
-    Ok(())
-}
-
 fn write(plan: &Plan, targets: &[Target<'_>], excluded: &HashSet<usize>) -> Result<()> {
     // Children first: a row that goes would take those that refer to it along before they are compared.
     for (index, table) in plan.tables.iter().enumerate().rev() {
@@ -433,7 +413,7 @@ fn write(plan: &Plan, targets: &[Target<'_>], excluded: &HashSet<usize>) -> Resu
         if table.delete {
             overwrite::delete(plan, table, &rows)?;
         } else {
-            overwrite::update(plan, table, &rows)?;
+            overwrite::update(plan, table, &rows, Marks::Set)?;
         }
     }
     Ok(())

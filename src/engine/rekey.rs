@@ -78,6 +78,8 @@ pub fn changed(plan: &Plan, index: usize, call: &TriggerCall) -> Result<()> {
              WHERE f.policy = $1 AND f.order_key = n.old",
             "UPDATE amazon_pii.renamed r SET order_key = n.new FROM ROWS FROM (pg_catalog.unnest($2), pg_catalog.unnest($3)) AS n (old, new) \
              WHERE r.policy = $1 AND r.order_key = n.old",
+            "UPDATE amazon_pii.orphan r SET order_key = n.new FROM ROWS FROM (pg_catalog.unnest($2), pg_catalog.unnest($3)) AS n (old, new) \
+             WHERE r.policy = $1 AND r.order_key = n.old",
             "UPDATE amazon_pii.order_state r SET follows = n.new FROM ROWS FROM (pg_catalog.unnest($2), pg_catalog.unnest($3)) AS n (old, new) \
              WHERE r.policy = $1 AND r.follows = n.old",
         ] {

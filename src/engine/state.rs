@@ -62,6 +62,23 @@ fn lists<'a>(batch: impl Iterator<Item = (&'a Due, &'a RecordList)>) -> (Vec<&'a
     batch.map(|(d, r)| (d.order_key.as_str(), r.text())).unzip()
 }
 
+/// Purged orders of which something is archived anew.
+///
+/// # Errors
+/// Errors of the server.
+pub fn archived_anew(plan: &Plan, orders: &[&str]) -> Result<()> {
+    if orders.is_empty() {
+        return Ok(());
+    }
+    on_keys(|| {
+        sql::execute(
+            "UPDATE amazon_pii.order_state o SET purged_at = NULL WHERE o.policy IS NOT DISTINCT FROM $1 AND o.order_key = ANY ($2)",
+            &[Arg::Text(Some(&plan.policy)), Arg::texts(orders)],
+        )
+    })?;
+    Ok(())
+}
+
 /// Orders whose row was deleted: nothing more to do, the archive stays.
 ///
 /// # Errors
@@ -72,7 +89,8 @@ pub fn gone(plan: &Plan, batch: &[&Due]) -> Result<()> {
     }
     on_keys(|| {
         sql::execute(
-            "UPDATE amazon_pii.order_state o SET status = 'gone', next_due_at = NULL, next_attempt_at = NULL, last_error = NULL \
+            "UPDATE amazon_pii.order_state o SET status = 'gone', asked = NULLIF(asked, 'erase'), next_due_at = NULL, \
+                next_attempt_at = NULL, last_error = NULL \
              WHERE o.policy IS NOT DISTINCT FROM $1 AND o.order_key = ANY ($2)",
             &[Arg::Text(Some(&plan.policy)), Arg::texts(&keys(batch))],
         )
@@ -93,7 +111,7 @@ pub fn redacted(plan: &Plan, batch: &[&Due]) -> Result<()> {
         sql::execute(
             "UPDATE amazon_pii.order_state o SET status = 'redacted', redacted_at = pg_catalog.now(), redacted_version = $3, \
                 archived_at = COALESCE(archived_at, pg_catalog.now()), records = n.r, \
-                retrieved_until = NULL, held_until = NULL, attempts = 0, \
+                retrieved_until = NULL, held_until = NULL, asked = NULLIF(asked, 'erase'), attempts = 0, \
                 next_attempt_at = NULL, last_error = NULL, next_due_at = NULL \
              FROM ROWS FROM (pg_catalog.unnest($1), pg_catalog.unnest($2), pg_catalog.unnest($4)) AS n (p, k, r) \
              WHERE o.policy = n.p AND o.order_key = n.k",
@@ -118,7 +136,8 @@ pub fn rechecked(plan: &Plan, batch: &[&Due]) -> Result<()> {
     }
     on_keys(|| {
         sql::execute(
-            "UPDATE amazon_pii.order_state o SET attempts = 0, next_attempt_at = NULL, last_error = NULL, next_due_at = NULL \
+            "UPDATE amazon_pii.order_state o SET asked = NULLIF(asked, 'erase'), attempts = 0, next_attempt_at = NULL, last_error = NULL, \
+                next_due_at = NULL \
              WHERE o.policy IS NOT DISTINCT FROM $1 AND o.order_key = ANY ($2)",
             &[Arg::Text(Some(&plan.policy)), Arg::texts(&keys(batch))],
         )

@@ -5,12 +5,13 @@
 mod recheck;
 mod slices;
 
+use std::cell::Cell;
 use std::time::{Duration, Instant};
 
 use super::due::Clock;
 use super::flag;
 use super::news::Tell;
-use super::paging::{self, End, Page, Range};
+use super::paging::{self, End, Page, Range, Sum};
 use super::plan::Plan;
 use super::state;
 use super::walk::{Values, key_parts, key_text};
@@ -218,40 +219,66 @@ fn pass(plan: &Plan, after: Option<String>, trust: Trust) -> Result<(Slice, Opti
     Ok((Slice { flagged, trouble }, next))
 }
 
+thread_local! {
+    /// How many slices are summed up by one statement: their sums add up to its own. All that are known where nothing has
+    /// changed; where something has, one, and then twice as many each time.
+    static STRIDE: Cell<usize> = const { Cell::new(slices::AHEAD as usize) };
+}
+
 /// How many of these slices, from the first on, are what they were when their orders were compared.
 fn unchanged(plan: &Plan, after: Option<&str>, chain: &[Known], trust: Trust) -> Result<usize> {
     let began = Instant::now();
     let (mut at, mut count, mut seen) = (after, 0, Vec::new());
-    for slice in chain {
-        if !slice.fresh || began.elapsed() > STRETCH {
+    let trusted = |slice: &Known| trust == Trust::Rest && slice.settled && slice.seen;
+    while let Some(slice) = chain.get(count) {
+        if !slice.fresh || (count > 0 && began.elapsed() > STRETCH) {
             break;
         }
-        if !(trust == Trust::Rest && slice.settled && slice.seen) {
-            if !same(plan, at, slice)? {
+        if trusted(slice) {
+            at = slice.upto.as_deref();
+            count += 1;
+            continue;
+        }
+        let stride = STRIDE.get();
+        let group = chain[count..].iter().take(stride);
+        let group = group.take_while(|s| s.fresh && !trusted(s)).count();
+        let group = &chain[count..count + group];
+        if !same(plan, at, group)? {
+            STRIDE.set(1);
+            if group.len() == 1 {
                 break;
             }
+            continue;
+        }
+        STRIDE.set((2 * stride).min(slices::AHEAD as usize));
+        for slice in group {
             if slice.settled {
                 seen.push(at.unwrap_or_default());
             }
+            at = slice.upto.as_deref();
         }
-        at = slice.upto.as_deref();
-        count += 1;
+        count += group.len();
     }
     slices::seen(plan, &seen)?;
     Ok(count)
 }
 
-/// Whether the sum of a slice is what it was.
-fn same(plan: &Plan, after: Option<&str>, slice: &Known) -> Result<bool> {
-    let (after, upto) = (parts(after)?, parts(slice.upto.as_deref())?);
+/// Whether the sum of slices, each of which begins where the one before it ends, is what it was.
+fn same(plan: &Plan, after: Option<&str>, slices: &[Known]) -> Result<bool> {
+    let Some(last) = slices.last() else { return Ok(true) };
+    let (after, upto) = (parts(after)?, parts(last.upto.as_deref())?);
     let range = Range {
         after: after.as_ref(),
         upto: upto.as_ref(),
     };
+    let known = Sum {
+        rows: slices.iter().map(|s| s.sum.rows).sum(),
+        digest: slices.iter().map(|s| s.sum.digest).sum(),
+    };
     // One that cannot be summed up has a row that cannot be evaluated, which is for the slow way to find.
     match subtransaction(|| paging::sum(plan, range)) {
         Err(e) if e.is_cancel() || e.is_lock() => Err(e),
-        sum => Ok(sum.is_ok_and(|s| s == Some(slice.sum))),
+        sum => Ok(sum.is_ok_and(|s| s == Some(known))),
     }
 }
 

@@ -1,7 +1,7 @@
 //! Making and dropping the triggers on the user's tables.
 
 use super::plan::Plan;
-use crate::domain::policy::WhenRetrieved;
+use crate::domain::policy::{OnReimport, WhenRetrieved};
 use crate::pg::catalog;
 use crate::pg::error::Result;
 use crate::pg::ident::{Ident, Relation};
@@ -28,8 +28,12 @@ enum Scope {
     /// Every table that holds rows, for what logical replication applies. Not a partitioned one: its row triggers are
     /// given to each new partition in the name of whoever makes that, who may not use our functions.
     Replica,
+    /// The orders table, likewise, where Amazon orders get a generic customer.
+    Assigning,
     /// Likewise, where the policy ignores writes to retrieved rows instead of refusing them.
     Ignoring,
+    /// Likewise, where the policy keeps redacted cells as they are.
+    Keeping,
 }
 
 const KINDS: &[Kind] = &[
@@ -69,11 +73,25 @@ const KINDS: &[Kind] = &[
         scope: Scope::Replica,
     },
     Kind {
+        suffix: "assign",
+        when: "BEFORE INSERT OR UPDATE",
+        after: "FOR EACH ROW",
+        function: "on_assign",
+        scope: Scope::Assigning,
+    },
+    Kind {
         suffix: "ignore",
         when: "BEFORE UPDATE",
         after: "FOR EACH ROW",
         function: "on_ignore",
         scope: Scope::Ignoring,
+    },
+    Kind {
+        suffix: "keep",
+        when: "BEFORE UPDATE",
+        after: "FOR EACH ROW",
+        function: "on_reimport",
+        scope: Scope::Keeping,
     },
 ];
 
@@ -86,6 +104,13 @@ impl Kind {
                 table == 0 || (0..plan.entries.len()).any(|e| plan.entries[e].table == table && plan.anchored_by(e))
             }
             Scope::Replica => holds_rows,
+            Scope::Keeping => {
+                holds_rows
+                    && !plan.tables[table].cells.is_empty()
+                    && !plan.tables[table].delete
+                    && matches!(plan.document.on_reimport, OnReimport::Keep)
+            }
+            Scope::Assigning => table == 0 && holds_rows && plan.assign.is_some(),
             Scope::Ignoring => {
                 holds_rows
                     && !plan.tables[table].cells.is_empty()
@@ -116,7 +141,8 @@ fn arguments(plan: &Plan, table: usize) -> String {
 /// # Errors
 /// Errors of the server, for example a lock that could not be had in time.
 pub fn ensure(plan: &Plan) -> Result<()> {
-    as_extension(|| {
+    let nested = IN_DDL.replace(true);
+    let outcome = as_extension(|| {
         for (index, table) in plan.tables.iter().enumerate() {
             let arguments = arguments(plan, index);
             for relation in catalog::with_partitions(table.relation.oid)? {
@@ -138,7 +164,9 @@ pub fn ensure(plan: &Plan) -> Result<()> {
             }
         }
         Ok(())
-    })
+    });
+    IN_DDL.set(nested);
+    outcome
 }
 
 fn create(statement: &str) -> Result<()> {
@@ -185,7 +213,7 @@ pub fn drop_all(policy: &str) -> Result<()> {
 }
 
 thread_local! {
-    /// Our own CREATE TRIGGER statements are no news.
+    /// Our own statements are no news.
     static IN_DDL: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
 }
 
@@ -200,14 +228,24 @@ pub fn structure_changed() -> Result<()> {
     let outcome = subtransaction(|| {
         let policies = as_extension(|| {
             sql::read(
-                "SELECT DISTINCT t.policy FROM pg_catalog.pg_event_trigger_ddl_commands() c JOIN amazon_pii.policy_table t \
-                 ON t.relation::oid IN (SELECT a.relid FROM pg_catalog.pg_partition_ancestors(c.objid) a) \
-                 WHERE c.classid = 'pg_catalog.pg_class'::regclass",
+                // While a dump is being restored, its own statements bring the triggers.
+                "SELECT t.policy, pg_catalog.bool_or(t.relation::oid <> c.objid OR r.relkind = 'p') \
+                 FROM pg_catalog.pg_event_trigger_ddl_commands() c JOIN amazon_pii.policy_table t \
+                   ON t.relation::oid = c.objid OR t.relation::oid IN (SELECT a.relid FROM pg_catalog.pg_partition_ancestors(c.objid) a) \
+                 JOIN pg_catalog.pg_class r ON r.oid = t.relation \
+                 WHERE c.classid = 'pg_catalog.pg_class'::regclass AND t.relation::oid = t.numbered_in GROUP BY 1",
                 &[],
             )
         })?;
         for row in &policies {
-            ensure(&Plan::load(row.str(0)?)?)?;
+            let policy = row.str(0)?;
+            match subtransaction(|| Plan::find_columns(policy)) {
+                Ok(()) if row.bool(1)? => ensure(&Plan::load(policy)?)?,
+                Ok(()) => {}
+                Err(e) if e.is_cancel() || e.is_lock() => return Err(e),
+                // The shop's statement goes through; whoever sent it hears what comes of it.
+                Err(e) => pgrx::warning!("amazon_pii policy \"{policy}\" stops: {}", e.shown()),
+            }
         }
         Ok(())
     });

@@ -4,9 +4,11 @@ use super::access;
 use super::again;
 use super::customer_guard;
 use super::flag;
+use super::gone;
 use super::guard;
 use super::news::{self, Tell};
 use super::plan::{Plan, Table};
+use super::reimport;
 use super::rekey;
 use super::touched;
 use super::walk::{self, Values, key_text};
@@ -32,11 +34,11 @@ pub fn made_for(call: &TriggerCall) -> Result<[String; 2]> {
         .map_err(|_| Error::internal("a trigger of amazon_pii has other arguments than it was made with"))
 }
 
-/// What a statement of the user's did to a table of a policy. Never fails that statement, the guard of retrieved rows
-/// and a cancel aside.
+/// What a statement of the user's did to a table of a policy. Never fails that statement, the guards that the policy asks
+/// for and a cancel aside.
 ///
 /// # Errors
-/// Only those two.
+/// Only these.
 pub fn changed(call: &TriggerCall) -> Result<()> {
     if is_engine_write(call.relation) {
         return Ok(());
@@ -70,19 +72,33 @@ pub fn changed(call: &TriggerCall) -> Result<()> {
         if !speaks_for(&plan.tables[table], call)? {
             return Ok(None);
         }
+        // What the user's triggers write because the engine does is no import.
         let by_user = !engine_is_writing();
-        if call.event == Event::Update && by_user {
+        if by_user && call.event == Event::Update {
             let refused = guard::refusal(&plan, &plan.tables[table], call)?;
+            if refused.is_some() {
+                return Ok(refused);
+            }
+            let refused = reimport::refusal(&plan, table, call)?;
             if refused.is_some() {
                 return Ok(refused);
             }
         }
         note(&plan, table, call)?;
         if table == 0 && by_user {
-            return customer_guard::refusal(&plan, call);
+            let refused = customer_guard::refusal(&plan, call)?;
+            if refused.is_some() {
+                return Ok(refused);
+            }
         }
-        if call.event == Event::Insert && by_user && retrieves(&plan, table) {
-            comes_back = Some((plan, table));
+        if by_user && call.event == Event::Insert {
+            let refused = reimport::inserted(&plan, table, call)?;
+            if refused.is_some() {
+                return Ok(refused);
+            }
+            if retrieves(&plan, table) {
+                comes_back = Some((plan, table));
+            }
         }
         Ok(None)
     });
@@ -145,8 +161,8 @@ fn note(plan: &Plan, table: usize, call: &TriggerCall) -> Result<()> {
                     }
                 }
             }
-            Event::Delete => deleted(plan, call)?,
-            Event::Truncate => truncated(plan)?,
+            Event::Delete => gone::deleted(plan, call)?,
+            Event::Truncate => gone::truncated(plan)?,
         }
     } else if call.event == Event::Truncate {
         // Whose clocks its rows had started cannot be told any more.
@@ -235,53 +251,6 @@ fn key_columns(table: &Table, alias: &str) -> String {
         .map(|k| format!("{alias}.{k}"))
         .collect::<Vec<_>>()
         .join(", ")
-}
-
-/// Nothing of the order is left to be done.
-const NOT_NEEDED: &str = "o.status <> 'gone' AND NOT EXISTS (SELECT FROM amazon_pii.records r \
-    WHERE r.policy = o.policy AND r.order_key = o.order_key AND r.status IN ('archived', 'waiting', 'retrieved') AND r.entry <> '')";
-
-/// What [`news::NOTE`] needs of such a statement.
-const GONE: &str = " RETURNING o.order_key, 'gone' AS news) ";
-
-/// Orders that were deleted; one whose records are elsewhere and not done goes on until they are.
-fn deleted(plan: &Plan, call: &TriggerCall) -> Result<()> {
-    let keys = transition_keys(plan, plan.orders(), call, "amazon_pii_old AS new_or_old", "true")?;
-    as_extension(|| {
-        sql::execute(
-            &[
-                "WITH changed AS (UPDATE amazon_pii.order_state o SET status = 'gone', next_due_at = NULL \
-                    WHERE o.policy = $1 AND o.order_key = ANY ($2) AND ",
-                NOT_NEEDED,
-                GONE,
-                news::NOTE,
-            ]
-            .concat(),
-            &[Arg::Text(Some(&plan.policy)), Arg::texts(&keys)],
-        )
-    })?;
-    Ok(())
-}
-
-fn truncated(plan: &Plan) -> Result<()> {
-    as_extension(|| {
-        // A single partition may have been truncated: the next sweep says which orders are left.
-        sql::execute(
-            &[
-                "WITH changed AS (UPDATE amazon_pii.order_state o SET status = 'gone', next_due_at = NULL WHERE o.policy = $1 AND ",
-                NOT_NEEDED,
-                GONE,
-                news::NOTE,
-            ]
-            .concat(),
-            &[Arg::Text(Some(&plan.policy))],
-        )?;
-        sql::execute(
-            "UPDATE amazon_pii.policy SET swept_at = NULL, sweep_started_at = NULL, sweep_after = NULL WHERE policy = $1",
-            &[Arg::Text(Some(&plan.policy))],
-        )
-    })?;
-    Ok(())
 }
 
 /// When flagging fails the statement goes through: its rows are noted by their keys, and the next cycle has them. Only

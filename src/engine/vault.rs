@@ -1,9 +1,11 @@
 //! The archive: sealed documents and wrapped data keys, in a schema that is no member of the extension.
 
+mod destroy;
 mod reseal;
 mod schema;
 mod size;
 
+pub use destroy::destroy;
 pub use reseal::{Renames, reseal};
 pub use schema::create;
 use schema::refuse_foreign_hands;
@@ -88,6 +90,8 @@ pub struct OrderArchive {
     broken: Vec<Text>,
     /// Documents exist, but no key opens them: shredded or purged.
     pub keyless: bool,
+    /// The newest of its data keys that were destroyed, where the caller knows of one.
+    pub generation: i64,
 }
 
 impl OrderArchive {
@@ -347,17 +351,19 @@ pub fn store(
 
 /// The number of an order's next data key.
 fn next_generation(schema: &Ident, policy: &str, order: &str, known: &HashMap<String, OrderArchive>) -> Result<String> {
-    if !known.get(order).is_some_and(|a| a.keyless || !a.broken.is_empty()) {
-        return Ok("1".to_owned());
+    let archive = known.get(order);
+    let destroyed = archive.map_or(0, |a| a.generation);
+    if !archive.is_some_and(|a| a.keyless || !a.broken.is_empty()) {
+        return Ok((destroyed + 1).to_string());
     }
     let rows = as_extension(|| {
         sql::read(
             &format!(
-                "SELECT COALESCE(pg_catalog.max(k.key_id::bigint), 0) + 1 FROM ( \
+                "SELECT GREATEST(pg_catalog.max(k.key_id::bigint), $3) + 1 FROM ( \
                     SELECT key_id FROM {schema}.document WHERE policy = $1 AND order_key = $2 \
                     UNION ALL SELECT key_id FROM {schema}.data_key WHERE policy = $1 AND order_key = $2) AS k"
             ),
-            &[Arg::Text(Some(policy)), Arg::Text(Some(order))],
+            &[Arg::Text(Some(policy)), Arg::Text(Some(order)), Arg::Int(destroyed)],
         )
     })?;
     rows.first().ok_or_else(|| Error::internal("no row"))?.string(0)

@@ -1,6 +1,8 @@
 //! Ways along a policy's links, one statement a link, each as the owner of the table that it reads. Values cross
 //! between owners as text in arrays; nothing is joined across them.
 
+mod together;
+
 use std::collections::HashSet;
 
 use pgrx::pg_sys;
@@ -10,6 +12,7 @@ use crate::pg::catalog::{self, Compare};
 use crate::pg::error::{Error, Result};
 use crate::pg::ident::{Expr, Ident};
 use crate::pg::identity::{Identity, KEYED, act_as};
+use crate::pg::prepared::{self, KEYED_FOR_A_WHILE};
 use crate::pg::sql::{self, Arg, Row};
 
 /// Key parts, or the values of a link, as text.
@@ -37,7 +40,7 @@ pub struct Hop<'a> {
     pub filter: Option<&'a Expr>,
     /// SQL over the table's row.
     pub select: &'a [String],
-    /// Rows at most for each input.
+    /// Rows at most for each input; there may be more where all are found at once.
     pub limit: Option<u32>,
 }
 
@@ -99,6 +102,12 @@ pub fn hop(plan: &Plan, hop: &Hop<'_>, inputs: &[Values]) -> Result<Vec<Found>> 
     if usable.is_empty() {
         return Ok(Vec::new());
     }
+    if hop.limit.is_some()
+        && together::pays(hop, usable.len())
+        && let Some(found) = together::all(plan, hop, inputs, &usable)?
+    {
+        return Ok(found);
+    }
     let table = hop.table;
     let condition = link_condition(hop.on, hop.own_types, hop.types, hop.filter, 0);
     let select: String = hop.select.iter().map(|s| format!(", {s}")).collect();
@@ -128,9 +137,15 @@ pub fn hop(plan: &Plan, hop: &Hop<'_>, inputs: &[Values]) -> Result<Vec<Found>> 
         (true, None) => KEYED,
         (true, Some(_)) => FIRST_FEW,
     };
-    let rows = act_as(Identity::Owner(table.owner), &plan.search_path, pins, || {
-        sql::read(&query, &columns(hop.types, usable.iter().map(|i| &inputs[*i])))
-    })
+    let args = columns(hop.types, usable.iter().map(|i| &inputs[*i]));
+    let owner = Identity::Owner(table.owner);
+    let rows = if table.keeps_plans() && hop.limit.is_none() && is_key(table, hop.on) {
+        act_as(owner, &plan.search_path, KEYED_FOR_A_WHILE, || {
+            prepared::for_a_while(&query, &args)
+        })
+    } else {
+        act_as(owner, &plan.search_path, pins, || sql::read(&query, &args))
+    }
     .map_err(|e| e.at(&table.relation.shown()))?;
     rows.into_iter()
         .map(|row| {
@@ -142,6 +157,12 @@ pub fn hop(plan: &Plan, hop: &Hop<'_>, inputs: &[Values]) -> Result<Vec<Found>> 
             })
         })
         .collect()
+}
+
+/// Whether expressions are a table's key, column by column.
+fn is_key(table: &Table, on: &[Expr]) -> bool {
+    let mut pairs = on.iter().zip(&table.key);
+    on.len() == table.key.len() && pairs.all(|(e, (name, _))| *e == Expr::column(name.bare()))
 }
 
 /// Where in the key of a table's rows the columns are by which an entry reaches them, if that is all it reaches them by.

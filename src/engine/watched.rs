@@ -2,6 +2,7 @@
 //! without a statement.
 
 use std::cell::RefCell;
+use std::collections::HashSet;
 
 use pgrx::pg_sys;
 
@@ -176,6 +177,74 @@ fn names(plan: &Plan, index: usize) -> Result<Option<Vec<String>>> {
         }
     }
     Ok(Some(names))
+}
+
+/// The columns that expressions of the policy read, those left out that are bare columns themselves: these are found again
+/// under another name. Of an expression that reads the whole row, or has a subquery, that cannot be said.
+///
+/// # Errors
+/// Errors of the server.
+pub fn read_by_expressions(plan: &Plan, table: &Table) -> Result<HashSet<String>> {
+    let zone = plan.document.timezone.replace('\'', "''");
+    let bare: HashSet<String> = table
+        .facts
+        .columns
+        .iter()
+        .flat_map(|column| {
+            let expression = Expr::column(column.name.bare());
+            let moment = [
+                "pg_catalog.timezone('",
+                &zone,
+                "', ",
+                &expression.to_string(),
+                "::pg_catalog.timestamp)",
+            ]
+            .concat();
+            [
+                expression.to_string(),
+                moment,
+                Expr::amazon_number(&expression).to_string(),
+            ]
+        })
+        .collect();
+    let mut out = HashSet::new();
+    let mut all: Vec<String> = table.files.iter().map(Expr::to_string).collect();
+    let same = |t: &Table| t.relation.oid == table.relation.oid;
+    for index in (0..plan.tables.len()).filter(|i| same(&plan.tables[*i])) {
+        all.extend(expressions(plan, index));
+    }
+    for entry in plan.entries.iter().filter(|e| same(&plan.tables[e.table])) {
+        all.extend(entry.retrieve_on_insert.iter().flatten().map(Expr::to_string));
+    }
+    if let Some(customer) = &plan.customer
+        && same(&plan.tables[plan.entries[customer.entry].table])
+    {
+        all.extend(customer.duplicate_by.iter().map(Expr::to_string));
+    }
+    if same(plan.orders()) {
+        let history = plan.history.iter().flat_map(|h| h.expressions());
+        all.extend(history.map(|(_, e)| e.to_string()));
+    }
+    for aged in plan.by_age.iter().filter(|a| same(&a.table)) {
+        all.push(aged.at.to_string());
+        all.extend(aged.filter.iter().map(Expr::to_string));
+        let cells = aged.table.cells.iter().filter_map(|c| c.expression.as_ref());
+        all.extend(cells.map(Expr::to_string));
+    }
+    for expression in all.iter().filter(|e| !bare.contains(*e)) {
+        let query = format!("SELECT {expression} FROM {} AS {}", table.relation, table.relation.name);
+        let read = subtransaction(|| {
+            act_as(Identity::Owner(table.owner), &plan.search_path, &[], || {
+                columns::read_by(&query)
+            })
+        });
+        match read {
+            Err(e) if e.is_cancel() => return Err(e),
+            // One that fails is told by the check.
+            read => out.extend(read.ok().flatten().into_iter().flatten()),
+        }
+    }
+    Ok(out)
 }
 
 /// Everything that the policy evaluates over a row of a table.

@@ -17,6 +17,8 @@ pub struct Column {
     pub base_type: pg_sys::Oid,
     pub not_null: bool,
     pub generated: bool,
+    pub identity: bool,
+    pub has_default: bool,
     pub is_array: bool,
     pub is_composite: bool,
     /// Characters at most, for character types.
@@ -76,8 +78,18 @@ pub fn find(schema: Option<&str>, name: &str) -> Result<Option<pg_sys::Oid>> {
 
 /// The session's effective search path as a setting, temporary tables last.
 pub fn search_path() -> String {
+    let mut schemas: Vec<String> = schemas_searched()
+        .into_iter()
+        .map(|name| Ident::new(name).to_string())
+        .collect();
+    schemas.push("pg_temp".to_owned());
+    schemas.join(", ")
+}
+
+/// The bare names of the schemas in [`search_path`].
+pub fn schemas_searched() -> Vec<String> {
     // SAFETY: the list is one of OIDs of schemas, made for us and small; a schema dropped meanwhile has no name.
-    let mut schemas: Vec<String> = unsafe {
+    unsafe {
         let list = pg_sys::fetch_search_path(false);
         let length = if list.is_null() { 0 } else { (*list).length };
         (0..length)
@@ -87,11 +99,8 @@ pub fn search_path() -> String {
             })
             // pg_catalog is searched first where it is not named: named after others it would be shadowed by them.
             .filter(|name| !name.starts_with("pg_temp") && name != "pg_catalog")
-            .map(|name| Ident::new(name).to_string())
             .collect()
-    };
-    schemas.push("pg_temp".to_owned());
-    schemas.join(", ")
+    }
 }
 
 /// A comparison of two values.
@@ -166,7 +175,7 @@ pub fn facts(oid: pg_sys::Oid) -> Result<Option<TableFacts>> {
             SELECT b.start, t.typbasetype, t.typtypmod FROM base b JOIN pg_catalog.pg_type t ON t.oid = b.oid WHERE t.typtype = 'd') \
          SELECT a.attname, a.atttypid, b.oid, a.attnotnull, a.attgenerated <> '', t.typelem <> 0 AND t.typlen = -1, \
                 CASE WHEN b.oid IN (1042, 1043) AND GREATEST(b.typmod, a.atttypmod) > 4 THEN GREATEST(b.typmod, a.atttypmod) - 4 END, a.attnum, \
-                pg_catalog.format_type(a.atttypid, a.atttypmod), t.typtype = 'c' \
+                pg_catalog.format_type(a.atttypid, a.atttypmod), t.typtype = 'c', a.attidentity <> '', a.atthasdef \
          FROM pg_catalog.pg_attribute a \
          JOIN base b ON b.start = a.atttypid JOIN pg_catalog.pg_type t ON t.oid = b.oid AND t.typtype <> 'd' \
          WHERE a.attrelid = $1 AND a.attnum > 0 AND NOT a.attisdropped \
@@ -241,6 +250,8 @@ fn column(row: &Row) -> Result<Column> {
         number: row.int(7)?,
         type_shown: row.string(8)?,
         is_composite: row.bool(9)?,
+        identity: row.bool(10)?,
+        has_default: row.bool(11)?,
     })
 }
 

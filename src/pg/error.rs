@@ -164,6 +164,18 @@ impl Error {
         .hint("Give the column its former type back, or read the value with amazon_pii.peek().")
     }
 
+    /// A write of PII to a redacted order.
+    pub fn reimported(table: &str) -> Self {
+        Self::ours(
+            Code::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
+            format!("personal data of redacted Amazon orders cannot be written to {table} again"),
+        )
+        .hint(
+            "Leave these columns out, or write what they hold. amazon_pii.retrieve() gives archived personal data back; \
+             \"on_reimport\" in the policy says what such a write meets.",
+        )
+    }
+
     /// A write to a retrieved order's PII.
     pub fn read_only(table: &str) -> Self {
         Self::ours(

@@ -28,7 +28,15 @@ pub fn generation() -> u64 {
 pub fn watch(relations: impl Iterator<Item = pg_sys::Oid>) -> Result<()> {
     if !REGISTERED.replace(true) {
         // SAFETY: registered once a backend, for its whole life; the callback only sets backend-local values.
-        unsafe { pg_sys::CacheRegisterRelcacheCallback(Some(relation_changed), pg_sys::Datum::from(0)) };
+        unsafe {
+            pg_sys::CacheRegisterRelcacheCallback(Some(relation_changed), pg_sys::Datum::from(0));
+            // Plans name their tables with their schemas.
+            pg_sys::CacheRegisterSyscacheCallback(
+                pg_sys::SysCacheIdentifier::NAMESPACEOID as i32,
+                Some(schema_changed),
+                pg_sys::Datum::from(0),
+            );
+        }
     }
     // Whoever writes to the shop's tables need not have rights on our schema.
     let own = as_extension(|| sql::read("SELECT 'amazon_pii.policy'::pg_catalog.regclass::pg_catalog.oid", &[]))?;
@@ -52,6 +60,11 @@ pub fn announce_policy_change() -> Result<()> {
         unsafe { pg_sys::CacheInvalidateRelcacheByRelid(oid) };
     }
     Ok(())
+}
+
+#[pg_guard]
+extern "C-unwind" fn schema_changed(_arg: pg_sys::Datum, _cache: i32, _hash: u32) {
+    GENERATION.set(GENERATION.get() + 1);
 }
 
 #[pg_guard]

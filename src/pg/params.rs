@@ -22,6 +22,8 @@ pub enum Arg<'a> {
     Texts(Vec<Option<&'a str>>),
     Ints(Vec<i64>),
     ByteArrays(Vec<&'a [u8]>),
+    /// A value as the server has it.
+    Raw(pg_sys::Oid, pg_sys::Datum),
     /// An array of any element type, each element by its type's input function.
     Array(pg_sys::Oid, Vec<Option<&'a str>>),
 }
@@ -44,6 +46,7 @@ pub(super) unsafe fn datum(arg: &Arg<'_>) -> Result<(pg_sys::Oid, Option<pg_sys:
     // SAFETY: each branch builds a datum of the type it announces, in the current (SPI) memory context.
     unsafe {
         Ok(match arg {
+            Arg::Raw(oid, value) => (*oid, Some(*value)),
             Arg::Bool(b) => (pg_sys::BOOLOID, Some(pg_sys::Datum::from(*b))),
             Arg::Int(i) => (pg_sys::INT8OID, Some(pg_sys::Datum::from(*i))),
             Arg::Oid(o) => (pg_sys::OIDOID, Some(pg_sys::Datum::from(*o))),

@@ -266,13 +266,23 @@ unsafe fn same(column: Column, old: *mut pg_sys::TupleTableSlot, new: *mut pg_sy
         if is_null(old) || is_null(new) {
             return is_null(old) && is_null(new);
         }
-        let (a, b) = (value(old), value(new));
-        if column.by_value {
-            return a.value() == b.value();
-        }
+        same_bytes(value(old), value(new), column.length, column.by_value)
+    }
+}
+
+/// Whether two values that are not NULL are the same, byte by byte as they are here.
+///
+/// # Safety
+/// Both are values of one type, whose length and way of passing these are.
+pub(super) unsafe fn same_bytes(a: pg_sys::Datum, b: pg_sys::Datum, length: i16, by_value: bool) -> bool {
+    if by_value {
+        return a.value() == b.value();
+    }
+    // SAFETY: the caller's; a value that is no datum by itself points to as many bytes as its type, or its header, says.
+    unsafe {
         let bytes = |datum: pg_sys::Datum| {
             let start = datum.cast_mut_ptr::<u8>().cast_const();
-            let length = match column.length {
+            let length = match length {
                 -1 => pgrx::varlena::varsize_any(start.cast()),
                 -2 => std::ffi::CStr::from_ptr(start.cast()).count_bytes(),
                 n => n.unsigned_abs().into(),

@@ -1,13 +1,14 @@
 //! What a trigger function of ours needs to know of its call, and the mark that lets the engine's own writes through.
 
 use std::cell::RefCell;
-use std::ffi::CStr;
+use std::ffi::{CStr, CString, c_int};
 
 use pgrx::pg_sys;
 
 use super::call::Call;
 use super::error::{Error, Result};
-use super::transition::Rows;
+use super::params::Arg;
+use super::transition::{Rows, same_bytes};
 
 /// What fired.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -16,6 +17,14 @@ pub enum Event {
     Update,
     Delete,
     Truncate,
+}
+
+/// What a row gets in place of a value that was to be written.
+pub enum Instead {
+    /// What it holds.
+    Old,
+    /// This, by the type's input function.
+    Text(String),
 }
 
 /// One call of a trigger function.
@@ -117,38 +126,109 @@ impl TriggerCall {
         }
     }
 
+    /// The row that an INSERT or UPDATE is about to write.
+    fn tuple(&self) -> pg_sys::HeapTuple {
+        // SAFETY: set for every row trigger on these events.
+        unsafe {
+            match self.event {
+                Event::Update => (*self.data).tg_newtuple,
+                _ => (*self.data).tg_trigtuple,
+            }
+        }
+    }
+
+    /// That row as a BEFORE trigger returns it.
+    pub fn written(&self) -> pg_sys::Datum {
+        pg_sys::Datum::from(self.tuple())
+    }
+
+    /// That row, or the one that an UPDATE replaces, as a parameter of the table's row type.
+    pub fn row(&self, old: bool) -> Arg<'static> {
+        // SAFETY: tuple and descriptor belong to the call; the copy lives in the current memory context.
+        unsafe {
+            let desc = (*(*self.data).tg_relation).rd_att;
+            let tuple = if old { (*self.data).tg_trigtuple } else { self.tuple() };
+            Arg::Raw((*desc).tdtypeid, pg_sys::heap_copy_tuple_as_datum(tuple, desc))
+        }
+    }
+
+    /// The text form of a column of the row that an UPDATE replaces.
+    ///
+    /// # Errors
+    /// The column does not exist.
+    pub fn old_column(&self, name: &str) -> Result<Option<String>> {
+        // SAFETY: as in `column`.
+        unsafe { self.text_of((*self.data).tg_trigtuple, name) }
+    }
+
+    /// The row that is about to be written with another value, given as text, in a column of a plain type.
+    ///
+    /// # Errors
+    /// The column does not exist.
+    pub fn with_value(&self, column: &str, text: &str) -> Result<pg_sys::Datum> {
+        let name = std::ffi::CString::new(column).map_err(|_| Error::internal("a column name holds a NUL"))?;
+        let text = std::ffi::CString::new(text).map_err(|_| Error::internal("a value holds a NUL"))?;
+        // SAFETY: the tuple is of the trigger's relation; the column's number is checked; the type's input function gets a
+        // C string; the copy is made in the trigger's memory context.
+        unsafe {
+            let desc = (*(*self.data).tg_relation).rd_att;
+            let mut number = pg_sys::SPI_fnumber(desc, name.as_ptr());
+            if number <= 0 {
+                return Err(Error::undefined("a column of the policy no longer exists"));
+            }
+            let (mut function, mut parameter) = (pg_sys::InvalidOid, pg_sys::InvalidOid);
+            pg_sys::getTypeInputInfo(pg_sys::SPI_gettypeid(desc, number), &mut function, &mut parameter);
+            let mut value = pg_sys::OidInputFunctionCall(function, text.as_ptr().cast_mut(), parameter, -1);
+            let mut is_null = false;
+            Ok(pg_sys::Datum::from(pg_sys::heap_modify_tuple_by_cols(
+                self.tuple(),
+                desc,
+                1,
+                &mut number,
+                &mut value,
+                &mut is_null,
+            )))
+        }
+    }
+
     /// The row that an UPDATE is about to write, as a BEFORE trigger returns it.
     pub fn new_row(&self) -> pg_sys::Datum {
         // SAFETY: set for every row trigger on UPDATE, and ours are created for nothing else.
         unsafe { pg_sys::Datum::from((*self.data).tg_newtuple) }
     }
 
-    /// That row with the old values of these columns.
+    /// That row with other values in these columns.
     ///
     /// # Errors
-    /// A column does not exist.
-    pub fn with_old_values(&self, columns: &[String]) -> Result<pg_sys::Datum> {
+    /// A column does not exist, or does not take a text; errors of the server unwind to the next subtransaction.
+    pub fn with_values(&self, columns: &[(&str, Instead)]) -> Result<pg_sys::Datum> {
         // SAFETY: both tuples are of the trigger's relation; column numbers are checked; values stay valid as long as
-        // the old tuple, which outlives the copy that is made here.
+        // the old tuple, or the current memory context, which both outlive the copy that is made here.
         unsafe {
             let desc = (*(*self.data).tg_relation).rd_att;
             let mut numbers = Vec::new();
             let mut values = Vec::new();
             let mut nulls = Vec::new();
-            for column in columns {
-                let name = std::ffi::CString::new(column.as_str())
-                    .map_err(|_| Error::internal("a column name holds a NUL"))?;
-                let number = pg_sys::SPI_fnumber(desc, name.as_ptr());
-                if number <= 0 {
-                    return Err(Error::undefined("a column of the policy no longer exists"));
-                }
+            for (column, instead) in columns {
+                let number = self.number(column)?;
                 let mut is_null = false;
-                values.push(pg_sys::SPI_getbinval(
-                    (*self.data).tg_trigtuple,
-                    desc,
-                    number,
-                    &mut is_null,
-                ));
+                values.push(match instead {
+                    Instead::Old => pg_sys::SPI_getbinval((*self.data).tg_trigtuple, desc, number, &mut is_null),
+                    Instead::Text(text) => {
+                        let text = CString::new(text.as_str()).map_err(|_| Error::internal("a value holds a NUL"))?;
+                        let (mut function, mut parameter) = (pg_sys::InvalidOid, pg_sys::InvalidOid);
+                        pg_sys::getTypeInputInfo(pg_sys::SPI_gettypeid(desc, number), &mut function, &mut parameter);
+                        let (mut oid, mut modifier, mut collation) = (pg_sys::InvalidOid, -1, pg_sys::InvalidOid);
+                        pg_sys::get_atttypetypmodcoll(
+                            self.relation,
+                            number as i16,
+                            &mut oid,
+                            &mut modifier,
+                            &mut collation,
+                        );
+                        pg_sys::OidInputFunctionCall(function, text.as_ptr().cast_mut(), parameter, modifier)
+                    }
+                });
                 nulls.push(is_null);
                 numbers.push(number);
             }
@@ -163,23 +243,53 @@ impl TriggerCall {
         }
     }
 
+    /// The number of a column.
+    fn number(&self, column: &str) -> Result<c_int> {
+        let name = CString::new(column).map_err(|_| Error::internal("a column name holds a NUL"))?;
+        // SAFETY: the relation is open during the call; NUL-terminated name.
+        let number = unsafe { pg_sys::SPI_fnumber((*(*self.data).tg_relation).rd_att, name.as_ptr()) };
+        if number <= 0 {
+            return Err(Error::undefined("a column of the policy no longer exists"));
+        }
+        Ok(number)
+    }
+
+    /// Whether the row that an UPDATE is about to write has other bytes in a column than the row that is there; a value that
+    /// is stored out of line may look different and be the same.
+    ///
+    /// # Errors
+    /// The column does not exist.
+    pub fn changes(&self, column: &str) -> Result<bool> {
+        let number = self.number(column)?;
+        // SAFETY: tuples and relation belong to the trigger call; the column number is checked; the values are compared
+        // while both tuples are there, by what their type says of its representation.
+        unsafe {
+            let desc = (*(*self.data).tg_relation).rd_att;
+            let (mut was_null, mut is_null) = (false, false);
+            let old = pg_sys::SPI_getbinval((*self.data).tg_trigtuple, desc, number, &mut was_null);
+            let new = pg_sys::SPI_getbinval((*self.data).tg_newtuple, desc, number, &mut is_null);
+            if was_null || is_null {
+                return Ok(was_null != is_null);
+            }
+            let (mut length, mut by_value) = (0, false);
+            pg_sys::get_typlenbyval(pg_sys::SPI_gettypeid(desc, number), &mut length, &mut by_value);
+            Ok(!same_bytes(old, new, length, by_value))
+        }
+    }
+
     /// The text form of a column of the row that fired a row trigger: the new one, or the old one of a DELETE.
     ///
     /// # Errors
     /// The column does not exist.
     pub fn column(&self, name: &str) -> Result<Option<String>> {
-        let name = std::ffi::CString::new(name).map_err(|_| Error::internal("a column name holds a NUL"))?;
-        // SAFETY: tuples and relation belong to the trigger call; the column number is checked.
+        self.text_of(self.tuple(), name)
+    }
+
+    fn text_of(&self, tuple: pg_sys::HeapTuple, name: &str) -> Result<Option<String>> {
+        let number = self.number(name)?;
+        // SAFETY: tuple and relation belong to the trigger call; the column number is checked.
         unsafe {
-            let tuple = match self.event {
-                Event::Update => (*self.data).tg_newtuple,
-                _ => (*self.data).tg_trigtuple,
-            };
             let desc = (*(*self.data).tg_relation).rd_att;
-            let number = pg_sys::SPI_fnumber(desc, name.as_ptr());
-            if number <= 0 {
-                return Err(Error::undefined("a key column no longer exists"));
-            }
             let value = pg_sys::SPI_getvalue(tuple, desc, number);
             if value.is_null() {
                 return Ok(None);

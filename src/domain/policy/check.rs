@@ -28,7 +28,9 @@ pub(super) fn consistent(policy: &Policy) -> Result<()> {
     let tables = Tables::of(policy)?;
     by_age(policy, &tables)?;
     tables.agree()?;
-    tables.identify(policy)
+    tables.keep_apart(policy)?;
+    tables.identify(policy)?;
+    tables.mark(policy)
 }
 
 fn aliases(linked: &[Linked]) -> Result<()> {
@@ -59,6 +61,12 @@ fn by_age(policy: &Policy, tables: &Tables<'_>) -> Result<()> {
             return Err(
                 PolicyError::new(format!("by_age[{at}].table"), problem).with_hint("Its rows go with their orders.")
             );
+        }
+        let scrubbed = |(_, treatment): &(&str, &Treatment)| matches!(treatment, Treatment::Scrub(_));
+        if let Some((column, _)) = entry.redact.columns().find(scrubbed) {
+            let problem = "scrubs names, and no order stands behind these rows whose names they could be";
+            return Err(PolicyError::new(format!("by_age[{at}].redact.{column}"), problem)
+                .with_hint("Redact the column as a whole."));
         }
         let key = entry.key.iter().flatten();
         if let Some(column) = key
@@ -127,14 +135,26 @@ fn customer(policy: &Policy) -> Result<()> {
         }
     }
     let asks = |entry: &Linked| !entry.duplicate_by.is_empty() || entry.merge != Merge::Allow;
+    let assign = policy.orders.assign_customer.as_ref();
     let needs = match policy.linked.iter().position(asks) {
+        _ if assign.is_some() => "orders.assign_customer".to_owned(),
         _ if policy.orders.manual_orders != ManualOrders::Allow => "orders.manual_orders".to_owned(),
         Some(at) if policy.linked[at].merge != Merge::Allow => format!("linked[{at}].merge"),
         Some(at) => format!("linked[{at}].duplicate_by"),
         None => return Ok(()),
     };
     match policy.customer() {
-        Some(entry) if entry.parent.is_none() => Ok(()),
+        Some(entry) if entry.parent.is_none() => match assign {
+            Some(assign) if entry.on.len() != 1 || entry.on[0].1 != assign.column => {
+                let problem = format!(
+                    "column \"{}\" is not what leads to entry \"{}\"",
+                    assign.column, entry.alias
+                );
+                Err(PolicyError::new("orders.assign_customer.column", problem)
+                    .with_hint("Name the column on the right side of the customer's \"on\"."))
+            }
+            _ => Ok(()),
+        },
         Some(entry) => Err(PolicyError::new(
             needs,
             format!("the customer's entry \"{}\" hangs on another entry", entry.alias),
@@ -197,6 +217,33 @@ impl<'a> Tables<'a> {
         Ok(())
     }
 
+    /// A column is redacted or kept, not both, in all entries of its table.
+    fn keep_apart(&self, policy: &Policy) -> Result<()> {
+        let kept = std::iter::once(&policy.orders.keep).chain(policy.linked.iter().map(|entry| &entry.keep));
+        for ((path, table, _), columns) in self.0.iter().zip(kept) {
+            for column in columns {
+                let redacts = |redact: &Redact| redact.columns().any(|(name, _)| name == column);
+                if let Some((other, ..)) = self.0.iter().find(|(_, name, redact)| name == table && redacts(redact)) {
+                    let problem = format!("column \"{column}\" is kept, and redacted in {other}");
+                    return Err(PolicyError::new(format!("{path}.keep"), problem)
+                        .with_hint("Name it in one of the two places."));
+                }
+            }
+        }
+        for (at, entry) in policy.by_age.iter().enumerate() {
+            if let Some((column, _)) = entry
+                .redact
+                .columns()
+                .find(|(name, _)| entry.keep.iter().any(|k| k == name))
+            {
+                let problem = format!("column \"{column}\" is kept, and redacted");
+                return Err(PolicyError::new(format!("by_age[{at}].keep"), problem)
+                    .with_hint("Name it in one of the two places."));
+            }
+        }
+        Ok(())
+    }
+
     /// What finds a row must still find it when the row is redacted. Expressions are tried on rows when applied.
     fn identify(&self, policy: &Policy) -> Result<()> {
         let orders = &policy.orders;
@@ -223,6 +270,30 @@ impl<'a> Tables<'a> {
                 let path = format!("{path}.on.{child}");
                 self.keeps(at + 1, child, &path, "link")?;
                 self.keeps(parent.map_or(0, |parent| parent + 1), above, &path, "link")?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A mark is set on the rows of a table, whichever entries lead to them, and holds no personal data.
+    fn mark(&self, policy: &Policy) -> Result<()> {
+        let of_entries = policy.linked.iter().map(|entry| &entry.mark);
+        let marks: Vec<&Vec<(String, String)>> = std::iter::once(&policy.orders.mark).chain(of_entries).collect();
+        for (at, mark) in marks.iter().enumerate() {
+            let (place, table, _) = &self.0[at];
+            for (column, expression) in *mark {
+                let path = format!("{place}.mark.{column}");
+                self.keeps(at, column, &path, "mark")?;
+                for (first, other) in marks[..at].iter().enumerate().filter(|(i, _)| self.0[*i].1 == *table) {
+                    if other
+                        .iter()
+                        .any(|(name, earlier)| name == column && earlier != expression)
+                    {
+                        let problem = format!("expression for \"{column}\" differs from that in {}", self.0[first].0);
+                        return Err(PolicyError::new(path, problem)
+                            .with_hint("Both entries name the same table; give the column one expression."));
+                    }
+                }
             }
         }
         Ok(())

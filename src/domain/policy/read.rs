@@ -8,8 +8,8 @@ use super::document::{Node, Object, nearest, suggestion};
 use super::history::history;
 use super::moment::moment;
 use super::{
-    Anchor, Archive, ByAge, Linked, OnRedact, Orders, Policy, PolicyError, QualifiedName, Redact, RetrieveOnInsert,
-    Role, Shared, Treatment, Window,
+    Anchor, Archive, AssignCustomer, ByAge, Export, Linked, OnRedact, Orders, Policy, PolicyError, QualifiedName,
+    Redact, RetrieveOnInsert, Role, Shared, Treatment, Window,
 };
 
 type Result<T> = std::result::Result<T, PolicyError>;
@@ -32,7 +32,10 @@ const POLICY: &[&str] = &[
     "timezone",
     "enabled",
     "effective_from",
+    "report_only_until",
+    "export",
     "when_retrieved",
+    "on_reimport",
     "reason",
     "history",
     "retrieve_for",
@@ -49,8 +52,11 @@ const ORDERS: &[&str] = &[
     "stale",
     "effective_from",
     "manual_orders",
+    "assign_customer",
     "redact",
     "files",
+    "keep",
+    "mark",
 ];
 const ANCHOR: &[&str] = &["linked", "at", "where", "complete"];
 const LINKED: &[&str] = &[
@@ -63,6 +69,8 @@ const LINKED: &[&str] = &[
     "number",
     "not_before",
     "redact",
+    "keep",
+    "mark",
     "on_redact",
     "role",
     "duplicate_by",
@@ -72,10 +80,20 @@ const LINKED: &[&str] = &[
     "files",
     "retrieve_on_insert",
 ];
-const BY_AGE: &[&str] = &["table", "key", "at", "after", "where", "redact", "on_redact", "archive"];
+const BY_AGE: &[&str] = &[
+    "table",
+    "key",
+    "at",
+    "after",
+    "where",
+    "redact",
+    "keep",
+    "on_redact",
+    "archive",
+];
 const ARCHIVE: &[&str] = &["schema", "foreign_table"];
 const WINDOW: &[&str] = &["from", "to", "timezone"];
-const TREATMENTS: &[&str] = &["value", "unique", "json", "sql", "array", "prefix"];
+const TREATMENTS: &[&str] = &["value", "unique", "json", "sql", "array", "prefix", "scrub"];
 
 /// Reads the whole document.
 pub(super) fn policy(root: &Node<'_>) -> Result<Policy> {
@@ -131,7 +149,16 @@ pub(super) fn policy(root: &Node<'_>) -> Result<Policy> {
             .get("effective_from")
             .map(|node| moment(&node, timezone))
             .transpose()?,
+        report_only_until: document
+            .get("report_only_until")
+            .map(|node| moment(&node, timezone))
+            .transpose()?,
+        export: document
+            .get("export")
+            .map(|node| node.word::<Export>(&["warn", "require"]))
+            .transpose()?,
         when_retrieved: document.word_or_default("when_retrieved", &["refuse", "ignore"])?,
+        on_reimport: document.word_or_default("on_reimport", &["redact", "keep", "refuse"])?,
         reason: document.word_or_default("reason", &["required", "optional"])?,
         retrieve_for: match document.get("retrieve_for") {
             Some(node) => node.some_texts("a list of roles")?,
@@ -182,8 +209,14 @@ fn orders(node: &Node<'_>) -> Result<Orders> {
         stale: orders.word_or_default("stale", &["report", "redact"])?,
         effective_from: orders.text("effective_from")?,
         manual_orders: orders.word_or_default("manual_orders", &["allow", "warn", "refuse"])?,
+        assign_customer: orders
+            .get("assign_customer")
+            .map(|node| assign_customer(&node))
+            .transpose()?,
         redact: redact(orders.get("redact").as_ref())?,
+        keep: keep(&orders)?,
         files: files(&orders, orders.get("redact").is_some())?,
+        mark: mark(orders.get("mark").as_ref())?,
     })
 }
 
@@ -198,6 +231,12 @@ fn linked(node: &Node<'_>) -> Result<Linked> {
             .error("says what becomes of rows that stay as they are")
             .with_hint("Leave it out, or name columns in \"redact\"."));
     }
+    let redact = redact(entry.get("redact").as_ref())?;
+    if let (Some(node), Redact::Nothing) = (entry.get("mark"), &redact) {
+        return Err(node
+            .error("marks rows of which nothing is redacted")
+            .with_hint("A row is marked when its columns in \"redact\" are overwritten."));
+    }
     Ok(Linked {
         table,
         alias: entry.text("as")?.unwrap_or(name.name),
@@ -207,7 +246,9 @@ fn linked(node: &Node<'_>) -> Result<Linked> {
         filter: entry.text("where")?,
         number: entry.text("number")?,
         not_before: entry.text("not_before")?,
-        redact: redact(entry.get("redact").as_ref())?,
+        redact,
+        keep: keep(&entry)?,
+        mark: mark(entry.get("mark").as_ref())?,
         on_redact,
         role: entry
             .get("role")
@@ -219,8 +260,6 @@ fn linked(node: &Node<'_>) -> Result<Linked> {
         },
         merge: entry.word_or_default("merge", &["allow", "refuse"])?,
         shared: entry.word_or_default::<Shared>("shared", &["any", "amazon"])?,
-        archive: archive.map(|node| node.boolean()).transpose()?.unwrap_or(true),
-        files: files(&entry, treated)?,
         retrieve_on_insert: match entry.get("retrieve_on_insert") {
             None => RetrieveOnInsert::Never,
             Some(node) => match node.value() {
@@ -234,6 +273,8 @@ fn linked(node: &Node<'_>) -> Result<Linked> {
                 }
             },
         },
+        archive: archive.map(|node| node.boolean()).transpose()?.unwrap_or(true),
+        files: files(&entry, treated)?,
     })
 }
 
@@ -281,7 +322,34 @@ fn by_age(node: &Node<'_>) -> Result<ByAge> {
         after: entry.need("after")?.text()?,
         filter: entry.text("where")?,
         redact: columns,
+        keep: keep(&entry)?,
         on_redact,
+    })
+}
+
+fn assign_customer(node: &Node<'_>) -> Result<AssignCustomer> {
+    let assign = node.object(&["column", "to", "orphan"])?;
+    let to = assign.need("to")?;
+    let text = match to.value() {
+        Value::Number(number) => number.to_string(),
+        Value::String(_) => to.text()?,
+        _ => {
+            return Err(to
+                .error("is neither a number nor a text")
+                .with_hint("Write the key of the generic customer."));
+        }
+    };
+    if let Some(orphan) = assign.get("orphan") {
+        if orphan.text()? == "now" {
+            return Err(orphan
+                .error("\"now\" is not supported yet")
+                .with_hint("Use \"archive\", or leave the key out."));
+        }
+        orphan.word::<String>(&["archive", "now"])?;
+    }
+    Ok(AssignCustomer {
+        column: assign.need("column")?.text()?,
+        to: text,
     })
 }
 
@@ -362,6 +430,26 @@ fn redact(node: Option<&Node<'_>>) -> Result<Redact> {
     treatments.collect::<Result<_>>().map(Redact::Treatments)
 }
 
+fn keep(entry: &Object<'_>) -> Result<Vec<String>> {
+    let kept = entry.get("keep").map(|node| node.texts("a list of columns"));
+    kept.transpose().map(Option::unwrap_or_default)
+}
+
+/// Columns with an expression for each.
+fn mark(node: Option<&Node<'_>>) -> Result<Vec<(String, String)>> {
+    let Some(node) = node else {
+        return Ok(Vec::new());
+    };
+    let columns = node.map("an object of columns and expressions, such as {\"pii_redacted_at\": \"now()\"}")?;
+    if columns.is_empty() {
+        return Err(node.error("names no column"));
+    }
+    columns
+        .into_iter()
+        .map(|(column, expression)| Ok((column.to_owned(), expression.text()?)))
+        .collect()
+}
+
 fn treatment(node: &Node<'_>) -> Result<Treatment> {
     if let Value::String(word) = node.value() {
         return match word.as_str() {
@@ -403,6 +491,9 @@ fn treatment(node: &Node<'_>) -> Result<Treatment> {
                 .with_hint("Only \"placeholder\" is known here.")),
         },
         "prefix" => argument.count().map(Treatment::Prefix),
+        "scrub" => argument
+            .some_texts("a list of entries' columns, such as \"customers.last_name\"")
+            .map(Treatment::Scrub),
         _ => Err(unknown_treatment(node, kind)),
     }
 }

@@ -110,8 +110,8 @@ fn defaults() {
         ("amazon_pii_archive", "UTC")
     );
     assert_eq!(
-        (policy.when_retrieved, policy.reason),
-        (WhenRetrieved::Refuse, ReasonRule::Required)
+        (policy.when_retrieved, policy.on_reimport, policy.reason),
+        (WhenRetrieved::Refuse, OnReimport::Redact, ReasonRule::Required)
     );
     assert_eq!(
         (policy.orders.stale, policy.orders.redact),
@@ -132,6 +132,7 @@ fn words_become_variants() {
         json!([link("a", json!({"on_redact": "delete", "shared": "amazon"}))]),
     );
     document["when_retrieved"] = json!("ignore");
+    document["on_reimport"] = json!("keep");
     document["reason"] = json!("optional");
     document["deadline"] = json!("wait");
     document["enabled"] = json!(true);
@@ -141,8 +142,8 @@ fn words_become_variants() {
     document["orders"]["stale"] = json!("redact");
     let policy = parse(&document).unwrap();
     assert_eq!(
-        (policy.when_retrieved, policy.reason),
-        (WhenRetrieved::Ignore, ReasonRule::Optional)
+        (policy.when_retrieved, policy.on_reimport, policy.reason),
+        (WhenRetrieved::Ignore, OnReimport::Keep, ReasonRule::Optional)
     );
     assert_eq!(
         (policy.linked[0].on_redact, policy.linked[0].shared),

@@ -25,6 +25,7 @@ fn apply(treatment: &T, shape: Shape, cell: &str) -> Outcome<'static> {
         Outcome::Keep => Outcome::Keep,
         Outcome::Null => Outcome::Null,
         Outcome::Sql => Outcome::Sql,
+        Outcome::Scrub => Outcome::Scrub,
     }
 }
 

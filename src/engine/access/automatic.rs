@@ -115,7 +115,8 @@ fn found(plan: &Plan, keys: &[String], lock: bool) -> Result<Vec<Order>> {
     }
     let query = [
         "SELECT order_key, status, archived_at IS NOT NULL, redacted_version, false, order_number, records FROM amazon_pii.order_state \
-         WHERE policy IS NOT DISTINCT FROM $1 AND order_key = ANY ($2) AND status = 'redacted' ORDER BY order_key",
+         WHERE policy IS NOT DISTINCT FROM $1 AND order_key = ANY ($2) AND status = 'redacted' AND purged_at IS NULL \
+           AND (asked IN ('erase', 'forget')) IS NOT TRUE ORDER BY order_key",
         if lock { " FOR UPDATE" } else { "" },
     ]
     .concat();
@@ -125,6 +126,8 @@ fn found(plan: &Plan, keys: &[String], lock: bool) -> Result<Vec<Order>> {
             Ok(Order {
                 key: row.string(0)?,
                 status: row.string(1)?,
+                stored: row.string(1)?,
+                ending: false,
                 archived: row.bool(2)?,
                 redacted_version: row.text(3)?.and_then(|v| v.parse().ok()),
                 held: row.bool(4)?,

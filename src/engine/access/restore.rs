@@ -6,10 +6,12 @@ use super::{Order, follow_keys};
 use crate::domain::treatment::Outcome;
 use crate::engine::former::Former;
 use crate::engine::gather::{self, LiveRecord};
-use crate::engine::overwrite::{self, CellWrite, NewValue, RowWrite};
+use crate::engine::overwrite::{self, CellWrite, Marks, NewValue, RowWrite};
 use crate::engine::plan::{Plan, Table};
 use crate::engine::records::{self, Fate};
-use crate::engine::vault::{self, Newest};
+use crate::engine::scrub;
+use crate::engine::vault::{self, Newest, OrderArchive};
+use crate::engine::walk::{self, Values, key_parts};
 use crate::pg::error::{Error, Result};
 use crate::pg::ident::Ident;
 use crate::pg::identity::{Identity, act_as};
@@ -63,7 +65,9 @@ fn write_all(plan: &Plan, orders: &[Order], number: &str) -> Result<Vec<Restored
                 .map(|(_, key, newest)| (key, newest))
                 .collect();
             if !mine.is_empty() {
-                out.push(restore_table(plan, index, table, order, &mine)?);
+                out.push(restore_table(plan, index, table, order, (&mine, archive))?);
+            } else if index == 0 && !table.marks.is_empty() {
+                restore_table(plan, index, table, order, (&mine, archive))?;
             }
         }
         // A table that left the policy keeps its documents; they are not lost, but not written either.
@@ -104,7 +108,7 @@ fn restore_table(
     index: usize,
     table: &Table,
     order: &Order,
-    archived: &[(&str, &Newest)],
+    (archived, of_order): (&[(&str, &Newest)], &OrderArchive),
 ) -> Result<Restored> {
     let version = order.redacted_version;
     let former = &(Former::load(plan, std::iter::once(version))?, version);
@@ -123,17 +127,20 @@ fn restore_table(
     for ((key, newest), live) in archived.iter().zip(&live) {
         match live {
             None if table.delete => {
+                let column = |name: &str| table.cells.iter().find(|c| c.archived_as == name);
                 let values: Vec<(Ident, Option<String>)> = newest
                     .cells()
-                    .map(|cell| (Ident::new(cell.name), cell.text.map(str::to_owned)))
+                    .filter_map(|cell| Some((column(cell.name)?.name.clone(), cell.text.map(str::to_owned))))
                     .collect();
                 restored.cells += values.len() as i64;
+                // Columns that are gone.
+                restored.kept += (newest.cells().len() - values.len()) as i64;
                 missing.push(values);
                 keys.push(*key);
             }
             None => restored.kept += newest.cells().len() as i64,
             Some(record) => {
-                let (row, kept) = restored_row(plan, former, table, record, newest)?;
+                let (row, kept) = restored_row(plan, former, index, record, (newest, of_order))?;
                 restored.kept += kept;
                 let cells = row
                     .cells
@@ -149,8 +156,14 @@ fn restore_table(
         }
     }
     restored.records = keys.len() as i64;
+    // The mark of the order's own row speaks of the order, whatever was in the row.
+    let own = own_row(plan, index, order, &keys)?;
+    rows.extend(own.iter().map(|key| RowWrite {
+        key,
+        cells: vec![CellWrite::Leave; table.cells.len()],
+    }));
     overwrite::insert(plan, table, &missing)
-        .and_then(|()| overwrite::update(plan, table, &rows.iter().collect::<Vec<_>>()))
+        .and_then(|()| overwrite::update(plan, table, &rows.iter().collect::<Vec<_>>(), Marks::TakeBack))
         .map_err(|e| retyped(plan, table, archived, e))?;
     let changes: Vec<records::Change<'_>> = keys
         .iter()
@@ -166,6 +179,16 @@ fn restore_table(
     Ok(restored)
 }
 
+/// The key of the order's own row, if it has a mark and is not among the rows that are written anyway.
+fn own_row(plan: &Plan, index: usize, order: &Order, written: &[&str]) -> Result<Option<Values>> {
+    if index != 0 || plan.orders().marks.is_empty() || written.contains(&order.key.as_str()) {
+        return Ok(None);
+    }
+    let key = key_parts(&order.key)?;
+    let found = walk::by_key(plan, plan.orders(), std::slice::from_ref(&key), &[])?;
+    Ok((!found.is_empty()).then_some(key))
+}
+
 /// The error of a write, or the better one if a column has got a type since that cannot hold what was archived.
 fn retyped(plan: &Plan, table: &Table, archived: &[(&str, &Newest)], error: Error) -> Error {
     if error.is_cancel() || error.is_lock() {
@@ -175,7 +198,7 @@ fn retyped(plan: &Plan, table: &Table, archived: &[(&str, &Newest)], error: Erro
         let name = cell.name.bare();
         let changed = archived
             .iter()
-            .filter_map(|(_, newest)| newest.cell(name))
+            .filter_map(|(_, newest)| newest.cell(&cell.archived_as))
             .filter(|a| a.type_name != cell.type_shown);
         for archived in changed {
             let read = cell.out(format!("CAST($1 AS {})", cell.type_shown));
@@ -203,19 +226,24 @@ fn retyped(plan: &Plan, table: &Table, archived: &[(&str, &Newest)], error: Erro
 fn restored_row<'a>(
     plan: &Plan,
     former: &(Former, Option<i64>),
-    table: &Table,
+    index: usize,
     record: &'a LiveRecord,
-    newest: &Newest,
+    (newest, of_order): (&Newest, &OrderArchive),
 ) -> Result<(RowWrite<'a>, i64)> {
+    let table = &plan.tables[index];
     let marks = marks(plan);
     let mut cells = vec![CellWrite::Leave; table.cells.len()];
     let mut written = 0;
     for (i, column) in table.cells.iter().enumerate() {
-        let Some(archived) = newest.cell(column.name.bare()) else {
+        let Some(archived) = newest.cell(&column.archived_as) else {
             continue;
         };
         let Some(live) = record.cells[i].as_ref() else { continue };
-        let whole = newest.whole(archived.name, &marks);
+        let scrubbed = scrub::restored(plan, index, column, newest, of_order);
+        let whole = match &scrubbed {
+            Some((_, full)) => Some(full.clone()),
+            None => newest.whole(archived.name, &marks),
+        };
         let value = live.value.as_deref();
         if value == archived.text || value == whole.as_deref() {
             // Never overwritten, or already back.
@@ -226,6 +254,10 @@ fn restored_row<'a>(
             Some(Outcome::Text(text)) => value.is_some_and(|v| same(v, &text, column.padded)),
             Some(Outcome::Null) => value.is_none(),
             Some(Outcome::Sql) => live.value == live.computed,
+            Some(Outcome::Scrub) => {
+                let left = scrubbed.as_ref().map(|(left, _)| left);
+                left.is_some_and(|left| value.is_some_and(|v| same(v, left, column.padded)))
+            }
             None | Some(Outcome::Keep) => false,
         };
         if left || former.0.left(plan, former.1, record, i, &archived) {

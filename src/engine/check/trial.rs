@@ -1,16 +1,19 @@
 //! A trial of the real treatment on real rows, for whoever rolls it back.
 
-use super::{Problem, Severity, sample, unique};
+use std::collections::{HashMap, HashSet};
+
+use super::{Problem, Severity, copies, sample, unique};
 use crate::domain::treatment::Outcome;
 use crate::engine::files;
 use crate::engine::flag;
 use crate::engine::gather::{self, LiveRecord};
 use crate::engine::history;
-use crate::engine::overwrite::{self, RowWrite};
+use crate::engine::overwrite::{self, Marks, RowWrite};
 use crate::engine::plan::{Plan, Table};
 use crate::engine::portable;
 use crate::engine::records::Stored;
-use crate::engine::walk::Values;
+use crate::engine::scrub;
+use crate::engine::walk::{self, Values};
 use crate::pg::error::Result;
 use crate::pg::subxact::trial;
 use crate::pg::xact;
@@ -24,7 +27,9 @@ pub(super) fn try_out(plan: &Plan, open: &[unique::Open]) -> Result<Vec<Problem>
     let wanted = sample::orders(plan)?;
     // Triggers that the caller left pending fire as the caller.
     xact::fire_deferred()?;
-    let (sample, before, mut out) = read(plan, &wanted)?;
+    let (sample, mut before, mut out) = read(plan, &wanted)?;
+    let no_keys: &[&str] = &[];
+    scrub::fill(plan, &mut before.records, &HashMap::new(), no_keys);
     let facts = flag::by_keys(plan, &sample)?;
     if let (Some(history), Some(order)) = (&plan.history, sample.first()) {
         match trial(|| history::try_out(plan, history, order)) {
@@ -44,7 +49,7 @@ pub(super) fn try_out(plan: &Plan, open: &[unique::Open]) -> Result<Vec<Problem>
         let tried = trial(|| {
             files::paths(plan, table, &records.iter().map(|r| &r.key).collect::<Vec<_>>())?;
             let pii = records.iter().map(|r| r.pii(plan)).collect::<Result<Vec<_>>>()?;
-            let rows = rows(&records, &pii)?;
+            let rows = rows(&records, &pii, index == 0 && !table.marks.is_empty())?;
             let locked = overwrite::lock(plan, table, rows.iter().map(|r| r.key), None, false)?;
             let rows: Vec<RowWrite<'_>> = rows
                 .into_iter()
@@ -53,21 +58,29 @@ pub(super) fn try_out(plan: &Plan, open: &[unique::Open]) -> Result<Vec<Problem>
                 .map(|(r, _)| r)
                 .collect();
             if rows.is_empty() {
-                return unique::settle(plan, index, open, &[]);
+                return Ok((unique::settle(plan, index, open, &[])?, Vec::new()));
             }
             let each: Vec<&RowWrite<'_>> = rows.iter().collect();
+            let written = copies::written()?;
             if table.delete {
                 overwrite::delete(plan, table, &each)?;
-                return Ok(Vec::new());
+                return Ok((copies::problems(plan, table, &written)?, Vec::new()));
             }
-            overwrite::update(plan, table, &each)?;
+            overwrite::update(plan, table, &each, Marks::Set)?;
+            let mut found = copies::problems(plan, table, &written)?;
             let keys: Vec<Values> = rows.into_iter().map(|r| r.key.clone()).collect();
-            let mut found = unique::settle(plan, index, open, &keys)?;
-            found.extend(compare(plan, table, &sample, &before, &facts)?);
-            Ok(found)
+            found.extend(unique::settle(plan, index, open, &keys)?);
+            let (problems, new) = compare(plan, table, &sample, &before, &facts)?;
+            found.extend(problems);
+            Ok((found, new))
         });
         match tried {
-            Ok(found) => out.extend(found),
+            Ok((found, new)) => {
+                out.extend(found);
+                if any_exists(plan, &new)? {
+                    out.push(other_rows(table));
+                }
+            }
             Err(e) if e.is_cancel() => return Err(e),
             Err(e) if e.is_lock() => {}
             Err(e) => out.push(Problem::new(
@@ -107,13 +120,17 @@ fn read(plan: &Plan, wanted: &[Values]) -> Result<(Vec<Values>, gather::Gathered
 
 /// One record a row, whichever orders reach it.
 fn distinct<'a>(records: impl Iterator<Item = &'a LiveRecord>) -> Vec<&'a LiveRecord> {
-    let mut seen = std::collections::HashSet::new();
+    let mut seen = HashSet::new();
     records.filter(|r| seen.insert(r.key_text.clone())).collect()
 }
 
-fn rows<'a>(records: &[&'a LiveRecord], pii: &'a [Vec<(usize, Outcome<'_>)>]) -> Result<Vec<RowWrite<'a>>> {
+fn rows<'a>(
+    records: &[&'a LiveRecord],
+    pii: &'a [Vec<(usize, Outcome<'_>)>],
+    marked: bool,
+) -> Result<Vec<RowWrite<'a>>> {
     let mut out = Vec::new();
-    for (record, pii) in records.iter().zip(pii).filter(|(_, pii)| !pii.is_empty()) {
+    for (record, pii) in records.iter().zip(pii).filter(|(_, pii)| marked || !pii.is_empty()) {
         if let Some(cells) = record.writes(pii, |_, live| Ok(Some(live)))? {
             out.push(RowWrite {
                 key: &record.key,
@@ -124,34 +141,61 @@ fn rows<'a>(records: &[&'a LiveRecord], pii: &'a [Vec<(usize, Outcome<'_>)>]) ->
     Ok(out)
 }
 
+/// Table and key of a row.
+type Row = (usize, Values);
+
+/// Rows to which a link leads that it did not lead to before.
+fn other_rows(table: &Table) -> Problem {
+    Problem::new(
+        Severity::Error,
+        table.relation.shown(),
+        "a link or condition of the policy gives another result once its columns are redacted",
+        "Link by keys, not by columns that hold personal data.",
+    )
+}
+
+/// Whether some of these rows, by table and key, are there without the trial: others were written by its triggers, and
+/// belong to their order by right.
+fn any_exists(plan: &Plan, new: &[Row]) -> Result<bool> {
+    for (index, table) in plan.tables.iter().enumerate() {
+        let keys: Vec<Values> = new
+            .iter()
+            .filter(|(t, _)| *t == index)
+            .map(|(_, key)| key.clone())
+            .collect();
+        if !keys.is_empty() && !walk::by_key(plan, table, &keys, &[])?.is_empty() {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
 /// What the policy says of the same orders after the treatment must be what it said before, and the treatment must
-/// find nothing more to do.
+/// find nothing more to do. Also returns the rows that were not reached before.
 fn compare(
     plan: &Plan,
     table: &Table,
     sample: &[Values],
     before: &gather::Gathered,
     facts: &[flag::OrderFact],
-) -> Result<Vec<Problem>> {
+) -> Result<(Vec<Problem>, Vec<Row>)> {
     let mut out = Vec::new();
-    let after = gather::gather(plan, sample, &Stored::by_keys(plan, sample)?)?;
-    let reached = |g: &gather::Gathered| {
-        let mut all: Vec<(usize, usize, String)> = g
-            .records
-            .iter()
-            .map(|r| (r.order, r.table, r.key_text.clone()))
-            .collect();
-        all.sort();
-        all
-    };
-    if reached(before) != reached(&after) {
-        out.push(Problem::new(
-            Severity::Error,
-            table.relation.shown(),
-            "a link or condition of the policy gives another result once its columns are redacted",
-            "Link by keys, not by columns that hold personal data.",
-        ));
+    let mut after = gather::gather(plan, sample, &Stored::by_keys(plan, sample)?)?;
+    let no_keys: &[&str] = &[];
+    scrub::fill(plan, &mut after.records, &HashMap::new(), no_keys);
+    let name = |r: &LiveRecord| (r.order, r.table, r.key_text.clone());
+    let reached = |g: &gather::Gathered| g.records.iter().map(name).collect::<HashSet<_>>();
+    let (were, are) = (reached(before), reached(&after));
+    if !were.is_subset(&are) {
+        out.push(other_rows(table));
     }
+    let is_new = |r: &&LiveRecord| !were.contains(&name(r));
+    let new = after
+        .records
+        .iter()
+        .filter(is_new)
+        .map(|r| (r.table, r.key.clone()))
+        .collect();
     let shown = |list: &[flag::OrderFact]| -> Vec<[Option<String>; 4]> {
         let mut all: Vec<_> = list
             .iter()
@@ -181,7 +225,7 @@ fn compare(
     for record in after
         .records
         .iter()
-        .filter(|r| plan.tables[r.table].relation == table.relation)
+        .filter(|r| plan.tables[r.table].relation == table.relation && !is_new(r))
     {
         if let Some((i, _)) = record.pii(plan)?.first() {
             out.push(Problem::new(
@@ -193,5 +237,5 @@ fn compare(
             break;
         }
     }
-    Ok(out)
+    Ok((out, new))
 }

@@ -170,7 +170,9 @@ fn of_column(plan: &Plan, table: &Table, name: &str) -> Result<Gives> {
             // Whoever writes an expression over the row for such a column knows why; the trial has a look at it.
             None => Gives::Different,
         },
-        Some(Rule::Json(_) | Rule::JsonKeep(_) | Rule::ArrayPlaceholder | Rule::Prefix(_)) => Gives::Perhaps,
+        Some(Rule::Json(_) | Rule::JsonKeep(_) | Rule::ArrayPlaceholder | Rule::Prefix(_) | Rule::Scrub(_)) => {
+            Gives::Perhaps
+        }
     })
 }
 

@@ -15,7 +15,7 @@ use crate::pg::sql::{self, Arg};
 pub struct Builder<'a> {
     pub(super) document: &'a Policy,
     pub(super) search_path: &'a str,
-    pub(super) tables: Vec<Table>,
+    pub tables: Vec<Table>,
     pub(super) entries: Vec<Entry>,
 }
 
@@ -84,6 +84,7 @@ impl Builder<'_> {
             archived_as: facts.relation.shown(),
             key,
             cells: Vec::new(),
+            marks: Vec::new(),
             delete: false,
             no_copy: false,
             files: None,
@@ -106,6 +107,19 @@ impl Builder<'_> {
                 facts.relation.shown()
             ))
         })
+    }
+
+    /// Refuses columns that are to be kept and do not exist.
+    pub(super) fn kept(&self, table: usize, columns: &[String], place: &str) -> Result<()> {
+        let facts = &self.tables[table].facts;
+        match columns.iter().find(|c| facts.column(c).is_none()) {
+            None => Ok(()),
+            Some(missing) => Err(Error::undefined(format!(
+                "{place}.keep: column \"{missing}\" of {} does not exist",
+                facts.relation.shown()
+            ))
+            .hint(nearest(facts, missing))),
+        }
     }
 
     /// The types of expressions, found out as the table's owner.
@@ -135,6 +149,7 @@ impl Builder<'_> {
     pub(super) fn linked(&mut self, linked: &Linked, oid: pg_sys::Oid) -> Result<()> {
         let place = format!("linked \"{}\"", linked.alias);
         let table = self.table(oid, &linked.table, linked.key.as_deref())?;
+        self.kept(table, &linked.keep, &place)?;
         let parent = match &linked.parent {
             None => 0,
             Some(name) => self
@@ -197,6 +212,7 @@ impl Builder<'_> {
             )));
         }
         self.files(table, linked.files.as_deref(), &place)?;
+        self.marks(table, &linked.mark, &place)?;
         self.entries.push(Entry {
             alias: linked.alias.clone(),
             table,
@@ -231,6 +247,7 @@ impl Builder<'_> {
         };
         let table = own.table(oid, &aged.table, aged.key.as_deref())?;
         own.cells(table, &aged.redact, &name)?;
+        own.kept(table, &aged.keep, &name)?;
         let place = format!("{name}.at");
         let at = own.expression(table, &aged.at, &place)?;
         let at_type = own
@@ -301,7 +318,12 @@ impl Builder<'_> {
                     treatment: None,
                     rule: None,
                     expression: None,
+                    names: Vec::new(),
+                    room: None,
                     type_shown: c.type_shown.clone(),
+                    archived_as: c.name.bare().to_owned(),
+                    said: c.name.bare().to_owned(),
+                    former: Vec::new(),
                 })
                 .collect();
         }
@@ -381,7 +403,12 @@ impl Builder<'_> {
                         treatment: Some(treatment),
                         rule: Some(rule),
                         expression,
+                        names: Vec::new(),
+                        room: column.max_length.and_then(|n| usize::try_from(n).ok()),
                         type_shown: column.type_shown.clone(),
+                        archived_as: name.clone(),
+                        said: name.clone(),
+                        former: Vec::new(),
                     });
                     cells.push(self.tables[index].cells.len() - 1);
                 }
@@ -391,13 +418,7 @@ impl Builder<'_> {
     }
 
     /// A constant as the column would give it back: 0 becomes 0.00 in numeric(10,2).
-    pub(super) fn canonical(
-        &self,
-        table: usize,
-        column: &catalog::Column,
-        constant: &str,
-        place: &str,
-    ) -> Result<String> {
+    pub fn canonical(&self, table: usize, column: &catalog::Column, constant: &str, place: &str) -> Result<String> {
         let table = &self.tables[table];
         let rows = act_as(Identity::Owner(table.owner), self.search_path, &[], || {
             sql::read(
@@ -496,7 +517,7 @@ fn shape_of(column: &catalog::Column) -> Shape {
     }
 }
 
-fn nearest(facts: &TableFacts, name: &str) -> String {
+pub(super) fn nearest(facts: &TableFacts, name: &str) -> String {
     facts
         .columns
         .iter()

@@ -3,7 +3,9 @@
 use std::cell::RefCell;
 use std::rc::Rc;
 
-use super::Plan;
+use super::columns::{self, Known};
+use super::{Plan, path};
+use crate::domain::policy::Policy;
 use crate::pg::error::{Error, Result};
 use crate::pg::identity::as_extension;
 use crate::pg::invalidation;
@@ -12,17 +14,22 @@ use crate::pg::sql::{self, Arg, Row};
 /// A policy as our tables have it, and the owners that its tables have now.
 #[derive(PartialEq, Eq)]
 pub(super) struct Record {
-    /// Version, document, search path, whether it is enabled, why it is suspended.
+    /// Version, document, search path, whether it is enabled, why it is suspended, the schemas of the path when it was applied.
     pub(super) row: Row,
-    /// For each entry its table, the table's owner when it was applied and now (empty: none), and its archived name.
+    /// For each entry its table, the table's owner when it was applied and now (empty: none), its archived name, and its name and
+    /// schema now.
     pub(super) relations: Vec<Row>,
+    /// Its columns as they are now.
+    pub(super) columns: Vec<Row>,
+    /// The schemas of its search path as they are now.
+    pub(super) schemas: Vec<Row>,
 }
 
 impl Record {
     pub(super) fn read(policy: &str) -> Result<Self> {
         as_extension(|| {
             let rows = sql::read(
-                "SELECT version, document, search_path, enabled, suspended FROM amazon_pii.policy WHERE policy = $1",
+                "SELECT version, document, search_path, enabled, suspended, path_schemas FROM amazon_pii.policy WHERE policy = $1",
                 &[Arg::Text(Some(policy))],
             )?;
             let row = rows.into_iter().next().ok_or_else(|| {
@@ -30,13 +37,32 @@ impl Record {
                     .hint("The view amazon_pii.policies lists the policies.")
             })?;
             let relations = sql::read(
-                "SELECT t.entry, t.relation::oid, t.owner, COALESCE(r.rolname, ''), t.archived_as FROM amazon_pii.policy_table t \
-                 LEFT JOIN pg_catalog.pg_class c ON c.oid = t.relation LEFT JOIN pg_catalog.pg_roles r ON r.oid = c.relowner \
+                "SELECT t.entry, t.relation::oid, t.owner, COALESCE(r.rolname, ''), t.archived_as, c.relname, n.nspname FROM amazon_pii.policy_table t \
+                 LEFT JOIN pg_catalog.pg_class c ON c.oid = t.relation LEFT JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace LEFT JOIN pg_catalog.pg_roles r ON r.oid = c.relowner \
                  WHERE t.policy = $1 ORDER BY t.entry",
                 &[Arg::Text(Some(policy))],
             )?;
-            Ok(Self { row, relations })
+            let columns = columns::read(policy)?;
+            let schemas = path::schemas(row.text(5)?)?;
+            Ok(Self {
+                row,
+                relations,
+                columns,
+                schemas,
+            })
         })
+    }
+}
+
+impl Record {
+    /// Gives a document the names that its columns have now, and returns the known columns.
+    pub(super) fn follow(&self, document: &mut Policy) -> Result<Vec<Known>> {
+        let known = self.columns.iter().map(Known::of).collect::<Result<Vec<_>>>()?;
+        columns::follow(document, &known, |entry| {
+            let row = self.relations.iter().find(|r| r.str(0).is_ok_and(|a| a == entry))?;
+            row.string(4).ok()
+        })?;
+        Ok(known)
     }
 }
 

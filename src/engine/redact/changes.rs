@@ -31,7 +31,7 @@ impl<'a> Changes<'a> {
         target: &Target<'a>,
         excluded: &HashSet<usize>,
     ) {
-        if target.orders.iter().any(|o| excluded.contains(o)) {
+        if target.only_marked || target.orders.iter().any(|o| excluded.contains(o)) {
             return;
         }
         let table = plan.tables[target.table].archived_as.as_str();
@@ -67,27 +67,31 @@ impl<'a> Changes<'a> {
         }
     }
 
-    /// Records of finished orders that had nothing to overwrite: clean, or their row is gone.
+    /// Records of finished orders that had nothing to overwrite: clean, or their row is gone. Those set aside for a later date
+    /// hold personal data still.
     pub(super) fn left<'r>(
         &mut self,
         plan: &'a Plan,
         batch: &'a [Due],
         stored: &Stored,
         done: &[usize],
-        live: impl Iterator<Item = &'r LiveRecord>,
+        live: &'r [LiveRecord],
+        set_aside: &'r [LiveRecord],
     ) where
         'a: 'r,
     {
         let mut found: Vec<Vec<(&str, &str)>> = batch.iter().map(|_| Vec::new()).collect();
-        for r in live {
-            found[r.order].push((&plan.tables[r.table].archived_as, &r.key_text));
+        let place = |r: &'r LiveRecord| (plan.tables[r.table].archived_as.as_str(), r.key_text.as_str());
+        for r in live.iter().chain(set_aside) {
+            found[r.order].push(place(r));
         }
+        let later: HashSet<(usize, (&str, &str))> = set_aside.iter().map(|r| (r.order, place(r))).collect();
         for order in done {
             let due = &batch[*order];
             found[*order].sort_unstable();
             for Listed(table, key, ..) in due.records.iter() {
                 let place = (table.as_str(), key.as_str());
-                if self.waits.contains(&(*order, place.0, place.1)) {
+                if later.contains(&(*order, place)) || self.waits.contains(&(*order, place.0, place.1)) {
                     continue;
                 }
                 let is_there = found[*order].binary_search(&place).is_ok();

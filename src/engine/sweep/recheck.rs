@@ -11,10 +11,13 @@ use crate::engine::plan::Plan;
 use crate::engine::walk::key_parts;
 use crate::pg::error::Result;
 use crate::pg::identity::{as_extension, on_keys};
-use crate::pg::sql::{self, Arg};
+use crate::pg::sql::{self, Arg, Row};
 
-/// Pages of the state table in one step.
+/// Pages of the state table that are read at once.
 const STEP: i64 = 256;
+
+/// How often one step reads so many where it finds nothing.
+const EMPTY_STEPS: u32 = 16;
 
 /// After a pass: as many pages as are to be read, a seventh of them, or all.
 pub(super) fn begin(plan: &Plan, all: bool) -> Result<()> {
@@ -34,27 +37,30 @@ pub(super) fn begin(plan: &Plan, all: bool) -> Result<()> {
 /// Marks the redacted orders on the next pages to be looked at by this very cycle. `None` when all is done.
 pub(super) fn step(plan: &Plan, clock: &Clock) -> Result<Option<Slice>> {
     let rows = as_extension(|| {
-        sql::write(
-            "UPDATE amazon_pii.policy AS p SET recheck_left = GREATEST(n.left - $2, 0), \
-                recheck_page = CASE WHEN n.page + LEAST(n.left, $2) >= n.pages THEN 0 ELSE n.page + LEAST(n.left, $2) END \
-             FROM (SELECT q.recheck_left, CASE WHEN q.recheck_page < s.pages THEN q.recheck_page ELSE 0 END, s.pages \
-                FROM amazon_pii.policy AS q, (SELECT pg_catalog.pg_relation_size('amazon_pii.order_state') \
-                    / pg_catalog.current_setting('block_size')::int8) AS s (pages) WHERE q.policy = $1) AS n (\"left\", page, pages) \
-             WHERE p.policy = $1 AND n.left > 0 RETURNING n.page, n.page + LEAST(n.left, $2)",
-            &[Arg::Text(Some(&plan.policy)), Arg::Int(STEP)],
+        sql::read(
+            "SELECT p.recheck_left, CASE WHEN p.recheck_page < s.pages THEN p.recheck_page ELSE 0 END, s.pages \
+             FROM amazon_pii.policy AS p, (SELECT pg_catalog.pg_relation_size('amazon_pii.order_state') \
+                / pg_catalog.current_setting('block_size')::int8) AS s (pages) WHERE p.policy = $1",
+            &[Arg::Text(Some(&plan.policy))],
         )
     })?;
     let Some(row) = rows.first() else { return Ok(None) };
-    // A part of the table, by its place: this is our own, and an order that moves meanwhile was just looked at.
-    let found = as_extension(|| {
-        sql::read(
-            "SELECT o.order_key, o.status = 'gone' FROM amazon_pii.order_state AS o WHERE o.ctid >= $2 AND o.ctid < $3 AND o.policy = $1 \
-                AND (o.status = 'redacted' AND o.next_due_at IS NULL OR o.status = 'gone')",
-            &[
-                Arg::Text(Some(&plan.policy)),
-                Arg::Typed(pg_sys::TIDOID, Some(&place(row.int(0)?))),
-                Arg::Typed(pg_sys::TIDOID, Some(&place(row.int(1)?))),
-            ],
+    let (mut left, mut page, pages) = (row.int(0)?, row.int(1)?, row.int(2)?);
+    if left <= 0 {
+        return Ok(None);
+    }
+    let (mut found, mut steps) = (Vec::new(), 0);
+    while left > 0 && steps < EMPTY_STEPS && found.is_empty() {
+        let end = page + left.min(STEP);
+        found = on_pages(plan, page, end)?;
+        left = (left - STEP).max(0);
+        page = if end >= pages { 0 } else { end };
+        steps += 1;
+    }
+    as_extension(|| {
+        sql::execute(
+            "UPDATE amazon_pii.policy SET recheck_left = $2, recheck_page = $3 WHERE policy = $1",
+            &[Arg::Text(Some(&plan.policy)), Arg::Int(left), Arg::Int(page)],
         )
     })?;
     let (mut redacted, mut gone) = (Vec::new(), Vec::new());
@@ -65,23 +71,46 @@ pub(super) fn step(plan: &Plan, clock: &Clock) -> Result<Option<Slice>> {
             redacted.push(row.str(0)?);
         }
     }
-    on_keys(|| {
-        sql::execute(
-            "UPDATE amazon_pii.order_state SET next_due_at = $3::timestamptz WHERE policy IS NOT DISTINCT FROM $1 AND order_key = ANY ($2) \
-                AND status = 'redacted' AND next_due_at IS NULL",
-            &[
-                Arg::Text(Some(&plan.policy)),
-                Arg::texts(&redacted),
-                Arg::Text(Some(&clock.now)),
-            ],
-        )
-    })?;
+    if !redacted.is_empty() {
+        mark(plan, clock, &redacted)?;
+    }
     // One that was deleted and came back while triggers were off looks to the sums as if it had never been away.
     let back = flag::by_keys(plan, &gone)?;
     Ok(Some(Slice {
         flagged: flag::upsert(plan, &back, "sweep", false, Tell::Now)?,
         ..Slice::default()
     }))
+}
+
+fn mark(plan: &Plan, clock: &Clock, redacted: &[&str]) -> Result<()> {
+    on_keys(|| {
+        sql::execute(
+            "UPDATE amazon_pii.order_state SET next_due_at = $3::timestamptz WHERE policy IS NOT DISTINCT FROM $1 AND order_key = ANY ($2) \
+                AND status = 'redacted' AND next_due_at IS NULL",
+            &[
+                Arg::Text(Some(&plan.policy)),
+                Arg::texts(redacted),
+                Arg::Text(Some(&clock.now)),
+            ],
+        )
+    })?;
+    Ok(())
+}
+
+/// The redacted and deleted orders on some pages: a part of the table by its place. It is our own, and an order that moves
+/// meanwhile was just looked at.
+fn on_pages(plan: &Plan, from: i64, to: i64) -> Result<Vec<Row>> {
+    as_extension(|| {
+        sql::read(
+            "SELECT o.order_key, o.status = 'gone' FROM amazon_pii.order_state AS o WHERE o.ctid >= $2 AND o.ctid < $3 AND o.policy = $1 \
+                AND (o.status = 'redacted' AND o.next_due_at IS NULL OR o.status = 'gone')",
+            &[
+                Arg::Text(Some(&plan.policy)),
+                Arg::Typed(pg_sys::TIDOID, Some(&place(from))),
+                Arg::Typed(pg_sys::TIDOID, Some(&place(to))),
+            ],
+        )
+    })
 }
 
 /// Where a page begins.

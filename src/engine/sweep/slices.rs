@@ -7,7 +7,7 @@ use crate::pg::identity::on_keys;
 use crate::pg::sql::{self, Arg};
 
 /// Slices that are looked up at once.
-const AHEAD: i64 = 64;
+pub(super) const AHEAD: u32 = 64;
 
 /// The orders between two keys, as they were when each was compared with its state.
 pub(super) struct Known {
@@ -39,7 +39,7 @@ pub(super) fn chain(plan: &Plan, stamp: i64, after: Option<&str>) -> Result<Vec<
                 Arg::Text(Some(&plan.policy)),
                 Arg::Text(Some(after.unwrap_or_default())),
                 Arg::Int(stamp),
-                Arg::Int(AHEAD),
+                Arg::Int(i64::from(AHEAD)),
             ],
         )
     })?;

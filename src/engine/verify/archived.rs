@@ -21,8 +21,7 @@ const PAGE: i64 = 500;
 const TOGETHER: usize = 16 << 20;
 
 /// The orders whose personal data should be gone. What was retrieved is back rightfully.
-const GONE: &str =
-    "(o.status IN ('redacted', 'purged') OR (o.status = 'gone' AND o.redact_due_at <= pg_catalog.now()))";
+const GONE: &str = "(o.status = 'redacted' OR (o.status = 'gone' AND o.redact_due_at <= pg_catalog.now()))";
 
 /// How many orders there are to look for.
 ///
@@ -171,7 +170,7 @@ fn record(table: Option<&Table>, key: &str, newest: &Newest, mut f: impl FnMut(&
     let key = key_parts(key).unwrap_or_default();
     for archived in newest.cells() {
         let cell = table.and_then(|t| {
-            let at = t.cells.iter().position(|c| c.name.bare() == archived.name)?;
+            let at = t.cells.iter().position(|c| c.archived_as == archived.name)?;
             t.cells[at].treatment.as_ref()
         });
         for text in newest.versions(archived.name) {

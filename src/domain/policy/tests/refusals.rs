@@ -52,6 +52,12 @@ fn unknown_words_name_the_nearest() {
         "\"ignore\"",
     );
     assert_refused(
+        &with("/on_reimport", json!("refused")),
+        "on_reimport",
+        "unknown word",
+        "\"refuse\"",
+    );
+    assert_refused(
         &with("/reason", json!("Required")),
         "reason",
         "unknown word",
@@ -62,6 +68,14 @@ fn unknown_words_name_the_nearest() {
         "deadline",
         "unknown word",
         "\"wait\"",
+    );
+    let marked = with("/linked", json!([link("a", json!({"mark": {"done": "true"}}))]));
+    assert_refused(&marked, "linked[0].mark", "nothing is redacted", "\"redact\"");
+    assert_refused(
+        &with("/orders/redact", json!({"memo": {"scrub": "customers.name"}})),
+        "orders.redact.memo.scrub",
+        "a list",
+        "",
     );
     for (key, word, near) in [
         ("shared", "amzon", "amazon"),
@@ -266,6 +280,12 @@ fn rows_by_age_say_that_they_are_not_archived() {
         "Leave",
     );
     assert_refused(&aged(json!({"at": null})), "by_age[0].at", "is missing", "");
+    assert_refused(
+        &aged(json!({"on_redact": null, "redact": {"body": {"scrub": ["people.name"]}}})),
+        "by_age[0].redact.body",
+        "scrubs names",
+        "as a whole",
+    );
     assert_refused(
         &aged(json!({"aftr": "x"})),
         "by_age[0].aftr",

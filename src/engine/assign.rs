@@ -1,0 +1,595 @@
+//! No customer of an Amazon order's own: the order is pointed at a generic one before it is written. The row that the importer
+//! had made becomes a record of the order, with all that hangs on it.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::rc::Rc;
+
+use pgrx::pg_sys;
+
+use super::plan::{Builder, Customer, Plan};
+use super::records::{Listed, RecordList};
+use super::triggers::{call_key, made_for, speaks_for};
+use super::walk::{FIRST, Hop, Values, hop, key_parts, key_text, own_key, select_all};
+use crate::domain::policy::{AssignCustomer, Policy};
+use crate::engine::check::{Problem, Severity};
+use crate::pg::catalog;
+use crate::pg::error::{Error, Result};
+use crate::pg::ident::{Expr, Ident};
+use crate::pg::identity::{self, Identity, as_extension, on_keys};
+use crate::pg::sql::{self, Arg};
+use crate::pg::subxact::subtransaction;
+use crate::pg::trigger::{Event, TriggerCall, is_engine_write};
+use crate::pg::{invalidation, prepared};
+
+/// Orphans that one step settles.
+const STEP: i64 = 1000;
+
+/// Where Amazon orders are pointed at.
+pub struct Assign {
+    pub column: Ident,
+    /// As the column's type writes it.
+    pub to: String,
+}
+
+impl Assign {
+    /// Makes the key `assign_customer` ready.
+    ///
+    /// # Errors
+    /// The column does not exist, or cannot be written before the row is.
+    pub fn build(builder: &Builder<'_>, document: &AssignCustomer) -> Result<Self> {
+        let table = &builder.tables[0];
+        let place = "orders.assign_customer";
+        let shown = table.relation.shown();
+        let column = table.facts.column(&document.column).ok_or_else(|| {
+            Error::undefined(format!(
+                "{place}: column \"{}\" of {shown} does not exist",
+                document.column
+            ))
+            .hint("Name the column that points at the customer.")
+        })?;
+        let plain = [
+            pg_sys::INT2OID,
+            pg_sys::INT4OID,
+            pg_sys::INT8OID,
+            pg_sys::TEXTOID,
+            pg_sys::VARCHAROID,
+            pg_sys::UUIDOID,
+        ];
+        if column.generated || !plain.contains(&column.type_oid) || table.key.iter().any(|(k, _)| *k == column.name) {
+            return Err(Error::invalid(format!(
+                "{place}: column \"{}\" of {shown} cannot be written",
+                document.column
+            ))
+            .hint("It must be a column of whole numbers, text or uuid, neither generated nor part of the key."));
+        }
+        Ok(Self {
+            column: column.name.clone(),
+            to: builder.canonical(0, column, &document.to, place).map_err(|e| {
+                if e.is_cancel() {
+                    return e;
+                }
+                Error::invalid(format!(
+                    "{place}.to: no value of column \"{}\" of {shown}",
+                    document.column
+                ))
+                .hint("Write what the column holds for the generic customer.")
+            })?,
+        })
+    }
+}
+
+/// The generic customers of a policy, of all its versions: orders that were pointed at a former one still are.
+///
+/// # Errors
+/// Errors of the server.
+pub fn generic(plan: &Plan) -> Result<Vec<(usize, String)>> {
+    let mut out = Vec::new();
+    let entries = |column: &str| -> Vec<usize> {
+        let wanted = [Expr::column(column)];
+        (0..plan.entries.len())
+            .filter(|i| plan.entries[*i].parent == Some(0) && plan.entries[*i].on_parent == wanted)
+            .collect()
+    };
+    if let Some(assign) = &plan.assign {
+        out.extend(
+            entries(assign.column.bare())
+                .into_iter()
+                .map(|i| (i, assign.to.clone())),
+        );
+    }
+    let rows = as_extension(|| {
+        sql::read(
+            "SELECT v.document FROM amazon_pii.policy_version AS v WHERE v.policy = $1 AND pg_catalog.strpos(v.document, 'assign_customer') > 0",
+            &[Arg::Text(Some(&plan.policy))],
+        )
+    })?;
+    for row in &rows {
+        let document = Policy::parse(row.str(0)?).ok().and_then(|p| p.orders.assign_customer);
+        let Some(former) = document else { continue };
+        for index in entries(&former.column) {
+            let known = (index, former.to.to_lowercase());
+            let same = |(i, to): &(usize, String)| *i == known.0 && to.to_lowercase() == known.1;
+            if !out.iter().any(same) {
+                out.push((index, former.to.clone()));
+            }
+        }
+    }
+    Ok(out)
+}
+
+/// Whether the values of a link lead from an order to a generic customer.
+pub fn is_generic(plan: &Plan, entry: usize, link: &Values) -> bool {
+    let [Some(value)] = link.as_slice() else { return false };
+    plan.generic.iter().any(|(i, to)| *i == entry && to == value)
+}
+
+/// That there is such a customer, and that the column may change on its way into the table.
+///
+/// # Errors
+/// Errors of the server.
+pub fn problem(plan: &Plan) -> Result<Vec<Problem>> {
+    let (Some(assign), Some(customer)) = (&plan.assign, &plan.customer) else {
+        return Ok(Vec::new());
+    };
+    let place = "orders.assign_customer";
+    let mut out = Vec::new();
+    if !exists(plan, customer, &assign.to)? {
+        out.push(Problem {
+            severity: Severity::Error,
+            object: place.to_owned(),
+            problem: format!("there is no customer {}", assign.to),
+            hint: "Insert the generic customer first.".to_owned(),
+        });
+    }
+    let partitioned = as_extension(|| {
+        let oids = catalog::with_partitions(plan.orders().relation.oid)?;
+        let oids = oids.iter().map(|r| i64::from(u32::from(r.oid))).collect();
+        sql::read(
+            "SELECT true FROM pg_catalog.pg_partitioned_table AS p JOIN pg_catalog.pg_attribute AS a ON a.attrelid = p.partrelid \
+             WHERE p.partrelid::bigint = ANY ($1) AND a.attname = $2 AND (a.attnum = ANY (p.partattrs::int2[]) OR p.partexprs IS NOT NULL)",
+            &[Arg::Ints(oids), Arg::Text(Some(assign.column.bare()))],
+        )
+    })?;
+    if !partitioned.is_empty() {
+        out.push(Problem {
+            severity: Severity::Error,
+            object: place.to_owned(),
+            problem: format!("the orders table is partitioned by column \"{}\"", assign.column.bare()),
+            hint: "A row cannot change its partition on its way into the table.".to_owned(),
+        });
+    }
+    Ok(out)
+}
+
+fn exists(plan: &Plan, customer: &Customer, to: &str) -> Result<bool> {
+    let entry = &plan.entries[customer.entry];
+    let reach = Hop {
+        table: &plan.tables[entry.table],
+        on: &entry.on_child,
+        own_types: &entry.on_child_types,
+        types: &entry.on_parent_types,
+        filter: entry.filter.as_ref(),
+        select: &[],
+        limit: Some(1),
+    };
+    Ok(!hop(plan, &reach, &[vec![Some(to.to_owned())]])?.is_empty())
+}
+
+/// What a trigger needs of its policy, in one state of the catalog.
+struct Ready {
+    trigger: pg_sys::Oid,
+    generation: u64,
+    /// None: a partition that was detached.
+    plan: Option<Rc<Plan>>,
+    /// Whether a row is Amazon's, and its number.
+    query: Rc<str>,
+}
+
+thread_local! {
+    static READY: RefCell<Vec<Ready>> = const { RefCell::new(Vec::new()) };
+}
+
+fn ready(call: &TriggerCall) -> Result<(Option<Rc<Plan>>, Rc<str>)> {
+    let generation = invalidation::generation();
+    let known = READY.with_borrow(|r| {
+        let same = |k: &&Ready| k.trigger == call.trigger && k.generation == generation;
+        r.iter().find(same).map(|k| (k.plan.clone(), k.query.clone()))
+    });
+    if let Some(known) = known {
+        return Ok(known);
+    }
+    let (plan, query) = subtransaction(|| {
+        let [policy, _] = made_for(call)?;
+        invalidation::watch(std::iter::once(call.relation))?;
+        let plan = Plan::cached(&policy)?;
+        let own = plan.assign.is_some() && speaks_for(plan.orders(), call)?;
+        let number = plan
+            .number
+            .as_ref()
+            .map_or_else(|| "NULL".to_owned(), |n| format!("{n}::pg_catalog.text"));
+        let name: &Ident = &plan.orders().relation.name;
+        // A plan is kept for the text: of another state of the table it would be wrong.
+        let query = format!(
+            "SELECT {} IS TRUE, {number} FROM (SELECT ($1).*) AS {name} /* {} */",
+            plan.amazon,
+            invalidation::generation()
+        );
+        Ok((Some(plan).filter(|_| own), query))
+    })?;
+    let query: Rc<str> = query.into();
+    READY.with_borrow_mut(|r| {
+        r.retain(|k| k.trigger != call.trigger);
+        r.push(Ready {
+            trigger: call.trigger,
+            generation: invalidation::generation(),
+            plan: plan.clone(),
+            query: query.clone(),
+        });
+    });
+    Ok((plan, query))
+}
+
+/// The row that is about to be written, with the generic customer if it is an Amazon order.
+///
+/// # Errors
+/// A cancel only: what goes wrong otherwise is noted, and the row goes through as it is.
+pub fn assign(call: &TriggerCall) -> Result<pg_sys::Datum> {
+    if is_engine_write(call.relation) {
+        return Ok(call.written());
+    }
+    let _impatient = identity::impatient();
+    let outcome = ready(call).and_then(|(plan, query)| match plan {
+        Some(plan) => assigned(&plan, &query, call),
+        None => Ok(None),
+    });
+    match outcome {
+        Ok(Some(row)) => Ok(row),
+        Ok(None) => Ok(call.written()),
+        Err(e) if e.is_cancel() => Err(e),
+        Err(e) => {
+            let noted = subtransaction(|| note_error(call, &e));
+            if noted.is_err() {
+                pgrx::warning!(
+                    "amazon_pii could not give an order the generic customer: {}",
+                    e.stored()
+                );
+            }
+            Ok(call.written())
+        }
+    }
+}
+
+fn assigned(plan: &Plan, query: &str, call: &TriggerCall) -> Result<Option<pg_sys::Datum>> {
+    let (Some(assign), Some(customer)) = (&plan.assign, &plan.customer) else {
+        return Ok(None);
+    };
+    let column = assign.column.bare();
+    let new = call.column(column)?;
+    if new.as_deref() == Some(&assign.to) {
+        return Ok(None);
+    }
+    let orders = plan.orders();
+    let amazon = |old: bool| {
+        let rows = prepared::rows_as(
+            Identity::Owner(orders.owner),
+            &plan.search_path,
+            query,
+            &[call.row(old)],
+        )?;
+        let row = rows.first().ok_or_else(|| Error::internal("no row"))?;
+        Ok::<_, Error>((row.bool(0)?, row.owned(1)?))
+    };
+    let (is_amazon, number) = amazon(false)?;
+    if !is_amazon {
+        return Ok(None);
+    }
+    // One that had its customer before the policy said so keeps it: what is new is pointed elsewhere.
+    if call.event == Event::Update && call.old_column(column)? == new && amazon(true)?.0 {
+        return Ok(None);
+    }
+    subtransaction(|| {
+        if !exists(plan, customer, &assign.to)? {
+            return Err(Error::undefined(format!(
+                "orders.assign_customer: there is no customer {}",
+                assign.to
+            )));
+        }
+        if let Some(value) = new.filter(|v| !is_generic(plan, customer.entry, &vec![Some(v.clone())])) {
+            prepared::execute(
+                "INSERT INTO amazon_pii.orphan (policy, order_key, order_number, link) VALUES ($1, $2, $3, $4)",
+                &[
+                    Arg::Text(Some(&plan.policy)),
+                    Arg::Text(Some(&key_text(&call_key(plan, orders, call)?)?)),
+                    Arg::Text(number.as_deref()),
+                    Arg::Text(Some(&key_text(&[Some(value)])?)),
+                ],
+            )?;
+        }
+        call.with_value(column, &assign.to).map(Some)
+    })
+}
+
+/// `status` says that a row went through unassigned, until the next cycle has looked at it.
+fn note_error(call: &TriggerCall, error: &Error) -> Result<()> {
+    let [policy, alias] = made_for(call)?;
+    let plan = Plan::cached(&policy)?;
+    let key = key_text(&call_key(&plan, plan.orders(), call)?)?;
+    as_extension(|| {
+        sql::execute(
+            "INSERT INTO amazon_pii.touched (policy, entry, row_key, error) VALUES ($1, $2, $3, $4)",
+            &[
+                Arg::Text(Some(&policy)),
+                Arg::Text(Some(&alias)),
+                Arg::Text(Some(&key)),
+                Arg::Text(Some(&error.stored())),
+            ],
+        )
+    })?;
+    Ok(())
+}
+
+/// An order that an orphan belongs to.
+struct Order {
+    key: String,
+    redacted: bool,
+    records: RecordList,
+}
+
+/// Makes what triggers noted records of their orders.
+///
+/// # Errors
+/// Errors of the server or of the owners' expressions; the notes stay then. The generic customer is gone.
+pub fn settle(plan: &Plan) -> Result<()> {
+    if let (Some(assign), Some(customer)) = (&plan.assign, &plan.customer)
+        && !exists(plan, customer, &assign.to)?
+    {
+        return Err(Error::undefined(format!(
+            "orders.assign_customer: there is no customer {}",
+            assign.to
+        )));
+    }
+    while step(plan)? {}
+    Ok(())
+}
+
+fn step(plan: &Plan) -> Result<bool> {
+    let rows = as_extension(|| {
+        sql::write(
+            "SELECT orphan_id, order_key, order_number, link FROM amazon_pii.orphan WHERE policy = $1 AND record_key IS NULL \
+             AND next_attempt_at <= pg_catalog.now() ORDER BY orphan_id LIMIT $2 FOR UPDATE SKIP LOCKED",
+            &[Arg::Text(Some(&plan.policy)), Arg::Int(STEP)],
+        )
+    })?;
+    let Some(customer) = plan.customer.as_ref().filter(|_| !rows.is_empty()) else {
+        return Ok(false);
+    };
+    let (mut keys, mut numbers, mut links) = (Vec::new(), Vec::new(), Vec::new());
+    for row in &rows {
+        keys.push(row.string(1)?);
+        numbers.push(row.owned(2)?);
+        links.push(key_parts(row.str(3)?)?);
+    }
+    let mut orders = orders(plan, &keys, &numbers)?;
+    // An upsert by another key than the one with which it came is known by its number.
+    let of = |i: usize| {
+        orders
+            .0
+            .get(&keys[i])
+            .or_else(|| orders.1.get(numbers[i].as_deref()?))
+            .copied()
+    };
+    let of: Vec<Option<usize>> = (0..rows.len()).map(of).collect();
+    let found = below(plan, customer, &links)?;
+    let (mut done, mut open, mut new) = (Vec::new(), Vec::new(), Vec::new());
+    for (i, row) in rows.iter().enumerate() {
+        match of[i] {
+            Some(order) => {
+                done.push(row.int(0)?);
+                for listed in found.iter().filter(|(at, _)| *at == i).map(|(_, l)| l) {
+                    if !orders.2[order].records.lists(&listed.0, &listed.1) {
+                        orders.2[order].records.put(listed.clone());
+                    }
+                    new.push((order, listed));
+                }
+            }
+            None => open.push(row.int(0)?),
+        }
+    }
+    write(plan, &orders.2, &new)?;
+    as_extension(|| {
+        sql::execute(
+            "DELETE FROM amazon_pii.orphan WHERE orphan_id = ANY ($1)",
+            &[Arg::Ints(done)],
+        )?;
+        sql::execute(
+            "UPDATE amazon_pii.orphan SET next_attempt_at = pg_catalog.now() + '1 hour'::interval WHERE orphan_id = ANY ($1)",
+            &[Arg::Ints(open)],
+        )
+    })?;
+    Ok(true)
+}
+
+/// Orders by their keys and by their numbers, as positions in a list.
+type Known = (HashMap<String, usize>, HashMap<String, usize>, Vec<Order>);
+
+fn orders(plan: &Plan, keys: &[String], numbers: &[Option<String>]) -> Result<Known> {
+    let rows = on_keys(|| {
+        sql::write(
+            "SELECT o.order_key, o.order_number, o.redacted_version IS NOT NULL, o.records FROM amazon_pii.order_state AS o \
+             WHERE o.policy IS NOT DISTINCT FROM $1 AND o.order_key = ANY ($2) \
+             UNION SELECT o.order_key, o.order_number, o.redacted_version IS NOT NULL, o.records FROM amazon_pii.order_state AS o \
+             WHERE o.policy IS NOT DISTINCT FROM $1 AND o.order_number = ANY ($3)",
+            &[Arg::Text(Some(&plan.policy)), Arg::texts(keys), Arg::opt_texts(numbers)],
+        )
+    })?;
+    let mut out: Known = Default::default();
+    for row in &rows {
+        out.0.insert(row.string(0)?, out.2.len());
+        if let Some(number) = row.owned(1)? {
+            out.1.insert(number, out.2.len());
+        }
+        out.2.push(Order {
+            key: row.string(0)?,
+            redacted: row.bool(2)?,
+            records: RecordList::parse(row.text(3)?)?,
+        });
+    }
+    Ok(out)
+}
+
+/// The rows that these links lead to, and all that hangs on them, by the position of the link.
+fn below(plan: &Plan, customer: &Customer, links: &[Values]) -> Result<Vec<(usize, Listed)>> {
+    let mut out = Vec::new();
+    let mut pending: Vec<Vec<(usize, Values)>> = plan.entries.iter().map(|_| Vec::new()).collect();
+    pending[customer.entry] = links.iter().cloned().enumerate().collect();
+    for index in 0..plan.entries.len() {
+        let (origins, inputs): (Vec<usize>, Vec<Values>) = std::mem::take(&mut pending[index]).into_iter().unzip();
+        let entry = &plan.entries[index];
+        let table = &plan.tables[entry.table];
+        let mut select = table.key_list();
+        let mut children = Vec::new();
+        for child in (0..plan.entries.len()).filter(|c| plan.entries[*c].parent == Some(index)) {
+            let from = select.len();
+            select.extend(select_all(&plan.entries[child].on_parent));
+            children.push((child, FIRST + from..FIRST + select.len()));
+        }
+        let reach = Hop {
+            table,
+            on: &entry.on_child,
+            own_types: &entry.on_child_types,
+            types: &entry.on_parent_types,
+            filter: entry.filter.as_ref(),
+            select: &select,
+            limit: None,
+        };
+        for found in hop(plan, &reach, &inputs)? {
+            for (child, range) in &children {
+                pending[*child].push((origins[found.input], found.row.texts(range.clone())?));
+            }
+            if !entry.cells.is_empty() {
+                let key = key_text(&found.row.texts(FIRST..FIRST + table.key.len())?)?;
+                out.push((
+                    origins[found.input],
+                    Listed(table.archived_as.clone(), key, entry.alias.clone(), 0),
+                ));
+            }
+        }
+    }
+    Ok(out)
+}
+
+/// Lists new records. Those of an order that is redacted have come back.
+fn write(plan: &Plan, orders: &[Order], new: &[(usize, &Listed)]) -> Result<()> {
+    if new.is_empty() {
+        return Ok(());
+    }
+    let policy = Arg::Text(Some(&plan.policy));
+    let mut touched: Vec<usize> = new.iter().map(|(order, _)| *order).collect();
+    touched.sort_unstable();
+    touched.dedup();
+    let lists: Vec<Option<String>> = touched.iter().map(|i| orders[*i].records.text()).collect();
+    let keys: Vec<&str> = touched.iter().map(|i| orders[*i].key.as_str()).collect();
+    let column = |f: fn(&Listed) -> &str, list: &[&(usize, &Listed)]| -> Vec<Option<String>> {
+        list.iter().map(|(_, l)| Some(f(l).to_owned())).collect()
+    };
+    let all: Vec<&(usize, &Listed)> = new.iter().collect();
+    let back: Vec<&(usize, &Listed)> = new.iter().filter(|(order, _)| orders[*order].redacted).collect();
+    let of = |list: &[&(usize, &Listed)]| -> Vec<Option<String>> {
+        list.iter().map(|(order, _)| Some(orders[*order].key.clone())).collect()
+    };
+    on_keys(|| {
+        sql::execute(
+            "UPDATE amazon_pii.order_state AS o SET records = n.r, \
+                next_due_at = CASE WHEN o.status = 'redacted' THEN pg_catalog.now() ELSE o.next_due_at END \
+             FROM ROWS FROM (pg_catalog.unnest($2), pg_catalog.unnest($3)) AS n (k, r) WHERE o.policy = $1 AND o.order_key = n.k",
+            &[policy.clone(), Arg::texts(&keys), Arg::opt_texts(&lists)],
+        )?;
+        sql::execute(
+            "INSERT INTO amazon_pii.orphan (policy, order_key, table_name, record_key) \
+             SELECT $1, o, t, k FROM ROWS FROM (pg_catalog.unnest($2), pg_catalog.unnest($3), pg_catalog.unnest($4)) AS n (o, t, k) \
+             ON CONFLICT DO NOTHING",
+            &[
+                policy.clone(),
+                Arg::opt_texts(&of(&all)),
+                Arg::opt_texts(&column(|l| &l.0, &all)),
+                Arg::opt_texts(&column(|l| &l.1, &all)),
+            ],
+        )?;
+        sql::execute(
+            "INSERT INTO amazon_pii.record_state (policy, order_key, table_name, record_key, status) \
+             SELECT $1, o, t, k, 'archived' FROM ROWS FROM (pg_catalog.unnest($2), pg_catalog.unnest($3), pg_catalog.unnest($4)) AS n (o, t, k) \
+             ON CONFLICT (policy, order_key, table_name, record_key) DO UPDATE SET status = 'archived' \
+             WHERE amazon_pii.record_state.status = 'gone'",
+            &[
+                policy,
+                Arg::opt_texts(&of(&back)),
+                Arg::opt_texts(&column(|l| &l.0, &back)),
+                Arg::opt_texts(&column(|l| &l.1, &back)),
+            ],
+        )
+    })?;
+    Ok(())
+}
+
+/// The orders that were imported with one of these rows: no link leads from them to it any more, and still they use it.
+///
+/// # Errors
+/// Errors of the server.
+pub fn users(plan: &Plan, table: usize, rows: &[Values]) -> Result<Vec<super::alive::User>> {
+    if plan.generic.is_empty() {
+        return Ok(Vec::new());
+    }
+    let keys = rows.iter().map(|k| key_text(k)).collect::<Result<Vec<_>>>()?;
+    let found = on_keys(|| {
+        sql::read(
+            "SELECT r.record_key, r.order_key FROM amazon_pii.orphan AS r JOIN amazon_pii.order_state AS o \
+                ON o.policy = r.policy AND o.order_key = r.order_key AND o.status <> 'gone' \
+             WHERE r.policy IS NOT DISTINCT FROM $1 AND r.table_name = $2 AND r.record_key = ANY ($3)",
+            &[
+                Arg::Text(Some(&plan.policy)),
+                Arg::Text(Some(&plan.tables[table].archived_as)),
+                Arg::texts(&keys),
+            ],
+        )
+    })?;
+    let mut out = Vec::new();
+    for row in &found {
+        let key = row.str(0)?;
+        for (i, _) in keys.iter().enumerate().filter(|(_, k)| *k == key) {
+            out.push((i, row.string(1)?, true));
+        }
+    }
+    Ok(out)
+}
+
+/// Of rows of an entry that were written, given by their links, the orders that were imported with them. What these rows
+/// hold now has come back.
+///
+/// # Errors
+/// Errors of the server.
+pub fn orders_of(plan: &Plan, entry: usize, links: &[(usize, Values)]) -> Result<Vec<Values>> {
+    let table = &plan.tables[plan.entries[entry].table];
+    let by_key = own_key(table, &plan.entries[entry]).is_some_and(|p| p.len() == table.key.len());
+    if plan.generic.is_empty() || !by_key || links.is_empty() {
+        return Ok(Vec::new());
+    }
+    let rows: Vec<Values> = links.iter().map(|(_, link)| link.clone()).collect();
+    let keys = rows.iter().map(|k| key_text(k)).collect::<Result<Vec<_>>>()?;
+    let found = on_keys(|| {
+        sql::write(
+            "WITH found AS MATERIALIZED (SELECT r.policy, r.order_key, r.table_name, r.record_key FROM amazon_pii.orphan AS r \
+                WHERE r.policy IS NOT DISTINCT FROM $1 AND r.table_name = $2 AND r.record_key = ANY ($3)), \
+             back AS (INSERT INTO amazon_pii.record_state (policy, order_key, table_name, record_key, status) \
+                SELECT f.policy, f.order_key, f.table_name, f.record_key, 'archived' FROM found AS f JOIN amazon_pii.order_state AS o \
+                    ON o.policy = f.policy AND o.order_key = f.order_key AND o.redacted_version IS NOT NULL ON CONFLICT DO NOTHING) \
+             SELECT order_key FROM found",
+            &[
+                Arg::Text(Some(&plan.policy)),
+                Arg::Text(Some(&table.archived_as)),
+                Arg::texts(&keys),
+            ],
+        )
+    })?;
+    found.iter().map(|r| key_parts(r.str(0)?)).collect()
+}

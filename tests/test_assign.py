@@ -1,0 +1,225 @@
+"""No customer of an Amazon order's own: orders get a generic one, and the row that the importer made goes with the order."""
+import copy
+
+import pytest
+from cluster import MAJOR
+from support import (
+    PLACEHOLDER, add_customer, add_order, hurry, number, open_shop, order_value, record_states, refused, retrieve, run_cycle,
+    shop_policy, sweep,
+)
+
+GENERIC = 100
+
+
+def policy(to=GENERIC, **orders):
+    document = shop_policy()
+    document["orders"].update({"assign_customer": {"column": "customer_id", "to": to}, **orders})
+    return document
+
+
+@pytest.fixture
+def shop(db):
+    """Two generic customers, and customers 1 to 3 that an importer made; the policy is applied."""
+    open_shop(db)
+    for n in (1, 2, 3, GENERIC, GENERIC + 1):
+        add_customer(db, n)
+    db.apply_policy(policy())
+    return db
+
+
+def customer_of(db, order):
+    return db.value("SELECT customer_id FROM shop.orders WHERE id = %s", [order])
+
+
+def last_name(db, customer):
+    return db.value("SELECT last_name FROM shop.customers WHERE id = %s", [customer])
+
+
+UPSERT = ("INSERT INTO shop.orders (id, external_no, channel, customer_id) VALUES (%s, %s, 'amazon', %s) "
+          "ON CONFLICT (id) DO UPDATE SET customer_id = EXCLUDED.customer_id")
+
+
+def test_amazon_orders_get_the_generic_customer(shop):
+    """Cin7: no CRM record for Amazon orders. Breaks when one of the ways into the table is not seen, or another channel's
+    order is pointed elsewhere."""
+    add_order(shop, 1, customer=1)
+    add_order(shop, 2, customer=None)
+    add_order(shop, 3, customer=2, channel="web")
+    assert [customer_of(shop, n) for n in (1, 2, 3)] == [GENERIC, GENERIC, 2]
+    shop.sql("UPDATE shop.orders SET customer_id = 1 WHERE id = 1", user="shop_owner")
+    shop.sql(UPSERT, [2, number(2), 3], "shop_owner")
+    shop.sql("UPDATE shop.orders SET channel = 'amazon' WHERE id = 3", user="shop_owner")
+    shop.psql("COPY shop.orders (id, external_no, channel, customer_id) FROM STDIN;\n4\tx\tamazon\t3\n5\tx\tweb\t3\n\\.\n", user="shop_owner")
+    assert [customer_of(shop, n) for n in (1, 2, 3, 4, 5)] == [GENERIC, GENERIC, GENERIC, GENERIC, 3]
+
+
+def test_the_importers_row_goes_with_the_order(shop):
+    """Breaks when the row that no order points at any more stays, goes too early, or does not come back; or when the generic one
+    is redacted."""
+    add_order(shop, 1, customer=1, shipped="29 days 12 hours")
+    run_cycle(shop)
+    assert order_value(shop, 1) == "archived" and last_name(shop, 1) == "Last1"
+    assert record_states(shop, "shop.customers", 1) == {1: "archived"}
+    shop.sql("UPDATE amazon_pii.order_state SET redact_due_at = now(), next_due_at = now()")
+    run_cycle(shop)
+    assert (last_name(shop, 1), last_name(shop, GENERIC)) == (PLACEHOLDER, f"Last{GENERIC}")
+    retrieve(shop, number(1))
+    assert last_name(shop, 1) == "Last1"
+
+
+@pytest.mark.parametrize("channel", ["amazon", "web"])
+def test_another_order_keeps_the_importers_row(shop, channel):
+    """P5. Breaks when the row is taken from an order that was imported with it too, or that has it for its customer."""
+    add_order(shop, 1, customer=1)
+    add_order(shop, 2, customer=1, channel=channel, shipped="3 days")
+    run_cycle(shop)
+    assert (order_value(shop, 1), last_name(shop, 1)) == ("redacted", "Last1")
+    shop.sql("UPDATE shop.orders SET shipped_at = now() - '40 days'::interval WHERE id = 2" if channel == "amazon"
+             else "DELETE FROM shop.orders WHERE id = 2", user="shop_owner")
+    sweep(shop)
+    assert last_name(shop, 1) == PLACEHOLDER
+
+
+def test_a_sync_that_writes_the_old_customer_again(shop):
+    """P7. Breaks when the second copy of the customer's data is overlooked because no order points at it."""
+    add_order(shop, 1, customer=1)
+    run_cycle(shop)
+    assert last_name(shop, 1) == PLACEHOLDER
+    shop.sql("UPDATE shop.customers SET last_name = 'Last1' WHERE id = 1", user="shop_owner")
+    run_cycle(shop)
+    assert last_name(shop, 1) == PLACEHOLDER
+    shop.sql("UPDATE shop.customers SET last_name = 'Other' WHERE id = 2; UPDATE shop.orders SET customer_id = 2 WHERE id = 1", user="shop_owner")
+    run_cycle(shop)
+    assert (customer_of(shop, 1), last_name(shop, 2)) == (GENERIC, PLACEHOLDER)
+
+
+def test_an_upsert_by_another_key(shop):
+    """Breaks when a row is remembered under the key that the insert would have had, and nobody finds it there."""
+    shop.sql("CREATE UNIQUE INDEX ON shop.orders (external_no)", user="shop_owner")
+    add_order(shop, 1, customer=None)
+    shop.sql("INSERT INTO shop.orders (id, external_no, channel, customer_id) VALUES (77, %s, 'amazon', 1) "
+             "ON CONFLICT (external_no) DO UPDATE SET customer_id = EXCLUDED.customer_id", [number(1)], "shop_owner")
+    assert customer_of(shop, 1) == GENERIC
+    run_cycle(shop)
+    assert last_name(shop, 1) == PLACEHOLDER
+    assert shop.value("SELECT count(*) FROM amazon_pii.orphan WHERE record_key IS NULL") == 0
+
+
+def test_what_hangs_on_the_importers_row_goes_too(shop):
+    """Breaks when the address book of the customer stays."""
+    shop.psql("SET ROLE shop_owner; CREATE TABLE shop.book (id bigint PRIMARY KEY, customer_id bigint REFERENCES shop.customers, street text); "
+              "CREATE INDEX ON shop.book (customer_id); INSERT INTO shop.book VALUES (10, 1, 'Booked10'), (11, 100, 'Booked11');")
+    document = policy()
+    document["linked"].append({"table": "shop.book", "parent": "customers", "on": {"customer_id": "id"}, "redact": ["street"]})
+    shop.apply_policy(document)
+    add_order(shop, 1, customer=1)
+    run_cycle(shop)
+    assert shop.sql("SELECT street FROM shop.book ORDER BY id") == [(PLACEHOLDER,), ("Booked11",)]
+
+
+def test_a_changed_policy_changes_new_orders(shop):
+    """Cin7: or one of the user's choice, which can be changed. Breaks when old orders move, or their generic customer is
+    redacted once it is no longer the one of the policy."""
+    add_order(shop, 1, customer=1)
+    shop.apply_policy(policy(GENERIC + 1))
+    add_order(shop, 2, customer=2)
+    shop.sql("UPDATE shop.orders SET total = 3", user="shop_owner")
+    assert [customer_of(shop, n) for n in (1, 2)] == [GENERIC, GENERIC + 1]
+    run_cycle(shop)
+    shop.apply_policy(shop_policy())
+    add_order(shop, 3, customer=3)
+    assert customer_of(shop, 3) == 3
+    sweep(shop)
+    assert [last_name(shop, n) for n in (1, 2, 3, GENERIC, GENERIC + 1)] == [PLACEHOLDER] * 3 + [f"Last{GENERIC}", f"Last{GENERIC + 1}"]
+
+
+def test_orders_from_before_keep_their_customer(db):
+    """Breaks when any UPDATE of an old order moves it."""
+    open_shop(db)
+    for n in (1, GENERIC):
+        add_customer(db, n)
+    add_order(db, 1, customer=1, shipped=None)
+    db.apply_policy(policy())
+    db.sql("UPDATE shop.orders SET shipped_at = now()", user="shop_owner")
+    assert customer_of(db, 1) == 1
+
+
+def test_the_owner_evaluates_the_condition(shop):
+    """P8. Breaks when whoever imports runs the policy's code with rights of its own."""
+    shop.sql("CREATE TABLE shop.seen (who name); CREATE FUNCTION shop.look(text) RETURNS boolean LANGUAGE plpgsql AS "
+             "$$BEGIN INSERT INTO shop.seen VALUES (current_user); RETURN $1 = 'amazon'; END$$; "
+             "GRANT USAGE ON SCHEMA shop TO nobody_special; GRANT INSERT ON shop.orders TO nobody_special", user="shop_owner")
+    shop.apply_policy(policy(amazon="shop.look(channel)"))
+    shop.sql("DELETE FROM shop.seen", user="shop_owner")
+    shop.sql("INSERT INTO shop.orders (id, channel, customer_id) VALUES (1, 'amazon', 1)", user="nobody_special")
+    assert customer_of(shop, 1) == GENERIC
+    assert shop.sql("SELECT DISTINCT who FROM shop.seen") == [("shop_owner",)]
+
+
+def test_an_error_lets_the_row_through(shop):
+    """P11. Breaks when a broken condition, or a generic customer that is gone, keeps orders from being imported, or nobody says so."""
+    shop.sql("CREATE FUNCTION shop.is_amazon(text) RETURNS boolean LANGUAGE plpgsql AS "
+             "$$BEGIN IF $1 = 'bad' THEN RAISE 'no'; END IF; RETURN $1 = 'amazon'; END$$", user="shop_owner")
+    shop.apply_policy(policy(amazon="shop.is_amazon(channel)"))
+    add_order(shop, 1, customer=1, channel="bad")
+    assert customer_of(shop, 1) == 1
+    assert "P0001" in shop.value("SELECT last_error FROM amazon_pii.status")
+    hurry(shop)
+    shop.sql("DELETE FROM shop.orders", user="shop_owner")
+    run_cycle(shop)
+    shop.sql("DELETE FROM shop.customers WHERE id = %s", [GENERIC], "shop_owner")
+    add_order(shop, 2, customer=2)
+    assert customer_of(shop, 2) == 2
+    run_cycle(shop)
+    assert "there is no customer 100" in shop.value("SELECT last_error FROM amazon_pii.status")
+    assert last_name(shop, 2) == PLACEHOLDER
+
+
+@pytest.mark.skipif(MAJOR < 13, reason="BEFORE triggers on partitions")
+def test_partitions(db):
+    """Breaks when a row that goes to a partition, or into one made later, keeps its customer."""
+    db.sql("CREATE SCHEMA parts AUTHORIZATION shop_owner")
+    db.psql("""SET ROLE shop_owner;
+        CREATE TABLE parts.customers (id uuid PRIMARY KEY, name text);
+        CREATE TABLE parts.orders (id int, day date, channel text, customer uuid REFERENCES parts.customers, shipped_at timestamptz,
+            PRIMARY KEY (id, day)) PARTITION BY RANGE (day);
+        CREATE INDEX ON parts.orders (customer);
+        CREATE TABLE parts.first PARTITION OF parts.orders FOR VALUES FROM ('2026-01-01') TO ('2026-02-01');
+        INSERT INTO parts.customers VALUES ('00000000-0000-0000-0000-0000000000aa', 'Generic'), ('00000000-0000-0000-0000-000000000001', 'Ada');""")
+    db.apply_policy({"policy": "parts", "enabled": True, "orders": {
+        "table": "parts.orders", "amazon": "channel = 'amazon'", "anchor": "shipped_at",
+        "assign_customer": {"column": "customer", "to": "00000000-0000-0000-0000-0000000000AA"}},
+        "linked": [{"table": "parts.customers", "on": {"id": "customer"}, "redact": ["name"], "role": "customer"}]})
+    db.sql("CREATE TABLE parts.second PARTITION OF parts.orders FOR VALUES FROM ('2026-02-01') TO ('2026-03-01')", user="shop_owner")
+    values = "'amazon', '00000000-0000-0000-0000-000000000001', now() - '40 days'::interval)"
+    db.sql(f"INSERT INTO parts.orders VALUES (1, '2026-01-05', {values}, (2, '2026-02-05', {values}", user="shop_owner")
+    db.sql(f"INSERT INTO parts.second VALUES (3, '2026-02-06', {values}", user="shop_owner")
+    assert db.sql("SELECT DISTINCT customer::text FROM parts.orders") == [("00000000-0000-0000-0000-0000000000aa",)]
+    run_cycle(db)
+    assert db.sql("SELECT name FROM parts.customers ORDER BY id") == [(PLACEHOLDER,), ("Generic",)]
+
+
+def test_policies_without_the_key_have_no_such_trigger(shop):
+    """P4. Breaks when everybody pays for it."""
+    trigger = "SELECT count(*) FROM pg_trigger WHERE tgname = 'amazon_pii_shop_assign'"
+    assert shop.value(trigger) == 1
+    shop.apply_policy(shop_policy())
+    assert shop.value(trigger) == 0
+
+
+@pytest.mark.parametrize("assign, words", [
+    ({"column": "customer_id", "to": 999}, "there is no customer 999"),
+    ({"column": "customer_id", "to": "x"}, "orders.assign_customer"),
+    ({"column": "customer", "to": 100}, "is not what leads to entry"),
+    ({"column": "customer_id", "to": True}, "neither a number nor a text"),
+    ({"column": "customer_id", "to": 100, "orphan": "now"}, "not supported yet"),
+    ({"column": "customer_id"}, "to: is missing"),
+], ids=["nobody", "no key", "other column", "type", "now", "nothing"])
+def test_what_is_wrong_is_found_when_applied(shop, assign, words):
+    """Breaks when it is found out by the first import."""
+    document = copy.deepcopy(policy())
+    document["orders"]["assign_customer"] = assign
+    found = [f for f in shop.check_policy(document) if f[0] == "error"]
+    assert len(found) == 1 and words in f"{found[0][1]}: {found[0][2]}", found
+    with refused("22023"):
+        shop.apply_policy(document)
