@@ -11,6 +11,11 @@ CREATE FUNCTION amazon_pii.check_policy(document jsonb)
 COMMENT ON FUNCTION amazon_pii.check_policy(jsonb) IS
     'Lists what is wrong with a policy document, trying it on real rows; applies nothing. Needs amazon_pii_admin and ownership of every table in it';
 
+CREATE FUNCTION amazon_pii.preset(name text) RETURNS jsonb
+    LANGUAGE c STABLE STRICT PARALLEL SAFE AS 'MODULE_PATHNAME', 'preset_wrapper';
+COMMENT ON FUNCTION amazon_pii.preset(text) IS
+    'A policy document to start one''s own from: cin7 (order system with a CRM; redacts for good) or pixi (shops, address books, histories; archives). 22023 for any other name. Needs amazon_pii_admin';
+
 CREATE FUNCTION amazon_pii.enable_policy(policy text) RETURNS void
     LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'enable_policy_wrapper';
 COMMENT ON FUNCTION amazon_pii.enable_policy(text) IS 'Lets cycles archive and redact under a policy. Needs amazon_pii_admin';

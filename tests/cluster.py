@@ -50,11 +50,13 @@ def clean_environment(home):
 
 
 class Cluster:
-    """`conf` is lines for postgresql.conf; `preload` loads the library at start, which brings the background worker."""
+    """`conf` is lines for postgresql.conf; `preload` loads the library at start, which brings the background worker;
+    `environment` is what the server finds in its environment besides the usual."""
 
     _running = set()
 
-    def __init__(self, preload=False, conf=(), fsync=False, key=True):
+    def __init__(self, preload=False, conf=(), fsync=False, key=True, environment=None):
+        self.environment = dict(environment or {})
         self.owner = pwd.getpwnam("postgres") if os.geteuid() == 0 else pwd.getpwuid(os.geteuid())
         # Socket paths are limited to 107 bytes: a short name below /tmp, wherever TMPDIR points.
         self.base = Path(tempfile.mkdtemp(prefix="apii-", dir="/tmp"))
@@ -148,7 +150,8 @@ class Cluster:
         with open(os.devnull, "w") as nothing:
             command = self.as_owner(BINDIR / "pg_ctl", "-D", self.data, "-l", self.log, "-w", "-t", "60", "-s", "start")
             done = subprocess.run(
-                command, env=clean_environment(self.base), cwd="/", stdin=nothing, stdout=nothing, stderr=nothing
+                command, env={**clean_environment(self.base), **self.environment}, cwd="/", stdin=nothing, stdout=nothing,
+                stderr=nothing,
             )
         if done.returncode and check:
             raise RuntimeError(f"the server does not start:\n{self.log_text()[-4000:]}")

@@ -122,10 +122,13 @@ def db(cluster):
     database.drop()
 
 
-def server_with(**options):
-    """A running server with the logins of the tests, and no database yet: one with a worker could not be copied from."""
+def server_with(before_start=None, **options):
+    """A running server with the logins of the tests, and no database yet: one with a worker could not be copied from.
+    `before_start` is called with it first."""
     server = Cluster(**options)
     try:
+        if before_start:
+            before_start(server)
         server.start()
         server.sql(ROLES)
         server.create_database("roles")

@@ -34,6 +34,7 @@ FUNCTIONS = {
     "mark_exported(text,timestamp with time zone,boolean)": ("SELECT amazon_pii.mark_exported('nothing', now())", {ADMIN}),
     "files_due(text,bigint)": ("SELECT amazon_pii.files_due('nothing')", {OPERATOR}),
     "ack_file(bigint)": ("SELECT amazon_pii.ack_file(1)", {OPERATOR}),
+    "preset(text)": ("SELECT amazon_pii.preset('nothing')", {ADMIN}),
     "verify(text,text)": ("SELECT amazon_pii.verify('nothing')", {ADMIN, AUDITOR}),
     # Triggers cannot be called; making one of them needs EXECUTE.
     "on_change()": ("CREATE TRIGGER mine AFTER INSERT ON pg_temp.mine EXECUTE FUNCTION amazon_pii.on_change()", set()),

@@ -71,7 +71,7 @@ def test_nobody_else_gets_anything(db):
     "SELECT amazon_pii.forget('x', 'x')", "SELECT amazon_pii.certificate('x')", "SELECT amazon_pii.retrieve('x', 'x')", "SELECT amazon_pii.end_retrieval('x')",
     "SELECT amazon_pii.peek('x', 'x')", "SELECT amazon_pii.hold('x', 'x', now())", "SELECT amazon_pii.release('x')",
     "SELECT amazon_pii.find_orders('x')", "SELECT amazon_pii.preview('x')", "SELECT amazon_pii.explain_order('x')",
-    "SELECT amazon_pii.verify('x')", "SELECT amazon_pii.files_due('x')", "SELECT amazon_pii.ack_file(1)",
+    "SELECT amazon_pii.verify('x')", "SELECT amazon_pii.files_due('x')", "SELECT amazon_pii.ack_file(1)", "SELECT amazon_pii.preset('cin7')",
     "SELECT amazon_pii.mark_exported('x', now())", "SELECT amazon_pii.find_duplicates('x')", "SELECT amazon_pii.assert_mergeable('x', '1', '2')",
 ])
 def test_a_grant_on_a_function_is_no_capability(db, call):

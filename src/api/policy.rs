@@ -36,6 +36,13 @@ fn check_policy(
 }
 
 #[pg_extern(sql = false)]
+fn preset(name: &str) -> pgrx::JsonB {
+    let text = or_raise(apply::preset(name));
+    // Ours, and tried by a test.
+    pgrx::JsonB(serde_json::from_str(text).unwrap_or_default())
+}
+
+#[pg_extern(sql = false)]
 fn enable_policy(policy: &str) {
     or_raise(apply::enable(policy, true));
 }

@@ -10,6 +10,7 @@ pub mod lag;
 pub mod number;
 pub mod pace;
 pub mod policy;
+pub mod preset;
 pub mod reason;
 pub mod sample;
 pub mod scrub;

@@ -8,6 +8,7 @@ use super::columns;
 use super::plan::{Plan, require_ownership};
 use super::{assign, by_age, history, state, sweep, trigger_ddl, vault};
 use crate::domain::policy::{Export, Policy, PolicyError, QualifiedName};
+use crate::domain::preset;
 use crate::pg::error::{Error, Result};
 use crate::pg::identity::{as_extension, require_role, session_user};
 use crate::pg::sql::{self, Arg};
@@ -65,6 +66,15 @@ fn invalid(error: PolicyError) -> Error {
         Some(hint) => told.hint(hint),
         None => told,
     }
+}
+
+/// The document of a preset.
+///
+/// # Errors
+/// There is none of that name; the caller is no member of `amazon_pii_admin`.
+pub fn preset(name: &str) -> Result<&'static str> {
+    require_role(&["amazon_pii_admin"], "read a preset")?;
+    preset::document(name).map_err(invalid)
 }
 
 /// The OID of a table that the document names.

@@ -222,6 +222,7 @@ fn unreadable(schema: &Ident, e: Error) -> Error {
         "the archive in schema {schema} cannot be read ({})",
         e.sqlstate()
     ))
+    .hint("Nothing was changed. Restore the archive's tables and the extension owner's rights on them, then try again.")
 }
 
 /// Unwraps data keys; one that cannot be counts as damage of its order.

@@ -1,0 +1,53 @@
+"""A server whose clock stands where a test puts it, so that weeks pass in seconds. The server's processes, and nobody else, get
+their time from libfaketime; timeouts, which count by the monotonic clock, stay real."""
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+
+from conftest import server_with
+
+LIBRARIES = sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))
+
+
+class Simulated:
+    """A server, and the moment that it believes in."""
+
+    def __init__(self, start, **options):
+        assert LIBRARIES, "libfaketime is missing: scripts/setup installs it"
+        self.now = start
+        self.cluster = server_with(before_start=self._fake, **options)
+
+    def _fake(self, cluster):
+        self.file = cluster.base / "clock"
+        self._write()
+        cluster.environment.update(
+            LD_PRELOAD=str(LIBRARIES[0]), FAKETIME_TIMESTAMP_FILE=str(self.file), FAKETIME_NO_CACHE="1",
+            FAKETIME_DONT_FAKE_MONOTONIC="1", NO_FAKE_STAT="1",
+        )
+
+    def _write(self):
+        # In one piece: a process may read the clock at any moment.
+        new = self.file.with_suffix(".new")
+        new.write_text(self.now.astimezone(timezone.utc).strftime("%Y-%m-%d %H:%M:%S\n"))
+        new.chmod(0o644)
+        new.replace(self.file)
+
+    def move_to(self, moment):
+        assert moment >= self.now, "time goes one way"
+        self.now = moment
+        self._write()
+
+    def hours(self, count):
+        """Each of the next hours, the clock set to it."""
+        for _ in range(count):
+            self.move_to(self.now + timedelta(hours=1))
+            yield self.now
+
+    def days(self, count):
+        """Each of the next days, the clock set to it."""
+        for _ in range(count):
+            self.move_to(self.now + timedelta(days=1))
+            yield self.now
+
+
+def utc(*parts):
+    return datetime(*parts, tzinfo=timezone.utc)
