@@ -268,6 +268,7 @@ CREATE TABLE amazon_pii.orphan (
     order_key       text        COLLATE "C" NOT NULL,
     order_number    text        COLLATE "C",
     link            text,
+    noted_at        timestamptz NOT NULL DEFAULT pg_catalog.now(),
     next_attempt_at timestamptz NOT NULL DEFAULT '-infinity',
     table_name      text        COLLATE "C",
     record_key      text        COLLATE "C"

@@ -43,7 +43,7 @@ SELECT o.policy, o.order_key, o.order_number, o.status,
        CASE WHEN NOT p.enabled THEN 'enable_policy'
             WHEN p.report_only_until > pg_catalog.now() THEN 'report_only_until'
             WHEN p.export = 'require' AND o.redacted_at IS NULL AND o.asked IS NULL
-                 AND (COALESCE(o.anchor_at, o.stale_at) <= p.exported_upto) IS NOT TRUE THEN 'mark_exported' END AS waits_for
+                 AND (COALESCE(o.anchor_at, o.stale_at, o.redact_due_at) <= p.exported_upto) IS NOT TRUE THEN 'mark_exported' END AS waits_for
   FROM amazon_pii.order_state AS o
   LEFT JOIN amazon_pii.policy AS p ON p.policy = o.policy
  WHERE (o.status IN ('flagged', 'scheduled', 'archived', 'failed', 'retrieved')
@@ -66,7 +66,7 @@ SELECT o.policy, o.order_key, o.order_number, o.status,
                      ELSE o.redact_due_at END AS due_at,
        o.pushed_by, o.effective_at,
        CASE WHEN p.export IS NOT NULL OR p.exported_upto IS NOT NULL
-            THEN (COALESCE(o.anchor_at, o.stale_at) <= p.exported_upto) IS TRUE END AS exported
+            THEN (COALESCE(o.anchor_at, o.stale_at, o.redact_due_at) <= p.exported_upto) IS TRUE END AS exported
   FROM amazon_pii.order_state AS o
   LEFT JOIN amazon_pii.policy AS p ON p.policy = o.policy
  WHERE o.status IN ('scheduled', 'archived', 'failed', 'retrieved')
@@ -172,7 +172,7 @@ SELECT p.policy, p.version, p.enabled, p.suspended,
                   AND o.redact_due_at < pg_catalog.now()) AS awaiting_export,
               pg_catalog.count(*) FILTER (WHERE o.redacted_at IS NOT NULL) AS redacted_unexported
          FROM amazon_pii.order_state AS o
-        WHERE o.policy = p.policy AND (COALESCE(o.anchor_at, o.stale_at) <= p.exported_upto) IS NOT TRUE
+        WHERE o.policy = p.policy AND (COALESCE(o.anchor_at, o.stale_at, o.redact_due_at) <= p.exported_upto) IS NOT TRUE
           AND (o.redacted_at IS NOT NULL OR o.status IN ('scheduled', 'archived', 'failed')
                AND o.redact_due_at < pg_catalog.now() + '7 days'::interval)) AS e
        ON p.export IS NOT NULL OR p.exported_upto IS NOT NULL

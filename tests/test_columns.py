@@ -397,3 +397,22 @@ def test_the_view_shows_the_document_as_it_was_applied(applied):
     run_cycle(applied)
     document = applied.value("SELECT document FROM amazon_pii.policies", user="pii_admin")
     assert document == json.loads(json.dumps(shop_policy()))
+
+
+def test_marks_names_and_the_generic_customers_column_are_followed(shop):
+    """Breaks when a rename of a column that only a mark, a scrub or assign_customer names stops the policy, or is lost."""
+    ddl(shop, "ALTER TABLE shop.orders ADD masked boolean")
+    document = shop_policy()
+    document["orders"].update(mark={"masked": "true"}, assign_customer={"column": "customer_id", "to": 1})
+    document["orders"]["redact"]["shop_note"] = {"scrub": ["addresses.name"]}
+    shop.apply_policy(document)
+    ddl(shop, "ALTER TABLE shop.orders RENAME masked TO hidden; ALTER TABLE shop.orders RENAME customer_id TO buyer_id; "
+              "ALTER TABLE shop.addresses RENAME name TO full_name")
+    ddl(shop, "UPDATE shop.orders SET shop_note = 'paid by Name1'")
+    assert run_cycle(shop)["redacted"] == 1 and last_error(shop) is None
+    assert shop.sql("SELECT hidden, shop_note FROM shop.orders") == [(True, f"paid by {PLACEHOLDER}")]
+    retrieve(shop, number(1))
+    assert shop.sql("SELECT hidden, shop_note FROM shop.orders") == [(None, "paid by Name1")]
+    add_customer(shop, 2)
+    ddl(shop, "INSERT INTO shop.orders (id, external_no, channel, buyer_id) VALUES (2, '303-1234567-0000002', 'amazon', 2)")
+    assert shop.value("SELECT buyer_id FROM shop.orders WHERE id = 2") == 1

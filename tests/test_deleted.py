@@ -208,3 +208,56 @@ def test_a_deleted_order_is_erased_and_certified(shop):
     assert tables_with(shop, "First1") == [] and order_value(shop, 1) == "purged"
     proof = shop.value("SELECT amazon_pii.certificate(%s)", [number(1)], "pii_auditor")
     assert [t["table"] for t in proof["orders"][0]["tables"]] == ["shop.customers"]
+
+
+def test_a_generic_customer_stays_when_an_order_is_deleted(db):
+    """Breaks when a deleted order takes the customer along that all Amazon orders are pointed at, and leaves the importer's."""
+    open_shop(db)
+    for customer in (1, 100):
+        add_customer(db, customer)
+    document = shop_policy()
+    document["orders"]["assign_customer"] = {"column": "customer_id", "to": 100}
+    db.apply_policy(document)
+    # Deleted before a cycle has seen that it came.
+    add_order(db, 1, None, customer=1)
+    delete(db)
+    assert order_value(db, 1) == "scheduled"
+    run_cycle(db)
+    assert record_states(db, "shop.customers", 100) == {}
+    month_passes(db)
+    run_cycle(db)
+    assert db.sql("SELECT id, last_name FROM shop.customers ORDER BY id") == [(1, PLACEHOLDER), (100, "Last100")]
+    assert order_value(db, 1) == "redacted"
+
+
+def test_a_former_generic_customer_is_known_after_a_rename(db):
+    """Breaks when the column of an earlier version is looked for under its name of then."""
+    open_shop(db)
+    for customer in (1, 100, 101):
+        add_customer(db, customer)
+    document = shop_policy()
+    document["orders"]["assign_customer"] = {"column": "customer_id", "to": 100}
+    db.apply_policy(document)
+    add_order(db, 1, "1 day", customer=1)
+    document["orders"]["assign_customer"]["to"] = 101
+    db.apply_policy(document)
+    db.sql("ALTER TABLE shop.orders RENAME customer_id TO buyer_id", user="shop_owner")
+    db.sql("UPDATE shop.orders SET shipped_at = now() - '40 days'::interval", user="shop_owner")
+    assert run_cycle(db)["redacted"] == 1
+    assert db.value("SELECT last_name FROM shop.customers WHERE id = 100") == "Last100"
+
+
+def test_text_that_holds_a_deleted_orders_names_is_remembered(db):
+    """Breaks when a row with nothing but names in kept text is lost with the order that it bears the number of."""
+    open_shop(db)
+    db.sql("CREATE TABLE shop.payments (id int PRIMARY KEY, order_no text, memo text); CREATE INDEX ON shop.payments (order_no)", user="shop_owner")
+    document = shop_policy()
+    document["linked"].append({"table": "shop.payments", "on": {"order_no": "external_no"}, "redact": {"memo": {"scrub": ["customers.last_name"]}}})
+    db.apply_policy(document)
+    add_customer(db, 1)
+    add_order(db, 1, "1 day", customer=1)
+    db.sql("INSERT INTO shop.payments VALUES (1, %s, 'Manual Payment: Last1'), (2, %s, 'card')", [number(1)] * 2, "shop_owner")
+    delete(db)
+    month_passes(db)
+    run_cycle(db)
+    assert db.sql("SELECT memo FROM shop.payments ORDER BY id") == [(f"Manual Payment: {PLACEHOLDER}",), ("card",)]

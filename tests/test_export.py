@@ -44,6 +44,20 @@ def told(db, policy=None):
         return [n for n in session.notices if "exported" in n], [p for p in payloads if p["status"] == "not_exported"]
 
 
+# What is asked for
+
+def test_an_order_that_is_to_be_erased_does_not_wait_for_the_export(shop):
+    """Breaks when a buyer's request is held back by bookkeeping, or the view says that it is."""
+    shop.apply_policy(shop_policy(export="require"))
+    for order in (1, 2):
+        add_order(shop, order, "40 days")
+    assert run_cycle(shop)["redacted"] == 0
+    shop.sql("SELECT amazon_pii.erase(%s, 'request 7')", [number(1)], "pii_admin")
+    assert shop.sql("SELECT order_number, waits_for FROM amazon_pii.overdue ORDER BY 1") == [(number(1), None), (number(2), "mark_exported")]
+    assert run_cycle(shop)["redacted"] == 1
+    assert tables_with(shop, "Name1") == [] and tables_with(shop, "Name2") == ["addresses"]
+
+
 # How far the export has come
 
 def test_mark_exported_moves_forward_only(shop):

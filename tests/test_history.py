@@ -62,6 +62,17 @@ def test_each_access_with_a_reason_leaves_a_line(shop):
     assert shop.value("SELECT count(*) FROM amazon_pii.audit_log WHERE action = 'retrieve'") == 1
 
 
+def test_what_ends_an_order_leaves_a_line_too(shop):
+    """Breaks when erase, shred or forget is only in the audit log; forget has one line an order, done or not."""
+    shop.apply_policy(policy())
+    add_order(shop, 3, shipped="2 days", customer=1)
+    run_cycle(shop)
+    for action, order in (("erase", 3), ("shred", 1), ("forget", 2)):
+        shop.sql(f"SELECT amazon_pii.{action}(%s, 'request 7')", [number(order)], "pii_admin")
+    assert lines(shop, "order_id, kind, note") == [
+        (order, f"amazon_pii {action}", f"{action} of order {number(order)}: request 7") for action, order in (("erase", 3), ("shred", 1), ("forget", 2))]
+
+
 def test_a_line_goes_with_the_callers_transaction(shop):
     """Breaks when a line stays of something that was rolled back."""
     shop.apply_policy(policy())
@@ -120,6 +131,17 @@ def test_our_words_are_not_redacted(shop):
     retrieve(shop, number(1), "again")
     assert lines(shop, "note")[:2] == [(OURS[0],), ("Last1 called",)]
     assert shop.sql("SELECT DISTINCT status FROM amazon_pii.records WHERE table_name = 'shop.history'") == [("retrieved",)]
+
+
+def test_what_a_trigger_adds_to_our_words_is_not_ours(shop):
+    """P9. Breaks when the buyer's name that a trigger of the history puts into our line is kept in clear, and spared."""
+    shop.sql("CREATE FUNCTION shop.add() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN NEW.note := NEW.note || ' for ' || "
+             "(SELECT a.name FROM shop.addresses AS a WHERE a.order_id = NEW.order_id); RETURN NEW; END $$; "
+             "CREATE TRIGGER add BEFORE INSERT ON shop.history FOR EACH ROW EXECUTE FUNCTION shop.add()", user="shop_owner")
+    shop.apply_policy(with_entry())
+    write_there(shop)
+    assert "Name1" not in str(shop.sql("SELECT words FROM amazon_pii.own_row"))
+    assert [note for note, in lines(shop, "note")] == [PLACEHOLDER, PLACEHOLDER] and lines(shop, "who")[0] == (OURS[1],)
 
 
 def test_words_that_somebody_wrote_over_ours_are(shop):

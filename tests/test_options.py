@@ -149,6 +149,38 @@ def test_a_replacement_goes_with_a_retrieval_that_is_ended_early(retrieved):
         (1, "[Redacted]"), (2, "[Redacted]"), (3, "Ada Invented")]
 
 
+def number_of(shop, id):
+    return shop.value("SELECT order_number FROM amazon_pii.orders WHERE order_key = %s", [f'["{id}"]'])
+
+
+def test_a_replacement_that_is_to_be_erased_is(retrieved):
+    """Breaks when the date of its original takes an erasure back."""
+    insert(retrieved, 2, shipped="NULL", replaces=ONE)
+    retrieved.sql("SELECT amazon_pii.erase(%s, 'request 7')", [number_of(retrieved, 2)], user="pii_admin")
+    retrieved.sql("CALL amazon_pii.run_cycle('shop', true)", user="pii_admin")
+    assert retrieved.sql("SELECT id, note FROM shop.orders ORDER BY id") == [(1, "Ada Invented"), (2, "[Redacted]")]
+
+
+def test_a_replacement_goes_with_an_original_that_is_erased(retrieved):
+    """Breaks when an erasure ends the retrieval and leaves what follows it."""
+    insert(retrieved, 2, shipped="NULL", replaces=ONE)
+    retrieved.sql("SELECT amazon_pii.erase(%s, 'request 7')", [ONE], user="pii_admin")
+    retrieved.sql("CALL amazon_pii.run_cycle()", user="pii_admin")
+    assert retrieved.sql("SELECT DISTINCT note FROM shop.orders") == [("[Redacted]",)]
+
+
+def test_a_replacement_without_a_dispatch_can_be_exported(retrieved):
+    """Breaks when nothing that is exported ever reaches an order without an anchor."""
+    retrieved.apply_policy(policy(orders={"replaces": "replaces"}, export="require"))
+    insert(retrieved, 2, shipped="NULL", replaces=ONE)
+    retrieved.sql("SELECT amazon_pii.end_retrieval(%s)", [ONE], user="pii_operator")
+    retrieved.sql("CALL amazon_pii.run_cycle()", user="pii_admin")
+    assert retrieved.value("SELECT note FROM shop.orders WHERE id = 2") == "Ada Invented"
+    retrieved.sql("SELECT amazon_pii.mark_exported('shop', now())", user="pii_admin")
+    retrieved.sql("CALL amazon_pii.run_cycle()", user="pii_admin")
+    assert retrieved.value("SELECT note FROM shop.orders WHERE id = 2") == "[Redacted]"
+
+
 def test_a_replacement_follows_no_retrieval_that_it_was_not_made_for(shop):
     """Breaks when an order that was there before gets another date by a retrieval, or when an original that is not retrieved
     has one to follow."""

@@ -247,8 +247,11 @@ def test_every_listed_field_is_masked_and_empty_ones_are_not(pixi):
         after = columns(pixi, table, key)
         assert set(fields) <= set(after)
         for name, value in after.items():
+            if name == "MaskedAt":
+                assert value is not None
+                continue
             was = before[table][name]
-            if name not in fields and name not in ("Company", "MaskedAt"):
+            if name not in fields and name != "Company":
                 assert value == was, f"{table}.{name} is no personal data"
             elif was in (None, ""):
                 empty += 1

@@ -86,7 +86,8 @@ def test_a_trial_leaves_no_trace(own):
     listener = own.connect()
     listener.cursor().execute("LISTEN heard")
     before = traces(own)
-    assert own.check_policy(policy({"amazon": "shop.see(id)"})) == []
+    # The trigger is named, as one that may copy what is overwritten.
+    assert ["shop.seen" in problem for _, _, problem, _ in own.check_policy(policy({"amazon": "shop.see(id)"}))] == [True]
     assert own.sql("SELECT * FROM shop.seen") == [] and traces(own) == before
     with own.connect("pii_admin", autocommit=False).cursor() as cursor:
         cursor.execute("SELECT amazon_pii.apply_policy(%s)", [json.dumps(POLICY)])

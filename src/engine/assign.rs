@@ -3,6 +3,7 @@
 
 use std::cell::RefCell;
 use std::collections::HashMap;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::rc::Rc;
 
 use pgrx::pg_sys;
@@ -107,11 +108,20 @@ pub fn generic(plan: &Plan) -> Result<Vec<(usize, String)>> {
     for row in &rows {
         let document = Policy::parse(row.str(0)?).ok().and_then(|p| p.orders.assign_customer);
         let Some(former) = document else { continue };
-        for index in entries(&former.column) {
-            let known = (index, former.to.to_lowercase());
-            let same = |(i, to): &(usize, String)| *i == known.0 && to.to_lowercase() == known.1;
-            if !out.iter().any(same) {
-                out.push((index, former.to.clone()));
+        let mut reached = entries(&former.column);
+        if reached.is_empty() {
+            // The column was renamed since.
+            reached.extend(plan.customer.as_ref().map(|c| c.entry));
+        }
+        for index in reached {
+            let is_uuid = plan.entries[index].on_parent_types == [pg_sys::UUIDOID];
+            let to = if is_uuid {
+                former.to.to_lowercase()
+            } else {
+                former.to.clone()
+            };
+            if !out.iter().any(|(i, known)| *i == index && *known == to) {
+                out.push((index, to));
             }
         }
     }
@@ -209,11 +219,11 @@ fn ready(call: &TriggerCall) -> Result<(Option<Rc<Plan>>, Rc<str>)> {
             .as_ref()
             .map_or_else(|| "NULL".to_owned(), |n| format!("{n}::pg_catalog.text"));
         let name: &Ident = &plan.orders().relation.name;
-        // A plan is kept for the text: of another state of the table it would be wrong.
+        // A plan is kept for the text: of another shape of the table it would be wrong.
         let query = format!(
             "SELECT {} IS TRUE, {number} FROM (SELECT ($1).*) AS {name} /* {} */",
             plan.amazon,
-            invalidation::generation()
+            shape(&plan)
         );
         Ok((Some(plan).filter(|_| own), query))
     })?;
@@ -228,6 +238,21 @@ fn ready(call: &TriggerCall) -> Result<(Option<Rc<Plan>>, Rc<str>)> {
         });
     });
     Ok((plan, query))
+}
+
+/// A number that stands for the columns of the orders table.
+fn shape(plan: &Plan) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    for column in &plan.orders().facts.columns {
+        (
+            column.number,
+            column.name.bare(),
+            &column.type_shown,
+            u32::from(column.type_oid),
+        )
+            .hash(&mut hasher);
+    }
+    hasher.finish()
 }
 
 /// The row that is about to be written, with the generic customer if it is an Amazon order.
@@ -271,12 +296,9 @@ fn assigned(plan: &Plan, query: &str, call: &TriggerCall) -> Result<Option<pg_sy
     }
     let orders = plan.orders();
     let amazon = |old: bool| {
-        let rows = prepared::rows_as(
-            Identity::Owner(orders.owner),
-            &plan.search_path,
-            query,
-            &[call.row(old)],
-        )?;
+        // Values that are stored out of line are fetched, and may be damaged.
+        let written = subtransaction(|| Ok(call.row(old)))?;
+        let rows = prepared::rows_as(Identity::Owner(orders.owner), &plan.search_path, query, &[written])?;
         let row = rows.first().ok_or_else(|| Error::internal("no row"))?;
         Ok::<_, Error>((row.bool(0)?, row.owned(1)?))
     };
@@ -401,6 +423,11 @@ fn step(plan: &Plan) -> Result<bool> {
         sql::execute(
             "DELETE FROM amazon_pii.orphan WHERE orphan_id = ANY ($1)",
             &[Arg::Ints(done)],
+        )?;
+        // The row was not inserted after all: nobody will ask for it.
+        sql::execute(
+            "DELETE FROM amazon_pii.orphan WHERE orphan_id = ANY ($1) AND noted_at < pg_catalog.now() - '7 days'::interval",
+            &[Arg::Ints(open.clone())],
         )?;
         sql::execute(
             "UPDATE amazon_pii.orphan SET next_attempt_at = pg_catalog.now() + '1 hour'::interval WHERE orphan_id = ANY ($1)",

@@ -131,7 +131,7 @@ const REDACT_DUE: &str = "(o.held_until IS NULL OR o.held_until <= $2::timestamp
      OR CASE WHEN o.status = 'retrieved' OR o.retrieved_until IS NOT NULL THEN o.retrieved_until ELSE o.redact_due_at END <= $4::timestamptz)";
 
 /// The condition that an order's accounting data is exported, or the order was redacted once, or is to be erased; $1 = the policy.
-const EXPORTED: &str = "(o.redacted_at IS NOT NULL OR o.asked IS NOT NULL OR COALESCE(o.anchor_at, o.stale_at) <= \
+const EXPORTED: &str = "(o.redacted_at IS NOT NULL OR o.asked IS NOT NULL OR COALESCE(o.anchor_at, o.stale_at, o.redact_due_at) <= \
      (SELECT x.exported_upto FROM amazon_pii.policy x WHERE x.policy = $1))";
 
 /// [`REDACT_DUE`] under a policy, $1: where it requires the export, nothing is overwritten before.

@@ -2,9 +2,11 @@
 
 use super::access::{Order, Target, checked, entry, resolve_locked};
 use super::audit;
+use super::history;
 use super::plan::Plan;
 use super::purge;
 use super::rekey;
+use super::replacement;
 use super::state;
 use crate::pg::error::{Error, Result};
 use crate::pg::identity::{as_extension, require_role};
@@ -126,6 +128,12 @@ fn mark(plan: &Plan, orders: &[&Order], ask: Ask) -> Result<()> {
             ],
         )
     })?;
+    // What follows a retrieval ends with it.
+    let retrieved = orders.iter().filter(|o| o.stored == "retrieved");
+    let retrieved: Vec<String> = retrieved.map(|o| o.key.clone()).collect();
+    if !retrieved.is_empty() {
+        replacement::ended(plan, &retrieved)?;
+    }
     if !plan.enabled {
         pgrx::notice!(
             "policy \"{}\" is disabled: nothing is redacted until it is enabled",
@@ -152,6 +160,10 @@ fn destroy(plan: &Plan, orders: &[&Order]) -> Result<()> {
 
 /// Recorded in the caller's own transaction: nothing is opened.
 fn tell(plan: &Plan, orders: &[&Order], action: &str, number: &str, reason: Option<&str>) -> Result<()> {
+    if orders.is_empty() {
+        return Ok(());
+    }
+    history::write(plan, action, &order_keys(orders), number, reason)?;
     let entries = orders
         .iter()
         .map(|o| entry(plan, action, o, number, reason))

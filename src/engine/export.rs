@@ -36,8 +36,8 @@ pub fn mark(policy: &str, upto: &str, back: bool) -> Result<i64> {
         }
         let counts = sql::read(
             "SELECT pg_catalog.count(*), pg_catalog.count(*) FILTER (WHERE redacted_at IS NOT NULL) FROM amazon_pii.order_state \
-             WHERE policy = $1 AND COALESCE(anchor_at, stale_at) <= $2::timestamptz \
-               AND ($3::timestamptz IS NULL OR COALESCE(anchor_at, stale_at) > $3::timestamptz)",
+             WHERE policy = $1 AND COALESCE(anchor_at, stale_at, redact_due_at) <= $2::timestamptz \
+               AND ($3::timestamptz IS NULL OR COALESCE(anchor_at, stale_at, redact_due_at) > $3::timestamptz)",
             &[Arg::Text(Some(policy)), Arg::Text(Some(upto)), Arg::Text(row.text(1)?)],
         )?;
         sql::execute(
@@ -80,7 +80,7 @@ pub fn look(plan: &Plan) -> Result<()> {
             "SELECT pg_catalog.count(*) FILTER (WHERE o.redacted_at IS NULL AND o.status IN ('scheduled', 'archived', 'failed') \
                         AND o.redact_due_at < pg_catalog.now() + '7 days'::interval), \
                     pg_catalog.count(*) FILTER (WHERE o.redacted_at IS NOT NULL) FROM amazon_pii.order_state AS o \
-             WHERE o.policy = $1 AND (COALESCE(o.anchor_at, o.stale_at) <= $2::timestamptz) IS NOT TRUE",
+             WHERE o.policy = $1 AND (COALESCE(o.anchor_at, o.stale_at, o.redact_due_at) <= $2::timestamptz) IS NOT TRUE",
             &[Arg::Text(Some(&plan.policy)), Arg::Text(row.text(0)?)],
         )
     })?;

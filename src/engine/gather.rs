@@ -214,7 +214,9 @@ fn walk_down(plan: &Plan, orders: usize, start: Start<'_>) -> Result<(Gathered, 
         Start::Keys(keys) => keys,
         Start::Links(links) => {
             for (order, entry, link) in links {
-                pending[entry].push(((order, None), link));
+                if plan.generic.is_empty() || !assign::is_generic(plan, entry, &link) {
+                    pending[entry].push(((order, None), link));
+                }
             }
             &[]
         }

@@ -6,6 +6,7 @@ use super::gather::{self, Start};
 use super::news;
 use super::plan::Plan;
 use super::records::{Listed, RecordList};
+use super::scrub;
 use super::state::policy_each;
 use super::triggers::transition_keys;
 use super::walk::{self, Values, key_parts, key_text};
@@ -17,7 +18,8 @@ use crate::pg::trigger::TriggerCall;
 
 /// Nothing of the order is left to be done.
 const NOT_NEEDED: &str = "o.status <> 'gone' AND o.asked IS NULL AND NOT EXISTS (SELECT FROM amazon_pii.records r \
-    WHERE r.policy = o.policy AND r.order_key = o.order_key AND r.status IN ('remembered', 'archived', 'waiting', 'retrieved') AND r.entry <> '')";
+    WHERE r.policy = o.policy AND r.order_key = o.order_key AND r.status IN ('remembered', 'archived', 'waiting', 'retrieved') AND r.entry <> '') \
+    AND NOT EXISTS (SELECT FROM amazon_pii.orphan n WHERE n.policy = o.policy AND n.order_key = o.order_key AND n.record_key IS NULL)";
 
 /// What [`news::NOTE`] needs of such a statement.
 const GONE: &str = " RETURNING o.order_key, 'gone' AS news) ";
@@ -71,6 +73,21 @@ pub fn deleted(plan: &Plan, call: &TriggerCall) -> Result<()> {
             ]
             .concat(),
             &[Arg::Text(Some(&plan.policy)), Arg::texts(&all)],
+        )?;
+        // One that is still needed and has no deadline gets the one that counts from its deletion: nobody will dispatch it
+        // any more.
+        sql::execute(
+            "UPDATE amazon_pii.order_state o SET status = 'scheduled', anchor_at = pg_catalog.now(), \
+                archive_due_at = GREATEST(pg_catalog.now() + $3::interval, effective_at), \
+                redact_due_at = GREATEST(pg_catalog.now() + $4::interval, effective_at), \
+                next_due_at = GREATEST(pg_catalog.now() + $3::interval, effective_at) \
+             WHERE o.policy IS NOT DISTINCT FROM $1 AND o.order_key = ANY ($2) AND o.redact_due_at IS NULL AND o.status = 'flagged'",
+            &[
+                Arg::Text(Some(&plan.policy)),
+                Arg::texts(&all),
+                Arg::Text(Some(&plan.document.archive_after)),
+                Arg::Text(Some(&plan.document.redact_after)),
+            ],
         )
     })?;
     Ok(())
@@ -106,7 +123,7 @@ fn follow_old(plan: &Plan, call: &TriggerCall, open: &HashMap<&str, usize>) -> R
         }
     }
     for part in found.chunks(STEP) {
-        remember(plan, part, true)?;
+        remember(plan, part)?;
     }
     Ok(())
 }
@@ -172,16 +189,17 @@ fn follow_keys(plan: &Plan, by_key: &[(usize, Vec<usize>)]) -> Result<()> {
                 Ok((r.string(0)?, links.collect()))
             })
             .collect::<Result<Vec<_>>>()?;
-        remember(plan, &orders, false)?;
+        remember(plan, &orders)?;
     }
 }
 
-/// Lists what these orders lead to and what holds personal data. With `clock`, one that has no deadline gets the one that counts
-/// from its deletion: nobody will dispatch it any more.
-fn remember(plan: &Plan, orders: &[(String, Vec<(usize, Values)>)], clock: bool) -> Result<()> {
+/// Lists what these orders lead to and what holds personal data.
+fn remember(plan: &Plan, orders: &[(String, Vec<(usize, Values)>)]) -> Result<()> {
     let links = orders.iter().enumerate();
     let links = links.flat_map(|(i, (_, links))| links.iter().map(move |(entry, link)| (i, *entry, link.clone())));
-    let found = gather::reach(plan, orders.len(), Start::Links(links.collect()))?;
+    let mut found = gather::reach(plan, orders.len(), Start::Links(links.collect()))?;
+    let order_keys: Vec<&str> = orders.iter().map(|(key, _)| key.as_str()).collect();
+    scrub::fill(plan, &mut found.records, &HashMap::new(), &order_keys);
     let mut lists: HashMap<&str, Vec<Listed>> = HashMap::new();
     for record in &found.records {
         // One that cannot be treated fails when it is due, and is shown then.
@@ -236,20 +254,6 @@ fn remember(plan: &Plan, orders: &[(String, Vec<(usize, Values)>)], clock: bool)
                 Arg::opt_texts(&texts),
             ],
         )?;
-        if clock {
-            sql::execute(
-                "UPDATE amazon_pii.order_state o SET status = 'scheduled', anchor_at = pg_catalog.now(), \
-                    archive_due_at = pg_catalog.now() + $3::interval, redact_due_at = pg_catalog.now() + $4::interval, \
-                    next_due_at = pg_catalog.now() + $3::interval \
-                 WHERE o.policy IS NOT DISTINCT FROM $1 AND o.order_key = ANY ($2) AND o.redact_due_at IS NULL AND o.status = 'flagged'",
-                &[
-                    Arg::Text(Some(&plan.policy)),
-                    Arg::texts(&orders),
-                    Arg::Text(Some(&plan.document.archive_after)),
-                    Arg::Text(Some(&plan.document.redact_after)),
-                ],
-            )?;
-        }
         sql::execute(
             "INSERT INTO amazon_pii.record_state (policy, order_key, table_name, record_key, status) \
              SELECT p, o, t, k, 'archived' FROM ROWS FROM (pg_catalog.unnest($1), pg_catalog.unnest($2), pg_catalog.unnest($3), \

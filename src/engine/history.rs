@@ -204,11 +204,15 @@ fn insert(plan: &Plan, history: &History, columns: &[Vec<Option<String>>]) -> Re
         e.at(&shown)
             .hint("This is the table of \"history\"; it must take a line for each access.")
     })?;
+    // What a trigger of the table has made of our words is not ours: it may have added the buyer's name.
+    let sent = history.columns.iter().zip(columns).filter(|(c, _)| c.text.is_some());
+    let sent: Vec<&Vec<Option<String>>> = sent.map(|(_, values)| values).collect();
     rows.iter()
         .map(|r| {
-            let texts = r.texts(keys..returned.len())?;
-            let said = ours.iter().map(|c| c.name.bare().to_owned()).zip(texts).collect();
-            Ok((key_text(&r.texts(0..keys)?)?, said))
+            let texts = ours.iter().zip(&sent).zip(r.texts(keys..returned.len())?);
+            let said = texts.filter(|((_, sent), text)| sent.contains(text));
+            let said = said.map(|((column, _), text)| (column.name.bare().to_owned(), text));
+            Ok((key_text(&r.texts(0..keys)?)?, said.collect()))
         })
         .collect()
 }

@@ -186,7 +186,11 @@ pub fn batch(
         order_key: due.order_key.clone(),
         order_number: due.number.clone(),
     };
-    let ending: Vec<usize> = (0..batch.len()).filter(|i| !excluded.contains(i) && ended(i)).collect();
+    // Those that come back for what triggers have copied need their names once more: the last time ends the archive.
+    let back: HashSet<&str> = out.besides.iter().map(String::as_str).collect();
+    let ending: Vec<usize> = (0..batch.len())
+        .filter(|i| !excluded.contains(i) && ended(i) && !back.contains(batch[*i].order_key.as_str()))
+        .collect();
     let set_back: Vec<&Due> = excluded.difference(&gone).map(|i| &batch[*i]).collect();
     state::copied(plan, &set_back)?;
     audit::insert_batch(keys, "redact", plan, lines)?;

@@ -33,7 +33,7 @@ pub fn follow(plan: &Plan, facts: &[&OrderFact]) -> Result<()> {
                 status = CASE r.status WHEN 'flagged' THEN 'scheduled' ELSE r.status END, \
                 next_due_at = CASE WHEN r.archived_at IS NULL THEN GREATEST(LEAST(r.archive_due_at, f.retrieved_until), r.effective_at) \
                     ELSE GREATEST(f.retrieved_until, r.held_until, r.effective_at) END \
-             FROM original AS f WHERE r.policy = $1 AND r.order_key = f.k AND r.status IN ('flagged', 'scheduled', 'archived') \
+             FROM original AS f WHERE r.policy = $1 AND r.order_key = f.k AND r.status IN ('flagged', 'scheduled', 'archived') AND r.asked IS NULL \
                 AND (r.follows IS DISTINCT FROM f.order_key OR r.redact_due_at IS DISTINCT FROM GREATEST(f.retrieved_until, r.effective_at))",
             &[
                 Arg::Text(Some(&plan.policy)),
@@ -58,7 +58,7 @@ pub fn ended(plan: &Plan, originals: &[String]) -> Result<()> {
             "UPDATE amazon_pii.order_state AS r SET redact_due_at = GREATEST(pg_catalog.now(), r.effective_at), \
                 archive_due_at = LEAST(r.archive_due_at, pg_catalog.now()), \
                 next_due_at = GREATEST(pg_catalog.now(), r.held_until, r.effective_at) \
-             WHERE r.policy = $1 AND r.follows = ANY ($2) AND r.status IN ('scheduled', 'archived', 'failed') \
+             WHERE r.policy = $1 AND r.follows = ANY ($2) AND r.status IN ('scheduled', 'archived', 'failed') AND r.asked IS NULL \
                 AND r.redact_due_at > pg_catalog.now()",
             &[Arg::Text(Some(&plan.policy)), Arg::texts(originals)],
         )

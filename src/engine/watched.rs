@@ -209,6 +209,7 @@ pub fn read_by_expressions(plan: &Plan, table: &Table) -> Result<HashSet<String>
         .collect();
     let mut out = HashSet::new();
     let mut all: Vec<String> = table.files.iter().map(Expr::to_string).collect();
+    all.extend(table.marks.iter().map(|m| m.expression.to_string()));
     let same = |t: &Table| t.relation.oid == table.relation.oid;
     for index in (0..plan.tables.len()).filter(|i| same(&plan.tables[*i])) {
         all.extend(expressions(plan, index));

@@ -46,8 +46,18 @@ impl Policy {
                 }
             }
         }
+        let entries = std::iter::once("").chain(self.linked.iter().map(|entry| entry.alias.as_str()));
+        let aliases: Vec<String> = entries.map(str::to_owned).collect();
+        scrubbed(&mut orders.redact, &aliases, &mut put);
         treated(&mut orders.redact, |text| put("", text));
         orders.keep.iter_mut().for_each(|text| put("", text));
+        for (column, expression) in &mut orders.mark {
+            put("", column);
+            put("", expression);
+        }
+        if let Some(assign) = &mut orders.assign_customer {
+            put("", &mut assign.column);
+        }
         for entry in &mut self.linked {
             let (alias, parent) = (&entry.alias, entry.parent.as_deref().unwrap_or_default());
             entry.key.iter_mut().flatten().for_each(|text| put(alias, text));
@@ -66,8 +76,13 @@ impl Policy {
             if let RetrieveOnInsert::When(text) = &mut entry.retrieve_on_insert {
                 put(alias, text);
             }
+            scrubbed(&mut entry.redact, &aliases, &mut put);
             treated(&mut entry.redact, |text| put(alias, text));
             entry.keep.iter_mut().for_each(|text| put(alias, text));
+            for (column, expression) in &mut entry.mark {
+                put(alias, column);
+                put(alias, expression);
+            }
         }
         for (column, source) in self.history.iter_mut().flat_map(|history| &mut history.columns) {
             put(Self::HISTORY, column);
@@ -82,6 +97,26 @@ impl Policy {
             entry.filter.iter_mut().for_each(|text| put(name, text));
             treated(&mut entry.redact, |text| put(name, text));
             entry.keep.iter_mut().for_each(|text| put(name, text));
+        }
+    }
+}
+
+/// The columns whose values are taken out of others, which a document names with their entry: `customers.last_name`.
+fn scrubbed(redact: &mut Redact, aliases: &[String], put: &mut impl FnMut(&str, &mut String)) {
+    let Redact::Treatments(columns) = redact else { return };
+    let names = columns.iter_mut().filter_map(|(_, treatment)| match treatment {
+        Treatment::Scrub(names) => Some(names),
+        _ => None,
+    });
+    for name in names.flatten() {
+        for alias in aliases {
+            let shown = if alias.is_empty() { "orders" } else { alias };
+            let column = name.strip_prefix(shown).and_then(|rest| rest.strip_prefix('.'));
+            if let Some(mut column) = column.map(str::to_owned) {
+                put(alias, &mut column);
+                *name = format!("{shown}.{column}");
+                break;
+            }
         }
     }
 }
@@ -111,11 +146,14 @@ mod tests {
             r#"{"policy": "p", "orders": {"table": "orders", "key": ["id"], "number": "no", "amazon": "is_amazon",
                 "anchor": ["sent", {"linked": "parcels", "at": "at", "where": "counts", "complete": "done"}],
                 "replaces": "replaces", "placed": "placed", "stale_after": "1 day", "effective_from": "starts",
-                "redact": {"note": "placeholder", "hash": {"sql": "salt"}}, "keep": ["status"], "files": "path"},
+                "redact": {"note": "placeholder", "hash": {"sql": "salt"}}, "keep": ["status"], "files": "path",
+                "mark": {"marked": "mark_by"}, "assign_customer": {"column": "buyer", "to": 1}},
               "by_age": [{"table": "mails", "key": "mid", "at": "got", "after": "1 day", "where": "raw", "redact": ["body"], "keep": ["kind"],
                 "archive": false}],
               "linked": [
                 {"table": "parcels", "on": {"order_id": "oid"}},
+                {"table": "buyers", "on": {"bid": "buyer"}, "role": "customer",
+                 "redact": {"name": "placeholder", "memo": {"scrub": ["buyers.name", "orders.note"]}}, "mark": {"gone": "gone_by"}},
                 {"table": "lines", "parent": "parcels", "key": "lid", "on": {"parcel": "pid"}, "where": "open", "number": "lno",
                  "not_before": "since", "retrieve_on_insert": "kind", "redact": ["text"], "keep": ["sku"]}]}"#,
         )
@@ -127,11 +165,16 @@ mod tests {
         });
         seen.sort();
         let expected = [
+            ".buyer",
+            ".buyer",
             ".done",
             ".hash",
             ".id",
             ".is_amazon",
+            ".mark_by",
+            ".marked",
             ".no",
+            ".note",
             ".note",
             ".oid",
             ".path",
@@ -141,6 +184,12 @@ mod tests {
             ".sent",
             ".starts",
             ".status",
+            "buyers.bid",
+            "buyers.gone",
+            "buyers.gone_by",
+            "buyers.memo",
+            "buyers.name",
+            "buyers.name",
             "by_age[0].body",
             "by_age[0].got",
             "by_age[0].kind",
