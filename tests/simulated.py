@@ -3,7 +3,7 @@ their time from libfaketime; timeouts, which count by the monotonic clock, stay 
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
-from conftest import server_with
+from conftest import Database, add_extension, server_with
 
 LIBRARIES = sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))
 
@@ -47,6 +47,24 @@ class Simulated:
         for _ in range(count):
             self.move_to(self.now + timedelta(days=1))
             yield self.now
+
+
+def running(start):
+    """For a fixture: a server that believes in this moment, until the tests that use it are over."""
+    world = Simulated(start)
+    yield world
+    world.cluster.destroy()
+
+
+def database_in(world, open_tables):
+    """For a fixture: a database on such a server, with the extension and what `open_tables` makes in it."""
+    name = f"walk{world.now:%m%d%H}"
+    world.cluster.create_database(name)
+    add_extension(world.cluster, name)
+    world.cluster.sql(f"GRANT CREATE ON DATABASE {name} TO shop_owner")
+    db = Database(world.cluster, name)
+    yield open_tables(db)
+    db.drop()
 
 
 def utc(*parts):

@@ -3,8 +3,7 @@ test's first line quotes the behaviour."""
 from datetime import timedelta
 
 import pytest
-from conftest import Database, add_extension
-from simulated import Simulated, utc
+from simulated import database_in, running, utc
 from support import FIXTURES, PLACEHOLDER, refused, run_cycle
 
 PII = ("first_name", "last_name", "delivery_address_1", "delivery_address_2", "billing_address_1", "billing_address_2", "email", "phone")
@@ -92,20 +91,12 @@ def test_the_listed_columns_are_replaced_for_billing_and_delivery(cin7):
 
 @pytest.fixture(scope="module")
 def simulated():
-    world = Simulated(utc(2027, 1, 10))
-    yield world
-    world.cluster.destroy()
+    yield from running(utc(2027, 1, 10))
 
 
 @pytest.fixture
 def walked(simulated):
-    name = f"walk{simulated.now:%m%d%H}"
-    simulated.cluster.create_database(name)
-    add_extension(simulated.cluster, name)
-    simulated.cluster.sql(f"GRANT CREATE ON DATABASE {name} TO shop_owner")
-    db = Database(simulated.cluster, name)
-    yield open_cin7(db)
-    db.drop()
+    yield from database_in(simulated, open_cin7)
 
 
 def test_partly_dispatched_orders_are_not_due_and_details_are_readable_until_thirty_days_after_the_last_dispatch(simulated, walked):

@@ -6,8 +6,7 @@ from itertools import groupby
 from zoneinfo import ZoneInfo
 
 import pytest
-from conftest import Database, add_extension
-from simulated import Simulated, utc
+from simulated import database_in, running, utc
 from support import FIXTURES, PLACEHOLDER, refused, run_cycle
 
 BERLIN = ZoneInfo("Europe/Berlin")
@@ -135,21 +134,13 @@ def test_patterns_of_the_users_own_flag_too(pixi):
 
 @pytest.fixture(scope="module")
 def simulated():
-    world = Simulated(utc(2026, 9, 20))
-    yield world
-    world.cluster.destroy()
+    yield from running(utc(2026, 9, 20))
 
 
 @pytest.fixture
 def walked(simulated):
     """A database on the server whose clock can be moved."""
-    name = f"walk{simulated.now:%m%d%H}"
-    simulated.cluster.create_database(name)
-    add_extension(simulated.cluster, name)
-    simulated.cluster.sql(f"GRANT CREATE ON DATABASE {name} TO shop_owner")
-    db = Database(simulated.cluster, name)
-    yield open_pixi(db)
-    db.drop()
+    yield from database_in(simulated, open_pixi)
 
 
 NEVER_LATE = """

@@ -175,13 +175,8 @@ pub fn problem(plan: &Plan) -> Result<Vec<Problem>> {
 fn exists(plan: &Plan, customer: &Customer, to: &str) -> Result<bool> {
     let entry = &plan.entries[customer.entry];
     let reach = Hop {
-        table: &plan.tables[entry.table],
-        on: &entry.on_child,
-        own_types: &entry.on_child_types,
-        types: &entry.on_parent_types,
-        filter: entry.filter.as_ref(),
-        select: &[],
         limit: Some(1),
+        ..Hop::into_entry(plan, entry, &[])
     };
     Ok(!hop(plan, &reach, &[vec![Some(to.to_owned())]])?.is_empty())
 }
@@ -481,16 +476,7 @@ fn below(plan: &Plan, customer: &Customer, links: &[Values]) -> Result<Vec<(usiz
             select.extend(select_all(&plan.entries[child].on_parent));
             children.push((child, FIRST + from..FIRST + select.len()));
         }
-        let reach = Hop {
-            table,
-            on: &entry.on_child,
-            own_types: &entry.on_child_types,
-            types: &entry.on_parent_types,
-            filter: entry.filter.as_ref(),
-            select: &select,
-            limit: None,
-        };
-        for found in hop(plan, &reach, &inputs)? {
+        for found in hop(plan, &Hop::into_entry(plan, entry, &select), &inputs)? {
             for (child, range) in &children {
                 pending[*child].push((origins[found.input], found.row.texts(range.clone())?));
             }

@@ -245,19 +245,9 @@ fn given_key(table: &Table, text: &str) -> Result<Values> {
 /// As [`by_key`].
 pub fn behind(plan: &Plan, customer: &Customer, links: &[Values]) -> Result<HashMap<usize, Vec<Values>>> {
     let entry = &plan.entries[customer.entry];
-    let table = &plan.tables[entry.table];
-    let select = table.key_list();
-    let reach = Hop {
-        table,
-        on: &entry.on_child,
-        own_types: &entry.on_child_types,
-        types: &entry.on_parent_types,
-        filter: entry.filter.as_ref(),
-        select: &select,
-        limit: None,
-    };
+    let select = plan.tables[entry.table].key_list();
     let mut out: HashMap<usize, Vec<Values>> = HashMap::new();
-    for found in hop(plan, &reach, links)? {
+    for found in hop(plan, &Hop::into_entry(plan, entry, &select), links)? {
         let key = found.row.texts(FIRST..FIRST + select.len())?;
         out.entry(found.input).or_default().push(key);
     }

@@ -230,16 +230,7 @@ fn walk_down(plan: &Plan, orders: usize, start: Start<'_>) -> Result<(Gathered, 
         let found = if entry.parent.is_none() {
             by_key(plan, table, orders, &shape.select)?
         } else {
-            let reach = Hop {
-                table,
-                on: &entry.on_child,
-                own_types: &entry.on_child_types,
-                types: &entry.on_parent_types,
-                filter: entry.filter.as_ref(),
-                select: &shape.select,
-                limit: None,
-            };
-            hop(plan, &reach, &inputs)?
+            hop(plan, &Hop::into_entry(plan, entry, &shape.select), &inputs)?
         };
         let is_own_key = entry.filter.is_none() && own_key(table, entry).is_some();
         for Found { input, row } in found {

@@ -14,15 +14,13 @@ use super::gather::{self, LiveRecord};
 use super::overwrite::{self, Marks, RowWrite};
 use super::plan::{Plan, Table};
 use super::records::RecordList;
-use super::touched;
-use super::triggers::{speaks_for, transition_keys};
-use super::walk::{self, Values, key_parts, key_text};
+use super::triggers::{orders_of_rows, speaks_for, transition_keys};
+use super::walk::{Values, key_parts, key_text};
 use super::watched;
 use crate::domain::policy::OnReimport;
 use crate::domain::treatment::Outcome;
 use crate::pg::catalog::{self, Compare};
 use crate::pg::error::{Error, Result};
-use crate::pg::ident::Ident;
 use crate::pg::identity::{self, Identity, act_as};
 use crate::pg::prepared;
 use crate::pg::sql::{self, Arg};
@@ -292,20 +290,7 @@ fn lists_of_their_orders(plan: &Plan, index: usize, call: &TriggerCall) -> Resul
         if entry.table != index || entry.parent.is_none() || watched::is_referred_to_later(plan, at)? {
             continue;
         }
-        let links = walk::select_all(&entry.on_child);
-        let filter = entry.filter.as_ref().map(|f| format!(" WHERE {f}")).unwrap_or_default();
-        let name: &Ident = &table.relation.name;
-        let query = format!(
-            "SELECT DISTINCT {} FROM amazon_pii_new AS {name}{filter}",
-            links.join(", ")
-        );
-        let starts = act_as(Identity::Owner(table.owner), &plan.search_path, &[], || {
-            sql::in_trigger(call, &query, &[])
-        })?
-        .iter()
-        .map(|r| Ok((0, r.texts(0..links.len())?)))
-        .collect::<Result<Vec<_>>>()?;
-        for key in touched::orders_above(plan, at, starts)? {
+        for key in orders_of_rows(plan, at, call, "amazon_pii_new", None)? {
             orders.push(key_text(&key)?);
         }
     }

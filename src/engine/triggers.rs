@@ -14,7 +14,7 @@ use super::touched;
 use super::walk::{self, Values, key_text};
 use super::watched::{self, Left};
 use crate::pg::error::{Error, Result};
-use crate::pg::ident::Ident;
+use crate::pg::ident::{Expr, Ident};
 use crate::pg::identity::{self, Identity, act_as, as_extension, on_keys};
 use crate::pg::sql::{self, Arg};
 use crate::pg::subxact::subtransaction;
@@ -170,7 +170,7 @@ fn note(plan: &Plan, table: usize, call: &TriggerCall) -> Result<()> {
         note_all(&plan.policy, entry.map_or("", |e| &e.alias), None)?;
     }
     if call.event != Event::Truncate {
-        for (index, entry) in plan.entries.iter().enumerate().filter(|(i, e)| {
+        for (index, _) in plan.entries.iter().enumerate().filter(|(i, e)| {
             e.table == table && e.parent.is_some() && (call.event != Event::Delete || plan.anchored_by(*i))
         }) {
             let only_new = call.event == Event::Insert || call.event == Event::Update && !plan.anchored_by(index);
@@ -181,22 +181,13 @@ fn note(plan: &Plan, table: usize, call: &TriggerCall) -> Result<()> {
             if call.event == Event::Insert && watched::is_referred_to_later(plan, index)? {
                 continue;
             }
-            let links = walk::select_all(&entry.on_child);
-            let filter = entry.filter.as_ref().map(|f| format!(" WHERE {f}")).unwrap_or_default();
             // A row that moved to another order may have set the clock of the one that it left.
             let rows = match call.event {
                 Event::Delete => "amazon_pii_old",
                 Event::Update if plan.anchored_by(index) => "(TABLE amazon_pii_new UNION ALL TABLE amazon_pii_old)",
                 _ => "amazon_pii_new",
             };
-            let name: &Ident = &plan.tables[table].relation.name;
-            let query = format!("SELECT DISTINCT {} FROM {rows} AS {name}{filter}", links.join(", "),);
-            let owner = Identity::Owner(plan.tables[table].owner);
-            let starts = act_as(owner, &plan.search_path, &[], || sql::in_trigger(call, &query, &[]))?
-                .iter()
-                .map(|r| Ok((0, r.texts(0..links.len())?)))
-                .collect::<Result<Vec<_>>>()?;
-            let orders = touched::orders_above(plan, index, starts)?;
+            let orders = orders_of_rows(plan, index, call, rows, None)?;
             if call.event == Event::Delete {
                 clocks_changed(plan, &orders)?;
             } else {
@@ -205,6 +196,37 @@ fn note(plan: &Plan, table: usize, call: &TriggerCall) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// The keys of the orders that rows of a transition table belong to by entry `index`, of those that also meet `condition`.
+///
+/// # Errors
+/// Errors of the server or of the owner's expressions.
+pub fn orders_of_rows(
+    plan: &Plan,
+    index: usize,
+    call: &TriggerCall,
+    rows: &str,
+    condition: Option<&Expr>,
+) -> Result<Vec<Values>> {
+    let entry = &plan.entries[index];
+    let table = &plan.tables[entry.table];
+    let links = walk::select_all(&entry.on_child);
+    let conditions: Vec<String> = entry.filter.iter().chain(condition).map(ToString::to_string).collect();
+    let filter = if conditions.is_empty() {
+        String::new()
+    } else {
+        format!(" WHERE {}", conditions.join(" AND "))
+    };
+    let name: &Ident = &table.relation.name;
+    let query = format!("SELECT DISTINCT {} FROM {rows} AS {name}{filter}", links.join(", "));
+    let starts = act_as(Identity::Owner(table.owner), &plan.search_path, &[], || {
+        sql::in_trigger(call, &query, &[])
+    })?
+    .iter()
+    .map(|r| Ok((0, r.texts(0..links.len())?)))
+    .collect::<Result<Vec<_>>>()?;
+    touched::orders_above(plan, index, starts)
 }
 
 /// Orders some of whose rows that start clocks were deleted. Noted only: the next cycle sets their clocks before it does

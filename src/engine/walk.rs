@@ -44,6 +44,21 @@ pub struct Hop<'a> {
     pub limit: Option<u32>,
 }
 
+impl<'a> Hop<'a> {
+    /// From the rows above an entry to its own.
+    pub fn into_entry(plan: &'a Plan, entry: &'a Entry, select: &'a [String]) -> Self {
+        Self {
+            table: &plan.tables[entry.table],
+            on: &entry.on_child,
+            own_types: &entry.on_child_types,
+            types: &entry.on_parent_types,
+            filter: entry.filter.as_ref(),
+            select,
+            limit: None,
+        }
+    }
+}
+
 /// The alias of a batch's arrays in our statements; no column of the user's can be called so by accident.
 pub const BATCH: &str = "\"amazon_pii.batch\"";
 
@@ -245,13 +260,8 @@ pub fn down(
         let found = hop(
             plan,
             &Hop {
-                table: &plan.tables[entry.table],
-                on: &entry.on_child,
-                own_types: &entry.on_child_types,
-                types: &entry.on_parent_types,
                 filter: both.as_ref(),
-                select: wanted,
-                limit: None,
+                ..Hop::into_entry(plan, entry, wanted)
             },
             &inputs,
         )?;

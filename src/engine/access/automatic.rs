@@ -4,16 +4,17 @@
 use super::{Order, history, state_retrieved, write_back};
 use crate::engine::audit::{self, AuditEntry, Line};
 use crate::engine::news;
-use crate::engine::plan::{Entry, Plan};
+use crate::engine::plan::Plan;
 use crate::engine::records::RecordList;
-use crate::engine::touched;
+use crate::engine::triggers::orders_of_rows;
 use crate::engine::walk;
 use crate::pg::error::{Result, role_name};
-use crate::pg::ident::{Expr, Ident};
-use crate::pg::identity::{self, Identity, act_as, on_keys};
+use crate::pg::ident::Expr;
+use crate::pg::identity::{self, on_keys};
 use crate::pg::sql::{self, Arg};
 use crate::pg::subxact::subtransaction;
 use crate::pg::trigger::TriggerCall;
+use crate::pg::xact;
 use crate::worker::evidence;
 
 /// The longest reason, in characters.
@@ -31,7 +32,7 @@ pub fn inserted(plan: &Plan, table: usize, call: &TriggerCall) -> Result<()> {
         let reason: String = format!("automatic: {}", entry.alias).chars().take(LONGEST).collect();
         let mut wanted = Vec::new();
         let done = subtransaction(|| {
-            wanted = redacted_above(plan, index, entry, condition.as_ref(), call)?;
+            wanted = redacted_above(plan, index, condition.as_ref(), call)?;
             if wanted.is_empty() {
                 return Ok(true);
             }
@@ -75,33 +76,8 @@ pub fn inserted(plan: &Plan, table: usize, call: &TriggerCall) -> Result<()> {
 }
 
 /// The redacted orders above the new rows, each once. They are not locked yet.
-fn redacted_above(
-    plan: &Plan,
-    index: usize,
-    entry: &Entry,
-    condition: Option<&Expr>,
-    call: &TriggerCall,
-) -> Result<Vec<Order>> {
-    let table = &plan.tables[entry.table];
-    let links = walk::select_all(&entry.on_child);
-    let conditions: Vec<String> = entry.filter.iter().chain(condition).map(ToString::to_string).collect();
-    let filter = if conditions.is_empty() {
-        String::new()
-    } else {
-        format!(" WHERE {}", conditions.join(" AND "))
-    };
-    let name: &Ident = &table.relation.name;
-    let query = format!(
-        "SELECT DISTINCT {} FROM amazon_pii_new AS {name}{filter}",
-        links.join(", ")
-    );
-    let starts = act_as(Identity::Owner(table.owner), &plan.search_path, &[], || {
-        sql::in_trigger(call, &query, &[])
-    })?
-    .iter()
-    .map(|r| Ok((0, r.texts(0..links.len())?)))
-    .collect::<Result<Vec<_>>>()?;
-    let keys = touched::orders_above(plan, index, starts)?
+fn redacted_above(plan: &Plan, index: usize, condition: Option<&Expr>, call: &TriggerCall) -> Result<Vec<Order>> {
+    let keys = orders_of_rows(plan, index, call, "amazon_pii_new", condition)?
         .iter()
         .map(|k| walk::key_text(k))
         .collect::<Result<Vec<_>>>()?;
@@ -156,9 +132,21 @@ fn retrieve(plan: &Plan, wanted: &[Order], reason: &str) -> Result<()> {
     // The other process needs none of the locks that this transaction has: it only adds a line to the log.
     evidence::record(&entry(plan, "retrieve", &orders, reason, "")?)?;
     write_back(plan, &orders, "")?;
-    for order in &orders {
-        let number = order.number.as_deref().unwrap_or_default();
-        history::write(plan, "retrieve", std::slice::from_ref(&order.key), number, Some(reason))?;
+    if let Some(history) = &plan.history {
+        // Each has a number of its own; what is deferred is looked at once for all.
+        xact::fire_deferred()?;
+        for order in &orders {
+            let number = order.number.as_deref().unwrap_or_default();
+            history::lines(
+                plan,
+                history,
+                "retrieve",
+                std::slice::from_ref(&order.key),
+                number,
+                Some(reason),
+            )?;
+        }
+        xact::defer_again()?;
     }
     let keys: Vec<String> = orders.into_iter().map(|o| o.key).collect();
     state_retrieved(plan, &keys)?;
