@@ -4,8 +4,8 @@
 use std::collections::{HashMap, HashSet};
 use std::rc::Rc;
 
-use super::assign;
 use super::due::{Clock, redact_due};
+use super::orphan;
 use super::plan::{Entry, Plan, Table};
 use super::turn;
 use super::walk::{self, FIRST, Values, by_key, key_parts, key_text, up_some};
@@ -190,7 +190,7 @@ pub fn users(plan: &Plan, table: usize, rows: &[Values], limit: Option<u32>) -> 
             out.push((f.input, key, f.row.bool(FIRST + orders.key.len())?));
         }
     }
-    out.extend(assign::users(plan, table, rows)?);
+    out.extend(orphan::users(plan, table, rows)?);
     Ok((out, cut))
 }
 

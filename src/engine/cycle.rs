@@ -5,7 +5,6 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use super::assign;
 use super::batch::Batches;
 use super::by_age;
 use super::check;
@@ -14,6 +13,7 @@ use super::due::{Clock, Share};
 use super::export;
 use super::idle;
 use super::news;
+use super::orphan;
 use super::pace::Pace;
 use super::plan::{Aged, Plan};
 use super::purge;
@@ -260,7 +260,7 @@ impl Run<'_> {
             run.trouble = trouble.or(run.trouble.take());
             Ok(())
         })?;
-        self.step(|run| assign::settle(run.plan))?;
+        self.step(|run| orphan::settle(run.plan))?;
         self.step(|run| {
             for (order, error) in rekey::settle(run.plan, &run.batches.keys)? {
                 state::troubled(run.plan, &order, &error)?;

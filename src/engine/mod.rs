@@ -29,6 +29,7 @@ pub mod history;
 pub mod idle;
 pub mod inspect;
 pub mod news;
+pub mod orphan;
 pub mod overwrite;
 pub mod pace;
 pub mod paging;

@@ -2,9 +2,9 @@
 //! One that still fails waits by itself.
 
 use super::again;
-use super::assign;
 use super::flag;
 use super::news::Tell;
+use super::orphan;
 use super::plan::Plan;
 use super::state;
 use super::sweep;
@@ -198,7 +198,7 @@ fn settle_failed(plan: &Plan, keys: &[Values], facts: &[flag::OrderFact]) -> Res
 /// # Errors
 /// As [`walk::up`].
 pub fn orders_above(plan: &Plan, entry: usize, links: Vec<(usize, Values)>) -> Result<Vec<Values>> {
-    let former = assign::orders_of(plan, entry, &links)?;
+    let former = orphan::orders_of(plan, entry, &links)?;
     if plan.links_are_keys(entry) {
         let mut orders: Vec<Values> = links.into_iter().map(|(_, link)| link).collect();
         orders.retain(|key| key.iter().all(Option::is_some));
