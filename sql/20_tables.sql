@@ -144,12 +144,12 @@ CREATE TABLE amazon_pii.record_state (
     order_key       text        COLLATE "C" NOT NULL,
     table_name      text        COLLATE "C" NOT NULL,
     record_key      text        COLLATE "C" NOT NULL,
-    status          text        NOT NULL CHECK (status IN ('archived', 'waiting', 'retrieved', 'gone')),
+    status          text        NOT NULL CHECK (status IN ('archived', 'waiting', 'retrieved', 'gone', 'redacted')),
     changed_at      timestamptz NOT NULL DEFAULT pg_catalog.now(),
     witness         text,
     PRIMARY KEY (order_key, policy, table_name, record_key)
 );
-COMMENT ON TABLE amazon_pii.record_state IS 'Records that do not fare as their order does: waiting, retrieved, gone, or come back after redaction';
+COMMENT ON TABLE amazon_pii.record_state IS 'Records that do not fare as their order does: waiting, retrieved, gone, come back after redaction, or redacted before it';
 COMMENT ON COLUMN amazon_pii.record_state.witness IS 'The order that was last seen keeping a shared record alive';
 CREATE INDEX record_state_retrieved ON amazon_pii.record_state (table_name, record_key) WHERE status = 'retrieved';
 -- The newest entry of a record names the order that was last seen keeping it alive.
@@ -271,13 +271,20 @@ CREATE TABLE amazon_pii.orphan (
     noted_at        timestamptz NOT NULL DEFAULT pg_catalog.now(),
     next_attempt_at timestamptz NOT NULL DEFAULT '-infinity',
     table_name      text        COLLATE "C",
-    record_key      text        COLLATE "C"
+    record_key      text        COLLATE "C",
+    apart           text        CHECK (apart IN ('due', 'done'))
 );
 COMMENT ON TABLE amazon_pii.orphan IS 'Customers that orders were imported with before they got the generic one, and what hangs on them';
 COMMENT ON COLUMN amazon_pii.orphan.link IS 'What the order pointed at the customer with, until a cycle has found the row';
+COMMENT ON COLUMN amazon_pii.orphan.apart IS 'due: the row is redacted at once; done: it was; NULL: it goes with its order';
 CREATE INDEX orphan_new ON amazon_pii.orphan (policy, next_attempt_at) WHERE record_key IS NULL;
 CREATE UNIQUE INDEX orphan_record ON amazon_pii.orphan (record_key, table_name, policy, order_key) WHERE record_key IS NOT NULL;
 CREATE INDEX orphan_order ON amazon_pii.orphan (order_key, policy);
+CREATE INDEX orphan_due ON amazon_pii.orphan (policy, next_attempt_at) WHERE apart = 'due';
+-- The orders that still need a row, and those that have let go of it, however many there are of the others; the newest last.
+CREATE INDEX orphan_user ON amazon_pii.orphan (record_key, table_name, policy, orphan_id)
+    WHERE record_key IS NOT NULL AND apart IS DISTINCT FROM 'done';
+CREATE INDEX orphan_done ON amazon_pii.orphan (record_key, table_name, policy, orphan_id) WHERE apart = 'done';
 
 -- regclass, as in policy_table.
 CREATE TABLE amazon_pii.own_row (

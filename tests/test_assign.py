@@ -11,9 +11,9 @@ from support import (
 GENERIC = 100
 
 
-def policy(to=GENERIC, **orders):
+def policy(to=GENERIC, orphan="archive", **orders):
     document = shop_policy()
-    document["orders"].update({"assign_customer": {"column": "customer_id", "to": to}, **orders})
+    document["orders"].update({"assign_customer": {"column": "customer_id", "to": to, "orphan": orphan}, **orders})
     return document
 
 
@@ -33,6 +33,19 @@ def customer_of(db, order):
 
 def last_name(db, customer):
     return db.value("SELECT last_name FROM shop.customers WHERE id = %s", [customer])
+
+
+def open_log(db, **options):
+    """A history of customers, which a trigger of the shop's writes, in the policy."""
+    db.psql("""SET ROLE shop_owner;
+        CREATE TABLE shop.log (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, customer_id bigint, last_name text);
+        CREATE INDEX ON shop.log (customer_id);
+        CREATE FUNCTION shop.keep() RETURNS trigger LANGUAGE plpgsql AS
+            $$BEGIN INSERT INTO shop.log (customer_id, last_name) VALUES (OLD.id, OLD.last_name); RETURN NULL; END$$;
+        CREATE TRIGGER keep AFTER UPDATE ON shop.customers FOR EACH ROW EXECUTE FUNCTION shop.keep();""")
+    document = policy(**options)
+    document["linked"].append({"table": "shop.log", "parent": "customers", "on": {"customer_id": "id"}, "redact": ["last_name"]})
+    db.apply_policy(document)
 
 
 UPSERT = ("INSERT INTO shop.orders (id, external_no, channel, customer_id) VALUES (%s, %s, 'amazon', %s) "
@@ -115,6 +128,211 @@ def test_what_hangs_on_the_importers_row_goes_too(shop):
     add_order(shop, 1, customer=1)
     run_cycle(shop)
     assert shop.sql("SELECT street FROM shop.book ORDER BY id") == [(PLACEHOLDER,), ("Booked11",)]
+
+
+def test_a_history_of_the_importers_row_goes_too(shop):
+    """Breaks when what a trigger of the shop's copies because of the redaction is on a row that no order leads to, and stays."""
+    open_log(shop)
+    add_order(shop, 1, customer=1)
+    run_cycle(shop)
+    run_cycle(shop)
+    assert shop.sql("SELECT DISTINCT last_name FROM shop.log WHERE customer_id = 1") == [(PLACEHOLDER,)]
+    retrieve(shop, number(1))
+    assert shop.value("SELECT count(*) FROM shop.log WHERE last_name = 'Last1'") > 0
+
+
+def entries(db, action):
+    return db.sql("SELECT order_key, detail FROM amazon_pii.audit_log WHERE action = %s ORDER BY order_key", [action])
+
+
+def test_the_importers_row_goes_at_once(shop):
+    """Cin7: no CRM record; `"orphan": "now"`. Breaks when the row stays until its order is due, goes without a copy, or the order or
+    the generic customer goes with it."""
+    shop.apply_policy(policy(orphan="now"))
+    add_order(shop, 1, customer=1, shipped=None)
+    run_cycle(shop)
+    assert (last_name(shop, 1), last_name(shop, GENERIC), order_value(shop, 1)) == (PLACEHOLDER, f"Last{GENERIC}", "flagged")
+    assert shop.sql("SELECT o.gift_message, a.name FROM shop.orders o JOIN shop.addresses a ON a.order_id = o.id") == [("Gift1", "Name1")]
+    assert record_states(shop, "shop.customers", 1) == {1: "redacted"}
+    assert [e[1] for e in entries(shop, "archive") + entries(shop, "redact")] == ["1 records, before the order"] * 2
+    shop.sql("UPDATE shop.orders SET shipped_at = now() - '40 days'::interval", user="shop_owner")
+    run_cycle(shop)
+    assert order_value(shop, 1) == "redacted" and record_states(shop, "shop.customers", 1) == {1: "redacted"}
+    retrieve(shop, number(1))
+    assert last_name(shop, 1) == "Last1"
+    shop.sql("SELECT amazon_pii.end_retrieval(%s)", [number(1)])
+    run_cycle(shop)
+    assert last_name(shop, 1) == PLACEHOLDER
+
+
+@pytest.mark.parametrize("use", [
+    "INSERT INTO shop.orders (id, external_no, channel, customer_id) VALUES (9, 'x', 'web', 1)",
+    "UPDATE shop.orders SET customer_id = 1 WHERE id = 8",
+], ids=["another channel", "from before"])
+def test_a_row_that_another_order_uses_does_not_go_at_once(shop, use):
+    """P5. Breaks when an order loses its customer because another one was imported with that."""
+    shop.apply_policy(shop_policy())
+    add_order(shop, 8, customer=2, shipped=None)
+    if "UPDATE" in use:
+        shop.sql(use, user="shop_owner")
+    shop.apply_policy(policy(orphan="now"))
+    if "INSERT" in use:
+        shop.sql(use, user="shop_owner")
+    add_order(shop, 1, customer=1, shipped=None)
+    run_cycle(shop)
+    assert last_name(shop, 1) == "Last1" and order_value(shop, 1) == "flagged"
+    shop.sql("DELETE FROM shop.orders WHERE id IN (8, 9)", user="shop_owner")
+    shop.sql("UPDATE shop.orders SET shipped_at = now() - '40 days'::interval WHERE id = 1", user="shop_owner")
+    run_cycle(shop)
+    sweep(shop)
+    assert last_name(shop, 1) == PLACEHOLDER
+
+
+def test_two_orders_of_one_row_both_keep_a_copy(shop):
+    """P1. Breaks when the row goes before each of its orders has its copy, or they wait for each other."""
+    shop.apply_policy(policy(orphan="now"))
+    for n in (1, 2):
+        add_order(shop, n, customer=1, shipped=None)
+    run_cycle(shop)
+    assert last_name(shop, 1) == PLACEHOLDER
+    assert shop.sql("SELECT order_key FROM amazon_pii_archive.document WHERE table_name = 'shop.customers' ORDER BY 1") == [('["1"]',), ('["2"]',)]
+    add_order(shop, 3, customer=1, shipped=None)
+    run_cycle(shop)
+    assert shop.sql("SELECT DISTINCT apart FROM amazon_pii.orphan") == [("done",)]
+    shop.sql("UPDATE shop.orders SET shipped_at = now() - '40 days'::interval WHERE id = 1", user="shop_owner")
+    run_cycle(shop)
+    retrieve(shop, number(1))
+    assert last_name(shop, 1) == "Last1"
+    run_cycle(shop)
+    assert last_name(shop, 1) == "Last1", "order 2 has let go of the row, and order 1 has it back"
+
+
+def test_a_sync_that_writes_a_row_again_that_went_at_once(shop):
+    """P7. Breaks when the second copy of the customer's data stays until the order is due, or what it brings is lost."""
+    shop.apply_policy(policy(orphan="now"))
+    add_order(shop, 1, customer=1, shipped=None)
+    run_cycle(shop)
+    shop.sql("UPDATE shop.customers SET last_name = 'Newer1' WHERE id = 1", user="shop_owner")
+    run_cycle(shop)
+    assert last_name(shop, 1) == PLACEHOLDER
+    shop.sql("UPDATE shop.orders SET shipped_at = now() - '40 days'::interval", user="shop_owner")
+    run_cycle(shop)
+    retrieve(shop, number(1))
+    assert last_name(shop, 1) == "Newer1"
+    assert shop.value("SELECT first_name FROM shop.customers WHERE id = 1") == "First1"
+
+
+def test_a_row_that_is_removed_at_once_comes_back(shop):
+    """Breaks when the order takes the row for lost because it went before the order did."""
+    document = policy(orphan="now")
+    customers = next(entry for entry in document["linked"] if entry["table"] == "shop.customers")
+    customers["on_redact"] = "delete"
+    shop.apply_policy(document)
+    add_order(shop, 1, customer=1, shipped=None)
+    run_cycle(shop)
+    assert shop.value("SELECT count(*) FROM shop.customers WHERE id = 1") == 0
+    shop.sql("UPDATE shop.orders SET shipped_at = now() - '40 days'::interval", user="shop_owner")
+    run_cycle(shop)
+    retrieve(shop, number(1))
+    assert last_name(shop, 1) == "Last1"
+
+
+def test_a_row_that_its_own_order_needs_stays(shop):
+    """Breaks when the address that an order is to be sent to goes because it hangs on the importer's customer."""
+    shop.psql("SET ROLE shop_owner; CREATE TABLE shop.book (id bigint PRIMARY KEY, customer_id bigint REFERENCES shop.customers, street text); "
+              "CREATE INDEX ON shop.book (customer_id); INSERT INTO shop.book VALUES (10, 1, 'Booked10'), (11, 1, 'Booked11'); "
+              "ALTER TABLE shop.orders ADD ship_to bigint REFERENCES shop.book; CREATE INDEX ON shop.orders (ship_to);")
+    document = policy(orphan="now")
+    document["linked"] += [
+        {"table": "shop.book", "as": "book", "parent": "customers", "on": {"customer_id": "id"}, "redact": ["street"]},
+        {"table": "shop.book", "as": "ship_to", "on": {"id": "ship_to"}, "redact": ["street"]}]
+    shop.apply_policy(document)
+    shop.sql("INSERT INTO shop.orders (id, external_no, channel, customer_id, ship_to) VALUES (1, %s, 'amazon', 1, 10)", [number(1)], "shop_owner")
+    run_cycle(shop)
+    assert shop.sql("SELECT street FROM shop.book ORDER BY id") == [("Booked10",), (PLACEHOLDER,)]
+    assert last_name(shop, 1) == PLACEHOLDER
+    shop.sql("UPDATE shop.orders SET shipped_at = now() - '40 days'::interval", user="shop_owner")
+    run_cycle(shop)
+    assert shop.sql("SELECT DISTINCT street FROM shop.book") == [(PLACEHOLDER,)]
+
+
+def test_a_row_with_a_date_of_its_own_goes_with_its_order(shop):
+    """Breaks when `not_before` is passed over."""
+    shop.psql("SET ROLE shop_owner; CREATE TABLE shop.card (id bigint PRIMARY KEY, customer_id bigint, holder text, issued timestamptz); "
+              "CREATE INDEX ON shop.card (customer_id); INSERT INTO shop.card VALUES (1, 1, 'Holder1', now() - '40 days'::interval);")
+    document = policy(orphan="now")
+    document["linked"].append({"table": "shop.card", "parent": "customers", "on": {"customer_id": "id"}, "redact": ["holder"], "not_before": "issued"})
+    shop.apply_policy(document)
+    add_order(shop, 1, customer=1, shipped=None)
+    run_cycle(shop)
+    assert (last_name(shop, 1), shop.value("SELECT holder FROM shop.card")) == (PLACEHOLDER, "Holder1")
+    shop.sql("UPDATE shop.orders SET shipped_at = now() - '40 days'::interval", user="shop_owner")
+    run_cycle(shop)
+    assert shop.value("SELECT holder FROM shop.card") == PLACEHOLDER
+
+
+def test_an_orphan_whose_key_changes(shop):
+    """Breaks when a row that no link leads to is lost with its key."""
+    add_order(shop, 1, customer=1, shipped=None)
+    run_cycle(shop)
+    shop.sql("UPDATE shop.customers SET id = 55 WHERE id = 1; UPDATE shop.orders SET shipped_at = now() - '40 days'::interval", user="shop_owner")
+    run_cycle(shop)
+    assert last_name(shop, 55) == PLACEHOLDER
+    retrieve(shop, number(1))
+    assert last_name(shop, 55) == "Last1"
+
+
+def test_its_history_goes_at_once_too(shop):
+    """Breaks when what the shop's trigger copies because of the redaction waits for the order."""
+    open_log(shop, orphan="now")
+    add_order(shop, 1, customer=1, shipped=None)
+    run_cycle(shop)
+    assert shop.sql("SELECT DISTINCT last_name FROM shop.log") == [(PLACEHOLDER,)]
+
+
+def test_what_holds_an_order_holds_its_orphan(shop):
+    """Breaks when a hold, or a date from which the policy counts, is passed over."""
+    shop.apply_policy(policy(orphan="now", effective_from="CASE id WHEN 2 THEN '2999-01-01'::timestamptz END"))
+    for n in (1, 2):
+        add_order(shop, n, customer=n, shipped=None)
+    shop.sql("SELECT amazon_pii.hold(%s, 'court', now() + '1 day'::interval)", [number(1)])
+    run_cycle(shop)
+    assert [last_name(shop, n) for n in (1, 2)] == ["Last1", "Last2"]
+    shop.sql("SELECT amazon_pii.release(%s)", [number(1)])
+    hurry_orphans(shop)
+    run_cycle(shop)
+    assert [last_name(shop, n) for n in (1, 2)] == [PLACEHOLDER, "Last2"]
+
+
+def hurry_orphans(db):
+    db.sql("UPDATE amazon_pii.orphan SET next_attempt_at = now() WHERE apart = 'due'")
+
+
+def test_a_bad_orphan_stops_nobody_else(shop):
+    """P3. Breaks when one row that cannot be overwritten keeps the others, or goes unmentioned."""
+    shop.apply_policy(policy(orphan="now"))
+    shop.sql("CREATE FUNCTION shop.refuse() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN IF OLD.id = 2 THEN RAISE 'no'; END IF; RETURN NEW; END$$; "
+             "CREATE TRIGGER refuse BEFORE UPDATE ON shop.customers FOR EACH ROW EXECUTE FUNCTION shop.refuse()", user="shop_owner")
+    for n in (1, 2, 3):
+        add_order(shop, n, customer=n, shipped=None)
+    run_cycle(shop)
+    assert [last_name(shop, n) for n in (1, 2, 3)] == [PLACEHOLDER, "Last2", PLACEHOLDER]
+    assert "P0001" in shop.value("SELECT last_error FROM amazon_pii.status")
+    shop.sql("DROP TRIGGER refuse ON shop.customers", user="shop_owner")
+    hurry_orphans(shop)
+    run_cycle(shop)
+    assert last_name(shop, 2) == PLACEHOLDER
+
+
+def test_a_copy_that_cannot_be_opened_keeps_the_row(shop):
+    """P1. Breaks when the overwriting is not compared with what was read back."""
+    shop.apply_policy(policy(orphan="now"))
+    shop.sql("CREATE FUNCTION public.damage() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN NEW.sealed := '\\x00'; RETURN NEW; END$$; "
+             "CREATE TRIGGER damage BEFORE INSERT ON amazon_pii_archive.document FOR EACH ROW EXECUTE FUNCTION public.damage()")
+    add_order(shop, 1, customer=1, shipped=None)
+    run_cycle(shop)
+    assert last_name(shop, 1) == "Last1"
+    assert "cannot be opened" in shop.value("SELECT last_error FROM amazon_pii.status")
 
 
 def test_a_changed_policy_changes_new_orders(shop):
@@ -212,7 +430,7 @@ def test_policies_without_the_key_have_no_such_trigger(shop):
     ({"column": "customer_id", "to": "x"}, "orders.assign_customer"),
     ({"column": "customer", "to": 100}, "is not what leads to entry"),
     ({"column": "customer_id", "to": True}, "neither a number nor a text"),
-    ({"column": "customer_id", "to": 100, "orphan": "now"}, "not supported yet"),
+    ({"column": "customer_id", "to": 100, "orphan": "soon"}, "unknown word"),
     ({"column": "customer_id"}, "to: is missing"),
 ], ids=["nobody", "no key", "other column", "type", "now", "nothing"])
 def test_what_is_wrong_is_found_when_applied(shop, assign, words):

@@ -185,6 +185,17 @@ def test_amazon_orders_go_to_the_generic_record_and_the_importers_goes_with_its_
     assert cin7.sql(members) == [(1, "Amazon orders", None, None), (1001, None, PLACEHOLDER, PLACEHOLDER), (1002, None, "First2", "m2@example.invalid")]
 
 
+def test_the_importers_record_goes_at_once_where_the_policy_says_so(cin7):
+    """`"orphan": "now"`: it does not wait for the dispatch; the sale's own details do."""
+    document = preset(cin7)
+    document["orders"]["assign_customer"]["orphan"] = "now"
+    cin7.apply_policy(document)
+    add_sale(cin7, 1)
+    run_cycle(cin7)
+    assert cin7.sql("SELECT first_name, email FROM cin7.members WHERE id = 1001") == [(PLACEHOLDER, PLACEHOLDER)]
+    assert cin7.value("SELECT first_name FROM cin7.sales WHERE id = 1") == "First1"
+
+
 def test_another_generic_record_can_be_chosen_for_new_orders(cin7):
     """Changing the policy changes new orders, and no old one."""
     document = preset(cin7)

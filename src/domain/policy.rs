@@ -353,6 +353,19 @@ pub struct AssignCustomer {
     pub column: String,
     /// What it holds for the generic customer, as text.
     pub to: String,
+    /// When the row goes that the order was imported with.
+    pub orphan: Orphan,
+}
+
+/// When a customer's row goes that no order is left for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Orphan {
+    /// With the order that it was imported with.
+    #[default]
+    Archive,
+    /// At once.
+    Now,
 }
 
 /// What an order of another channel meets whose customer Amazon orders have.

@@ -27,6 +27,8 @@ pub struct Ours {
     pub leaving: Vec<String>,
     /// Left out of it: they still do, due or not.
     pub staying: Vec<String>,
+    /// The rows go before their orders: an order that was only imported with one, and whose copy is due with these, lets it go.
+    pub apart: bool,
 }
 
 /// What keeps a shared row alive.
@@ -119,7 +121,7 @@ impl Look<'_> {
     /// which nobody was found.
     fn at(&mut self, open: Vec<usize>, limit: Option<u32>) -> Result<(usize, Vec<usize>)> {
         let keys: Vec<Values> = open.iter().map(|i| self.rows[*i].key.clone()).collect();
-        let (users, cut) = users(self.plan, self.table, &keys, limit)?;
+        let (users, cut) = users_but(self.plan, self.table, &keys, limit, self.ours.apart)?;
         let read = users.len();
         self.note(&open, users)?;
         let more = |n: &usize| cut.contains(n) && self.out[open[*n]].is_none();
@@ -165,6 +167,17 @@ impl Look<'_> {
 /// # Errors
 /// Errors of the server or of the owners' expressions.
 pub fn users(plan: &Plan, table: usize, rows: &[Values], limit: Option<u32>) -> Result<(Vec<User>, HashSet<usize>)> {
+    users_but(plan, table, rows, limit, false)
+}
+
+/// [`users`], where `apart` without those that were only imported with a row that is due by itself.
+fn users_but(
+    plan: &Plan,
+    table: usize,
+    rows: &[Values],
+    limit: Option<u32>,
+    apart: bool,
+) -> Result<(Vec<User>, HashSet<usize>)> {
     let orders = plan.orders();
     let mut select = orders.key_list();
     select.push(plan.amazon.to_string());
@@ -190,7 +203,7 @@ pub fn users(plan: &Plan, table: usize, rows: &[Values], limit: Option<u32>) -> 
             out.push((f.input, key, f.row.bool(FIRST + orders.key.len())?));
         }
     }
-    out.extend(orphan::users(plan, table, rows)?);
+    out.extend(orphan::users(plan, table, rows, limit, apart, &mut cut)?);
     Ok((out, cut))
 }
 

@@ -1,13 +1,14 @@
 //! The first transaction of a batch: seal what is personal and store it.
 
 use std::borrow::Cow;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::rc::Rc;
 
 use super::audit::{self, AuditEntry};
 use super::due::Due;
 use super::former::Former;
 use super::gather::{self, Gathered, LiveRecord};
+use super::orphan::Rows;
 use super::plan::Plan;
 use super::records::{self, Fate, Listed, RecordList, Stored};
 use super::scrub;
@@ -38,15 +39,8 @@ type OfOrder = (usize, Listed);
 /// # Errors
 /// Anything: nothing of the batch is kept then.
 pub fn batch(plan: &Plan, keys: &MasterKeys, batch: &[Due]) -> Result<Archived> {
-    let order_keys: Vec<&str> = batch.iter().map(|d| d.order_key.as_str()).collect();
-    let inputs: Vec<Values> = batch.iter().map(|d| d.key.clone()).collect();
     let stored = Stored::of(plan, batch)?;
-    let mut live = gather::gather(plan, &inputs, &stored)?;
-    let mut known = vault::open(&plan.archive_schema, keys, &plan.policy, &order_keys)?;
-    for due in batch.iter().filter(|d| d.generation > 0) {
-        known.entry(due.order_key.clone()).or_default().generation = due.generation;
-    }
-    scrub::fill(plan, &mut live.records, &known, &order_keys);
+    let (live, known) = look(plan, keys, batch, &stored)?;
     let former = Former::load(plan, batch.iter().map(|d| d.redacted_version))?;
     let (documents, found) = missing(plan, &former, batch, &live, &known)?;
     vault::store(&plan.archive_schema, keys, &plan.policy, &known, &documents)?;
@@ -91,6 +85,53 @@ pub fn batch(plan: &Plan, keys: &MasterKeys, batch: &[Due]) -> Result<Archived> 
         found[record.order].1.push(record);
     }
     Ok(Archived { orders, bytes, found })
+}
+
+/// What there is of a batch, in the tables and in the archive.
+fn look(
+    plan: &Plan,
+    keys: &MasterKeys,
+    batch: &[Due],
+    stored: &Stored,
+) -> Result<(Gathered, HashMap<String, OrderArchive>)> {
+    let order_keys: Vec<&str> = batch.iter().map(|d| d.order_key.as_str()).collect();
+    let inputs: Vec<Values> = batch.iter().map(|d| d.key.clone()).collect();
+    let mut live = gather::gather(plan, &inputs, stored)?;
+    let mut known = vault::open(&plan.archive_schema, keys, &plan.policy, &order_keys)?;
+    for due in batch.iter().filter(|d| d.generation > 0) {
+        known.entry(due.order_key.clone()).or_default().generation = due.generation;
+    }
+    scrub::fill(plan, &mut live.records, &known, &order_keys);
+    Ok((live, known))
+}
+
+/// Archives some rows of orders that are not due yet; these keep their state, and list the copies.
+///
+/// # Errors
+/// As [`batch`].
+pub fn apart(plan: &Plan, keys: &MasterKeys, batch: &mut [Due], rows: &Rows) -> Result<()> {
+    let stored = Stored::of(plan, batch)?;
+    let (mut live, known) = look(plan, keys, batch, &stored)?;
+    live.records.retain(|r| rows.has(plan, &batch[r.order], r));
+    let (documents, found) = missing(plan, &Former::default(), batch, &live, &known)?;
+    vault::store(&plan.archive_schema, keys, &plan.policy, &known, &documents)?;
+    let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
+    for document in &documents {
+        *counts.entry(&document.order_key).or_default() += 1;
+    }
+    let lines = batch.iter().filter_map(|due| {
+        let count = counts.get(due.order_key.as_str())?;
+        Some(line(due, format!("{count} records, before the order")))
+    });
+    audit::insert_batch(keys, "archive", plan, lines.collect())?;
+    let mut records: Vec<Rc<RecordList>> = batch.iter().map(|d| d.records.clone()).collect();
+    for (order, record) in found {
+        Rc::make_mut(&mut records[order]).put(record);
+    }
+    for (due, records) in batch.iter_mut().zip(records) {
+        due.records = records;
+    }
+    state::listed(plan, batch)
 }
 
 /// A line of a batch's audit entry.
@@ -164,7 +205,7 @@ pub fn taken_out<'a>(
 ) -> impl Iterator<Item = usize> + 'a {
     let table = &plan.tables[record.table];
     let untouched = due.redacted_version.is_none() && due.records.lists(&table.archived_as, &record.key_text);
-    let first = untouched && !table.shared && !table.delete;
+    let first = untouched && !table.shared && !table.delete && !record.early;
     let candidates = newest.filter(|_| first);
     record.cells.iter().enumerate().filter_map(move |(i, cell)| {
         let archived = candidates?.cell(&table.cells[i].archived_as)?;

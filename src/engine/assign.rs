@@ -10,7 +10,7 @@ use pgrx::pg_sys;
 use super::plan::{Builder, Customer, Plan};
 use super::triggers::{call_key, made_for, speaks_for};
 use super::walk::{Hop, Values, hop, key_text};
-use crate::domain::policy::{AssignCustomer, Policy};
+use crate::domain::policy::{AssignCustomer, Orphan, Policy};
 use crate::engine::check::{Problem, Severity};
 use crate::pg::catalog;
 use crate::pg::error::{Error, Result};
@@ -26,6 +26,8 @@ pub struct Assign {
     pub column: Ident,
     /// As the column's type writes it.
     pub to: String,
+    /// The row that an order was imported with is redacted at once.
+    pub orphans_at_once: bool,
 }
 
 impl Assign {
@@ -61,6 +63,7 @@ impl Assign {
         }
         Ok(Self {
             column: column.name.clone(),
+            orphans_at_once: document.orphan == Orphan::Now,
             to: builder.canonical(0, column, &document.to, place).map_err(|e| {
                 if e.is_cancel() {
                     return e;

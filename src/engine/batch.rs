@@ -27,7 +27,7 @@ const BACKLOG: u32 = 2;
 
 /// How often an order comes back in one cycle for what triggers of the shop's write when its rows are overwritten. A history
 /// is done after one time, the history of a history after two.
-const COME_BACK: u32 = 3;
+pub const COME_BACK: u32 = 3;
 
 /// One process's way through what is due.
 pub struct Batches<'a> {

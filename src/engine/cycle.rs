@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use super::batch::Batches;
+use super::batch::{Batches, COME_BACK};
 use super::by_age;
 use super::check;
 use super::columns;
@@ -186,7 +186,7 @@ fn run_policy(policy: &str, sweep: bool, boundary: Boundary) -> Result<Counts> {
     match report::remark(&plan, &run.batches.clock)? {
         Some(remark) => run.only_report(&remark)?,
         None => {
-            run.work()?;
+            run.all_that_is_due()?;
             run.purge()?;
             run.by_age()?;
         }
@@ -260,7 +260,7 @@ impl Run<'_> {
             run.trouble = trouble.or(run.trouble.take());
             Ok(())
         })?;
-        self.step(|run| orphan::settle(run.plan))?;
+        self.step(|run| orphan::settle(run.plan).map(|_| ()))?;
         self.step(|run| {
             for (order, error) in rekey::settle(run.plan, &run.batches.keys)? {
                 state::troubled(run.plan, &order, &error)?;
@@ -309,7 +309,46 @@ impl Run<'_> {
         self.batches.pace.note(Some(remark))
     }
 
-    /// All that is due. Calls others for help when that is much, and takes over from those that end too early.
+    /// Orphans first, which go at once; then orders. Triggers of the shop's may write what hangs on an orphan because of that: then
+    /// again, some times at most.
+    fn all_that_is_due(&mut self) -> Result<()> {
+        for _ in 0..=COME_BACK {
+            self.orphans()?;
+            self.work()?;
+            if self.plan.generic.is_empty() {
+                return Ok(());
+            }
+            let mut more = false;
+            self.step(|run| {
+                turn::take(&run.plan.policy, Mode::Alone)?;
+                more = orphan::settle(run.plan)?;
+                Ok(())
+            })?;
+            if !more {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    fn orphans(&mut self) -> Result<()> {
+        if self.plan.generic.is_empty() {
+            return Ok(());
+        }
+        let (keys, clock) = (keys::master_keys()?, self.batches.clock.clone());
+        let mut apart = orphan::Apart {
+            plan: self.plan,
+            keys: &keys,
+            clock: &clock,
+            boundary: self.boundary,
+            trouble: None,
+        };
+        apart.all(self.batches.pace.size())?;
+        self.trouble = apart.trouble.or(self.trouble.take());
+        Ok(())
+    }
+
+    /// All orders that are due. Calls others for help when that is much, and takes over from those that end too early.
     fn work(&mut self) -> Result<()> {
         loop {
             if let Some(team) = &self.team {

@@ -80,6 +80,27 @@ impl Asked {
 }
 
 impl Due {
+    /// From [`COLUMNS`].
+    fn read(row: &Row) -> Result<Self> {
+        Ok(Self {
+            order_key: row.string(0)?,
+            key: key_parts(row.str(0)?)?,
+            number: row.owned(1)?,
+            status: row.string(2)?,
+            archived: row.bool(3)?,
+            redact: false,
+            attempts: u32::try_from(row.int(4)?).unwrap_or(u32::MAX),
+            redacted_version: row.text(5)?.and_then(|v| v.parse().ok()),
+            records: Rc::new(RecordList::parse(row.text(6)?)?),
+            asked: Asked::of(row.text(7)?)?,
+            purged: row.bool(8)?,
+            generation: row.int(9)?,
+            copied: false,
+            came_back: false,
+            seen: None,
+        })
+    }
+
     /// Whether the live values have to be archived (again) before anything is overwritten.
     pub fn needs_copy(&self) -> bool {
         self.status != "archived" && self.asked != Asked::Forgotten
@@ -120,6 +141,14 @@ impl Share {
         Self { of: 1, parts: vec![0] }
     }
 }
+
+/// What [`Due`] holds of an order, from `o`.
+const COLUMNS: &str = "o.order_key, o.order_number, o.status, o.archived_at IS NOT NULL, o.attempts, o.redacted_version, o.records, \
+     o.asked, o.purged_at IS NOT NULL, COALESCE(o.key_generation, 0)";
+
+/// The condition that an order has yet to be redacted for the first time, over `o`.
+pub const UNTOUCHED: &str =
+    "(o.redacted_version IS NULL AND o.status IN ('flagged', 'scheduled', 'archived', 'failed'))";
 
 /// The condition that an order is in one of the parts $8 of $7.
 const IN_SHARE: &str = "($7::bigint = 1 OR (pg_catalog.hashtextextended(o.order_key, 0) & 9223372036854775807) % $7::bigint = ANY ($8::bigint[]))";
@@ -164,8 +193,7 @@ pub fn take(plan: &Plan, clock: &Clock, share: &Share, limit: i64) -> Result<Vec
         sql::write(
             // ident-ok: made of constants.
             &format!(
-                "SELECT o.order_key, o.order_number, o.status, o.archived_at IS NOT NULL, COALESCE({redact_due}, false), \
-                        o.attempts, o.redacted_version, o.records, o.asked, o.purged_at IS NOT NULL, COALESCE(o.key_generation, 0) \
+                "SELECT {COLUMNS}, COALESCE({redact_due}, false) \
                  FROM amazon_pii.order_state o \
                  WHERE o.policy = $1 AND o.next_due_at <= GREATEST($2::timestamptz, $4::timestamptz) \
                    AND (o.next_attempt_at IS NULL OR o.next_attempt_at <= $2::timestamptz) \
@@ -187,24 +215,41 @@ pub fn take(plan: &Plan, clock: &Clock, share: &Share, limit: i64) -> Result<Vec
     rows.iter()
         .map(|r| {
             Ok(Due {
-                order_key: r.string(0)?,
-                key: key_parts(r.str(0)?)?,
-                number: r.owned(1)?,
-                status: r.string(2)?,
-                archived: r.bool(3)?,
-                redact: r.bool(4)?,
-                attempts: u32::try_from(r.int(5)?).unwrap_or(u32::MAX),
-                redacted_version: r.text(6)?.and_then(|v| v.parse().ok()),
-                records: Rc::new(RecordList::parse(r.text(7)?)?),
-                asked: Asked::of(r.text(8)?)?,
-                purged: r.bool(9)?,
-                generation: r.int(10)?,
-                copied: false,
-                came_back: false,
-                seen: None,
+                redact: r.bool(10)?,
+                ..Due::read(r)?
             })
         })
         .collect()
+}
+
+/// Locks those of some orders that were never redacted, and may be touched: they are tracked, in effect, and nothing holds them.
+///
+/// # Errors
+/// Errors of the server.
+pub fn untouched(plan: &Plan, clock: &Clock, orders: &[&str]) -> Result<Vec<Due>> {
+    let exported = match plan.document.export {
+        Some(Export::Require) => EXPORTED,
+        Some(Export::Warn) | None => "true",
+    };
+    let rows = on_keys(|| {
+        sql::write(
+            // ident-ok: made of constants.
+            &format!(
+                "SELECT {COLUMNS} FROM amazon_pii.order_state o WHERE o.policy IS NOT DISTINCT FROM $1 AND o.order_key = ANY ($3) \
+                 AND {UNTOUCHED} AND (o.held_until IS NULL OR o.held_until <= $2::timestamptz) \
+                 AND (o.effective_at IS NULL OR o.effective_at <= $2::timestamptz) AND {IN_FORCE} AND {exported} \
+                 FOR UPDATE OF o SKIP LOCKED"
+            ),
+            &[
+                Arg::Text(Some(&plan.policy)),
+                Arg::Text(Some(&clock.now)),
+                Arg::texts(orders),
+                Arg::Text(None),
+                Arg::Int(plan.version),
+            ],
+        )
+    })?;
+    rows.iter().map(Due::read).collect()
 }
 
 /// How many orders a cycle would archive now, and how many it would redact.

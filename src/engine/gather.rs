@@ -6,7 +6,7 @@ use super::assign;
 use super::history;
 use super::overwrite::{CellWrite, NewValue};
 use super::plan::{Plan, Table};
-use super::records::{Listed, Stored};
+use super::records::{Fate, Listed, Stored};
 use super::walk::{self, FIRST, Found, Hop, Values, by_key, hop, key_parts, key_text, own_key};
 use crate::domain::treatment::Outcome;
 use crate::pg::error::Result;
@@ -41,6 +41,8 @@ pub struct LiveRecord {
     pub link: Option<Values>,
     /// Known by its stored key alone: the links lead elsewhere by now.
     pub stored: bool,
+    /// It was redacted, although its order is not yet.
+    pub early: bool,
 }
 
 impl LiveRecord {
@@ -177,6 +179,10 @@ fn shape(plan: &Plan, index: usize) -> Shape {
 pub fn gather(plan: &Plan, orders: &[Values], stored: &Stored) -> Result<Gathered> {
     let (mut gathered, known) = walk_down(plan, orders.len(), Start::Keys(orders))?;
     add_stored(plan, stored, &known, &mut gathered)?;
+    for record in &mut gathered.records {
+        let fate = stored.fate(record.order, &plan.tables[record.table].archived_as, &record.key_text);
+        record.early = fate == Some(Fate::Redacted);
+    }
     history::leave_own(plan, &mut gathered.records)?;
     Ok(gathered)
 }
@@ -269,6 +275,7 @@ fn walk_down(plan: &Plan, orders: usize, start: Start<'_>) -> Result<(Gathered, 
                     not_before: None,
                     link: inputs.get(input).filter(|_| !is_own_key).cloned(),
                     stored: false,
+                    early: false,
                 });
                 gathered.records.len() - 1
             });
@@ -394,6 +401,7 @@ pub fn rows_of(plan: &Plan, table: &Table, stored: &[&str]) -> Result<Vec<Option
             not_before: None,
             link: None,
             stored: true,
+            early: false,
         });
     }
     Ok(out)

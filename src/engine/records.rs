@@ -1,6 +1,6 @@
 //! The rows that hold, or held, personal data of an order. The order's own state lists them, and says what became of
 //! them; a row of `record_state` is written only for one that fares otherwise: waiting, retrieved, gone, come back. That
-//! begins with redaction: an order that was never redacted has none.
+//! begins with redaction: an order that was never redacted has none, orphans that went before it aside.
 
 use std::collections::HashMap;
 use std::rc::Rc;
@@ -92,6 +92,8 @@ pub enum Fate {
     Retrieved,
     /// The row does not exist any more.
     Gone,
+    /// It was redacted, although its order is not yet.
+    Redacted,
 }
 
 impl Fate {
@@ -101,12 +103,19 @@ impl Fate {
             Self::Waiting => "waiting",
             Self::Retrieved => "retrieved",
             Self::Gone => "gone",
+            Self::Redacted => "redacted",
         }
     }
 
     fn of(word: &str) -> Result<Self> {
-        [Self::Archived, Self::Waiting, Self::Retrieved, Self::Gone]
-            .into_iter()
+        let all = [
+            Self::Archived,
+            Self::Waiting,
+            Self::Retrieved,
+            Self::Gone,
+            Self::Redacted,
+        ];
+        all.into_iter()
             .find(|f| f.word() == word)
             .ok_or_else(|| Error::internal("a record has an unknown state"))
     }
@@ -125,13 +134,14 @@ impl Stored {
     /// # Errors
     /// Errors of the server.
     pub fn of(plan: &Plan, batch: &[Due]) -> Result<Self> {
-        let redacted = batch.iter().enumerate().filter(|(_, d)| d.redacted_version.is_some());
+        let may_have = |d: &Due| d.redacted_version.is_some() || !plan.generic.is_empty();
+        let asked = batch.iter().enumerate().filter(|(_, d)| may_have(d));
         Ok(Self {
             lists: batch
                 .iter()
                 .map(|d| (d.records.clone(), d.redacted_version.is_some()))
                 .collect(),
-            fates: fates(plan, redacted.map(|(i, d)| (d.order_key.as_str(), i)).collect())?,
+            fates: fates(plan, asked.map(|(i, d)| (d.order_key.as_str(), i)).collect())?,
         })
     }
 

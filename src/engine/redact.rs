@@ -1,8 +1,10 @@
 //! The second transaction of a batch: open the committed copies, compare, overwrite.
 
+mod apart;
 mod changes;
 mod shared;
 
+pub use apart::apart;
 use changes::Changes;
 pub use shared::Sharing;
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -16,6 +18,7 @@ use super::due::{Asked, Clock, Due};
 use super::files;
 use super::former::Former;
 use super::gather::{self, Gathered, LiveRecord};
+use super::orphan;
 use super::overwrite::{self, CellWrite, Marks, RowWrite};
 use super::plan::Plan;
 use super::purge;
@@ -116,6 +119,7 @@ pub fn batch(
         others,
         clock,
         batch,
+        apart: false,
     };
     let waiting = look.lock(sharing, &mut targets, &mut excluded, &mut out)?;
     let clean = live.records.iter().zip(&pii).filter(|(_, pii)| pii.is_empty());
@@ -172,6 +176,7 @@ pub fn batch(
     let dues = |list: Vec<usize>| list.into_iter().map(|i| &batch[i]).collect::<Vec<_>>();
     let (overwritten, clean) = (dues(overwritten), dues(clean));
     state::redacted(plan, &overwritten)?;
+    orphan::with_their_orders(plan, &overwritten)?;
     state::rechecked(plan, &clean)?;
     for (order, (moment, by)) in late.into_iter().filter(|(order, _)| !excluded.contains(order)) {
         state::pushed(plan, &batch[order], &moment, &plan.entries[by].alias)?;

@@ -31,7 +31,7 @@ pub fn changed(plan: &Plan, index: usize, call: &TriggerCall) -> Result<()> {
         .map(String::as_str)
         .zip(new.iter().map(String::as_str))
         .collect();
-    let users = if index == 0 {
+    let mut users = if index == 0 {
         Vec::new()
     } else {
         let before = users(plan, index, call, "amazon_pii_old", |key| renames.contains_key(key))?;
@@ -55,6 +55,15 @@ pub fn changed(plan: &Plan, index: usize, call: &TriggerCall) -> Result<()> {
             &[shown.clone(), from.clone(), to.clone(), policy.clone()],
         )?;
         if index > 0 {
+            // No link leads from these orders to the row.
+            let orphans = sql::write(
+                "UPDATE amazon_pii.orphan r SET record_key = n.new FROM ROWS FROM (pg_catalog.unnest($2), pg_catalog.unnest($3)) AS n (old, new) \
+                 WHERE r.table_name = $1 AND r.record_key = n.old AND r.policy = $4 RETURNING r.order_key",
+                &[shown.clone(), from.clone(), to.clone(), policy.clone()],
+            )?;
+            for row in &orphans {
+                users.push(row.string(0)?);
+            }
             return relist(
                 plan,
                 index,

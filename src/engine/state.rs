@@ -43,6 +43,27 @@ pub fn archived(plan: &Plan, batch: &[(&Due, &RecordList)]) -> Result<()> {
     Ok(())
 }
 
+/// What orders list now; nothing else changes for them.
+///
+/// # Errors
+/// Errors of the server.
+pub fn listed(plan: &Plan, batch: &[Due]) -> Result<()> {
+    let (keys, records) = lists(batch.iter().map(|d| (d, &*d.records)));
+    on_keys(|| {
+        sql::execute(
+            "UPDATE amazon_pii.order_state o SET records = n.r \
+             FROM ROWS FROM (pg_catalog.unnest($1), pg_catalog.unnest($2), pg_catalog.unnest($3)) AS n (p, k, r) \
+             WHERE o.policy = n.p AND o.order_key = n.k AND o.records IS DISTINCT FROM n.r",
+            &[
+                policy_each(plan, keys.len()),
+                Arg::texts(&keys),
+                Arg::opt_texts(&records),
+            ],
+        )
+    })?;
+    Ok(())
+}
+
 /// Orders whose copy is stored and that are not redacted after all: a batch that does both writes one state.
 ///
 /// # Errors

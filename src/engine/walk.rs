@@ -296,12 +296,25 @@ pub fn up(
 ) -> Result<Vec<Found>> {
     climb(
         plan,
-        from,
+        (from, 0),
         links,
         select,
         |top| limit.filter(|_| top),
         &mut HashSet::new(),
     )
+}
+
+/// [`up`] to the rows of entry `to`, which is above `from`; `select` is over these.
+///
+/// # Errors
+/// As [`hop`].
+pub fn up_to(
+    plan: &Plan,
+    (from, to): (usize, usize),
+    links: Vec<(usize, Values)>,
+    select: &[String],
+) -> Result<Vec<Found>> {
+    climb(plan, (from, to), links, select, |_| None, &mut HashSet::new())
 }
 
 /// [`up`], looking at that many rows at most for each row of each step; the inputs for which there may be more are added
@@ -317,12 +330,12 @@ pub fn up_some(
     limit: Option<u32>,
     cut: &mut HashSet<usize>,
 ) -> Result<Vec<Found>> {
-    climb(plan, from, links, select, |_| limit, cut)
+    climb(plan, (from, 0), links, select, |_| limit, cut)
 }
 
 fn climb(
     plan: &Plan,
-    from: usize,
+    (from, to): (usize, usize),
     links: Vec<(usize, Values)>,
     select: &[String],
     limit: impl Fn(bool) -> Option<u32>,
@@ -336,7 +349,7 @@ fn climb(
             return Ok(Vec::new());
         };
         let parent = &plan.entries[parent_index];
-        let top = parent.parent.is_none();
+        let top = parent_index == to;
         let next = select_all(&parent.on_child);
         let (origins, inputs): (Vec<usize>, Vec<Values>) = at.into_iter().unzip();
         let found = hop(

@@ -8,8 +8,8 @@ use super::document::{Node, Object, nearest, suggestion};
 use super::history::history;
 use super::moment::moment;
 use super::{
-    Anchor, Archive, AssignCustomer, ByAge, Export, Linked, OnRedact, Orders, Policy, PolicyError, QualifiedName,
-    Redact, RetrieveOnInsert, Role, Shared, Treatment, Window,
+    Anchor, Archive, AssignCustomer, ByAge, Export, Linked, OnRedact, Orders, Orphan, Policy, PolicyError,
+    QualifiedName, Redact, RetrieveOnInsert, Role, Shared, Treatment, Window,
 };
 
 type Result<T> = std::result::Result<T, PolicyError>;
@@ -339,17 +339,11 @@ fn assign_customer(node: &Node<'_>) -> Result<AssignCustomer> {
                 .with_hint("Write the key of the generic customer."));
         }
     };
-    if let Some(orphan) = assign.get("orphan") {
-        if orphan.text()? == "now" {
-            return Err(orphan
-                .error("\"now\" is not supported yet")
-                .with_hint("Use \"archive\", or leave the key out."));
-        }
-        orphan.word::<String>(&["archive", "now"])?;
-    }
+    let orphan = assign.get("orphan");
     Ok(AssignCustomer {
         column: assign.need("column")?.text()?,
         to: text,
+        orphan: orphan.map_or(Ok(Orphan::Archive), |node| node.word(&["archive", "now"]))?,
     })
 }
 

@@ -85,6 +85,7 @@ impl<'a> Changes<'a> {
         for r in live.iter().chain(set_aside) {
             found[r.order].push(place(r));
         }
+        let removes = |table: &str| plan.tables.iter().any(|t| t.delete && t.archived_as == table);
         let later: HashSet<(usize, (&str, &str))> = set_aside.iter().map(|r| (r.order, place(r))).collect();
         for order in done {
             let due = &batch[*order];
@@ -96,7 +97,8 @@ impl<'a> Changes<'a> {
                 }
                 let is_there = found[*order].binary_search(&place).is_ok();
                 let fate = match (stored.fate(*order, table, key), is_there) {
-                    (Some(Fate::Archived | Fate::Retrieved), true) => None,
+                    (Some(Fate::Archived | Fate::Retrieved | Fate::Redacted), true) => None,
+                    (Some(Fate::Redacted), false) => Some(Fate::Gone).filter(|_| !removes(table)),
                     (Some(Fate::Archived | Fate::Retrieved | Fate::Waiting), false) => Some(Fate::Gone),
                     (None, false) if due.redacted_version.is_none() => Some(Fate::Gone),
                     _ => continue,

@@ -44,6 +44,8 @@ pub(super) struct Look<'a> {
     pub(super) others: &'a [Rc<Plan>],
     pub(super) clock: &'a Clock,
     pub(super) batch: &'a [Due],
+    /// Its rows go before their orders.
+    pub(super) apart: bool,
 }
 
 type Waiting<'a> = Vec<(Target<'a>, Keeper)>;
@@ -95,7 +97,7 @@ impl Look<'_> {
             let named = |p: &Rc<Plan>| p.tables.iter().any(|t| t.relation.oid == table.relation.oid);
             let every = table.shared || self.others.iter().any(named);
             for target in targets.iter_mut().filter(|t| t.table == index) {
-                target.shared = (every || target.stored) && !target.only_marked;
+                target.shared = (every || target.stored || self.apart) && !target.only_marked;
             }
         }
     }
@@ -106,8 +108,10 @@ impl Look<'_> {
             self.batch.iter().enumerate().partition(|(i, _)| excluded.contains(i));
         let keys = |list: Vec<(usize, &Due)>| list.into_iter().map(|(_, d)| d.order_key.clone()).collect::<Vec<_>>();
         let ours = alive::Ours {
-            leaving: keys(leaving),
+            // An order that stays needs what its links lead to.
+            leaving: if self.apart { Vec::new() } else { keys(leaving) },
             staying: keys(staying),
+            apart: self.apart,
         };
         let mut waiting = Vec::new();
         for table in 0..self.plan.tables.len() {
@@ -149,7 +153,7 @@ impl Look<'_> {
             let links: Vec<&Values> = part.iter().filter_map(|t| t.link).collect();
             let links = first.link.map(|_| (&plan.entries[first.entry], links.as_slice()));
             let keys = part.iter().map(|t| t.write.key);
-            let locked = overwrite::lock(plan, table, keys, links, table.shared || table.delete)?;
+            let locked = overwrite::lock(plan, table, keys, links, table.shared || table.delete || self.apart)?;
             for (target, locked) in part.iter_mut().zip(locked) {
                 target.locked = locked;
             }
