@@ -231,6 +231,7 @@ def test_a_row_that_is_removed_at_once_comes_back(shop):
     add_order(shop, 1, customer=1, shipped=None)
     run_cycle(shop)
     assert shop.value("SELECT count(*) FROM shop.customers WHERE id = 1") == 0
+    assert record_states(shop, "shop.customers", 1) == {1: "redacted"}
     shop.sql("UPDATE shop.orders SET shipped_at = now() - '40 days'::interval", user="shop_owner")
     run_cycle(shop)
     retrieve(shop, number(1))
@@ -290,6 +291,111 @@ def test_its_history_goes_at_once_too(shop):
     assert shop.sql("SELECT DISTINCT last_name FROM shop.log") == [(PLACEHOLDER,)]
 
 
+def test_a_history_that_logs_itself_waits(shop):
+    """P4. Breaks when a log of the log keeps every cycle busy, or nobody is told."""
+    open_log(shop, orphan="now")
+    shop.sql("CREATE FUNCTION shop.again() RETURNS trigger LANGUAGE plpgsql AS "
+             "$$BEGIN INSERT INTO shop.log (customer_id, last_name) VALUES (OLD.customer_id, OLD.last_name); RETURN NULL; END$$; "
+             "CREATE TRIGGER again AFTER UPDATE ON shop.log FOR EACH ROW EXECUTE FUNCTION shop.again()", user="shop_owner")
+    add_order(shop, 1, customer=1, shipped=None)
+    run_cycle(shop)
+    rows = shop.value("SELECT count(*) FROM shop.log")
+    assert "again" in shop.value("SELECT last_error FROM amazon_pii.status")
+    run_cycle(shop)
+    assert shop.value("SELECT count(*) FROM shop.log") == rows
+    shop.sql("DROP TRIGGER again ON shop.log", user="shop_owner")
+    shop.sql("UPDATE amazon_pii.orphan SET next_attempt_at = now() WHERE record_key IS NULL")
+    run_cycle(shop)
+    assert shop.sql("SELECT DISTINCT last_name FROM shop.log") == [(PLACEHOLDER,)]
+
+
+def test_a_customer_who_comes_back_goes_at_once_every_time(shop):
+    """Breaks when a former order, redacted, retrieved before or waiting, keeps the row of a customer who orders again."""
+    shop.apply_policy(policy(orphan="now"))
+    for n in range(1, 5):
+        if n > 1:
+            shop.sql("UPDATE shop.customers SET last_name = %s WHERE id = 1", [f"Name{n}"], "shop_owner")
+        add_order(shop, n, customer=1, shipped=None)
+        run_cycle(shop)
+        assert last_name(shop, 1) == PLACEHOLDER, n
+        shop.sql("UPDATE shop.orders SET shipped_at = now() - '40 days'::interval WHERE id = %s", [n], "shop_owner")
+        run_cycle(shop)
+        if n == 2:
+            retrieve(shop, number(n))
+            assert last_name(shop, 1) == "Name2"
+            shop.sql("SELECT amazon_pii.end_retrieval(%s)", [number(n)])
+            run_cycle(shop)
+    assert shop.sql("SELECT DISTINCT apart FROM amazon_pii.orphan") == [("done",)]
+
+
+def test_a_row_that_a_retrieved_order_has_back_stays(shop):
+    """P5. Breaks when a new order takes away what an agent is looking at."""
+    shop.apply_policy(policy(orphan="now"))
+    add_order(shop, 1, customer=1)
+    run_cycle(shop)
+    retrieve(shop, number(1))
+    add_order(shop, 2, customer=1, shipped=None)
+    run_cycle(shop)
+    assert last_name(shop, 1) == "Last1"
+
+
+@pytest.mark.parametrize("orphan", ["archive", "now"])
+def test_a_history_after_the_newest_order_was_deleted(shop, orphan):
+    """Breaks when what is written on the customer is told to an order that is gone, and nobody redacts it."""
+    open_log(shop, orphan=orphan)
+    for n in (1, 2):
+        add_order(shop, n, customer=1, shipped="40 days" if n == 2 else None)
+    run_cycle(shop)
+    shop.sql("DELETE FROM shop.orders WHERE id = 2", user="shop_owner")
+    run_cycle(shop)
+    shop.sql("UPDATE shop.customers SET phone = '1' WHERE id = 1; INSERT INTO shop.log (customer_id, last_name) VALUES (1, 'Late')", user="shop_owner")
+    shop.sql("UPDATE shop.orders SET shipped_at = now() - '40 days'::interval", user="shop_owner")
+    run_cycle(shop)
+    assert shop.sql("SELECT DISTINCT last_name FROM shop.log") == [(PLACEHOLDER,)]
+    assert last_name(shop, 1) == PLACEHOLDER
+
+
+def test_a_customer_that_is_inserted_after_its_order(shop):
+    """Breaks when the row is looked for once, before it is there."""
+    shop.apply_policy(policy(orphan="now"))
+    shop.sql("INSERT INTO shop.orders (id, external_no, channel, customer_id) VALUES (1, %s, 'amazon', 50)", [number(1)], "shop_owner")
+    run_cycle(shop)
+    add_customer(shop, 50)
+    shop.sql("UPDATE amazon_pii.orphan SET next_attempt_at = now()")
+    run_cycle(shop)
+    assert last_name(shop, 50) == PLACEHOLDER
+
+
+def test_an_open_transaction_on_an_orphan_stops_nobody_else(shop):
+    """P3. Breaks when a cycle waits for the shop."""
+    shop.apply_policy(policy(orphan="now"))
+    for n in (1, 2):
+        add_order(shop, n, customer=n, shipped=None)
+    add_order(shop, 3, customer=3)
+    other = shop.connect("shop_owner", autocommit=False)
+    with other.cursor() as cursor:
+        cursor.execute("UPDATE shop.customers SET id = 55 WHERE id = 1")
+        run_cycle(shop)
+    other.rollback()
+    assert (order_value(shop, 3), last_name(shop, 2), last_name(shop, 1)) == ("redacted", PLACEHOLDER, "Last1")
+    hurry_orphans(shop)
+    run_cycle(shop)
+    assert last_name(shop, 1) == PLACEHOLDER
+
+
+def test_the_archive_of_a_deleted_order_ends(shop):
+    """Breaks when the copy of an order that was deleted before it was dispatched is kept for ever."""
+    shop.apply_policy({**policy(orphan="now"), "archive_for": "1 day"})
+    add_order(shop, 1, customer=1, shipped=None)
+    run_cycle(shop)
+    shop.sql("DELETE FROM shop.addresses; DELETE FROM shop.orders", user="shop_owner")
+    run_cycle(shop)
+    assert shop.value("SELECT count(*) FROM amazon_pii_archive.document") > 0
+    shop.sql("UPDATE amazon_pii.order_state SET redact_due_at = redact_due_at - '3 days'::interval, redacted_at = redacted_at - '3 days'::interval")
+    run_cycle(shop)
+    assert shop.value("SELECT count(*) FROM amazon_pii_archive.document") == 0
+
+
 def test_what_holds_an_order_holds_its_orphan(shop):
     """Breaks when a hold, or a date from which the policy counts, is passed over."""
     shop.apply_policy(policy(orphan="now", effective_from="CASE id WHEN 2 THEN '2999-01-01'::timestamptz END"))
@@ -299,7 +405,6 @@ def test_what_holds_an_order_holds_its_orphan(shop):
     run_cycle(shop)
     assert [last_name(shop, n) for n in (1, 2)] == ["Last1", "Last2"]
     shop.sql("SELECT amazon_pii.release(%s)", [number(1)])
-    hurry_orphans(shop)
     run_cycle(shop)
     assert [last_name(shop, n) for n in (1, 2)] == [PLACEHOLDER, "Last2"]
 

@@ -9,6 +9,7 @@ use std::rc::Rc;
 use super::audit::AuditEntry;
 use super::files;
 use super::history;
+use super::orphan;
 use super::plan::Plan;
 use super::records::RecordList;
 use super::rekey;
@@ -404,6 +405,7 @@ pub fn release(target: &Target<'_>) -> Result<()> {
                     &[Arg::Text(Some(&plan.policy)), Arg::texts(orders)],
                 )
             })?;
+            orphan::hurry(plan, orders)?;
             crate::worker::wake();
             Ok(())
         },

@@ -5,7 +5,7 @@ use std::collections::{HashMap, HashSet};
 use std::rc::Rc;
 
 use super::due::{Clock, redact_due};
-use super::orphan;
+use super::orphan::{self, Imported, Rows};
 use super::plan::{Entry, Plan, Table};
 use super::turn;
 use super::walk::{self, FIRST, Values, by_key, key_parts, key_text, up_some};
@@ -22,13 +22,13 @@ const SECOND_LOOK: usize = 5000;
 
 /// Orders of the batch that asks.
 #[derive(Default)]
-pub struct Ours {
+pub struct Ours<'a> {
     /// Redacted in the same transaction: they need the row no longer.
     pub leaving: Vec<String>,
     /// Left out of it: they still do, due or not.
     pub staying: Vec<String>,
-    /// The rows go before their orders: an order that was only imported with one, and whose copy is due with these, lets it go.
-    pub apart: bool,
+    /// The rows go before their orders: those that were only imported with them let go together.
+    pub apart: Option<&'a Rows>,
 }
 
 /// What keeps a shared row alive.
@@ -58,7 +58,7 @@ pub fn keepers(
     others: &[Rc<Plan>],
     table: usize,
     rows: &[Asked],
-    ours: &Ours,
+    ours: &Ours<'_>,
     clock: &Clock,
 ) -> Result<Vec<Option<Keeper>>> {
     let relation = plan.tables[table].relation.oid;
@@ -109,7 +109,7 @@ struct Look<'a> {
     table: usize,
     /// It is the policy that asks.
     own: bool,
-    ours: &'a Ours,
+    ours: &'a Ours<'a>,
     clock: &'a Clock,
     amazon_only: bool,
     rows: &'a [Asked],
@@ -121,7 +121,8 @@ impl Look<'_> {
     /// which nobody was found.
     fn at(&mut self, open: Vec<usize>, limit: Option<u32>) -> Result<(usize, Vec<usize>)> {
         let keys: Vec<Values> = open.iter().map(|i| self.rows[*i].key.clone()).collect();
-        let (users, cut) = users_but(self.plan, self.table, &keys, limit, self.ours.apart)?;
+        let imported = self.ours.apart.map_or(Imported::Needing, Imported::Others);
+        let (users, cut) = users_of(self.plan, self.table, &keys, limit, imported)?;
         let read = users.len();
         self.note(&open, users)?;
         let more = |n: &usize| cut.contains(n) && self.out[open[*n]].is_none();
@@ -167,16 +168,16 @@ impl Look<'_> {
 /// # Errors
 /// Errors of the server or of the owners' expressions.
 pub fn users(plan: &Plan, table: usize, rows: &[Values], limit: Option<u32>) -> Result<(Vec<User>, HashSet<usize>)> {
-    users_but(plan, table, rows, limit, false)
+    users_of(plan, table, rows, limit, Imported::All)
 }
 
-/// [`users`], where `apart` without those that were only imported with a row that is due by itself.
-fn users_but(
+/// [`users`], of those that no link leads from any more only these.
+fn users_of(
     plan: &Plan,
     table: usize,
     rows: &[Values],
     limit: Option<u32>,
-    apart: bool,
+    imported: Imported<'_>,
 ) -> Result<(Vec<User>, HashSet<usize>)> {
     let orders = plan.orders();
     let mut select = orders.key_list();
@@ -203,7 +204,7 @@ fn users_but(
             out.push((f.input, key, f.row.bool(FIRST + orders.key.len())?));
         }
     }
-    out.extend(orphan::users(plan, table, rows, limit, apart, &mut cut)?);
+    out.extend(orphan::users(plan, table, rows, limit, imported, &mut cut)?);
     Ok((out, cut))
 }
 

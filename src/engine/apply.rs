@@ -263,6 +263,11 @@ fn store(plan: &Plan, document: &str) -> Result<(i64, bool)> {
                 ],
             )?;
         }
+        // They may be due by another date now.
+        sql::execute(
+            "UPDATE amazon_pii.orphan SET next_attempt_at = '-infinity' WHERE policy = $1 AND apart = 'due'",
+            &[Arg::Text(Some(&plan.policy))],
+        )?;
         let mut names = sql::write(
             "DELETE FROM amazon_pii.policy_table WHERE policy = $1 RETURNING relation::oid, archived_as",
             &[Arg::Text(Some(&plan.policy))],

@@ -36,6 +36,9 @@ use crate::worker::helper::Team;
 /// How often a long run says how far it is.
 const TELL_EVERY: Duration = Duration::from_secs(10);
 
+/// Rows of orphans that are handled together.
+const ORPHANS: i64 = 200;
+
 /// What a cycle did.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub struct Counts {
@@ -260,7 +263,7 @@ impl Run<'_> {
             run.trouble = trouble.or(run.trouble.take());
             Ok(())
         })?;
-        self.step(|run| orphan::settle(run.plan).map(|_| ()))?;
+        self.step(|run| orphan::settle(run.plan, &run.batches.clock).map(|_| ()))?;
         self.step(|run| {
             for (order, error) in rekey::settle(run.plan, &run.batches.keys)? {
                 state::troubled(run.plan, &order, &error)?;
@@ -309,25 +312,32 @@ impl Run<'_> {
         self.batches.pace.note(Some(remark))
     }
 
-    /// Orphans first, which go at once; then orders. Triggers of the shop's may write what hangs on an orphan because of that: then
-    /// again, some times at most.
+    /// Orders first, then orphans that go at once. Triggers of the shop's may write what hangs on an orphan because of that: then again,
+    /// some times at most.
     fn all_that_is_due(&mut self) -> Result<()> {
-        for _ in 0..=COME_BACK {
-            self.orphans()?;
+        for round in 0..=COME_BACK {
             self.work()?;
             if self.plan.generic.is_empty() {
                 return Ok(());
             }
+            self.orphans()?;
             let mut more = false;
             self.step(|run| {
                 turn::take(&run.plan.policy, Mode::Alone)?;
-                more = orphan::settle(run.plan)?;
+                more = if round < COME_BACK {
+                    orphan::settle(run.plan, &run.batches.clock)?
+                } else {
+                    orphan::postpone(run.plan)?
+                };
                 Ok(())
             })?;
             if !more {
-                break;
+                return Ok(());
             }
         }
+        self.trouble = Some(Error::not_overwritten(
+            "triggers copy the personal data of an orphan again whenever it is overwritten",
+        ));
         Ok(())
     }
 
@@ -343,8 +353,18 @@ impl Run<'_> {
             boundary: self.boundary,
             trouble: None,
         };
-        apart.all(self.batches.pace.size())?;
+        let outcome = apart.all(ORPHANS);
         self.trouble = apart.trouble.or(self.trouble.take());
+        match outcome {
+            Err(e) if e.is_cancel() => return Err(e),
+            Err(e) => {
+                self.boundary.rollback();
+                if !e.is_lock() {
+                    self.trouble = Some(e);
+                }
+            }
+            Ok(()) => {}
+        }
         Ok(())
     }
 

@@ -227,17 +227,13 @@ pub fn take(plan: &Plan, clock: &Clock, share: &Share, limit: i64) -> Result<Vec
 /// # Errors
 /// Errors of the server.
 pub fn untouched(plan: &Plan, clock: &Clock, orders: &[&str]) -> Result<Vec<Due>> {
-    let exported = match plan.document.export {
-        Some(Export::Require) => EXPORTED,
-        Some(Export::Warn) | None => "true",
-    };
     let rows = on_keys(|| {
         sql::write(
             // ident-ok: made of constants.
             &format!(
                 "SELECT {COLUMNS} FROM amazon_pii.order_state o WHERE o.policy IS NOT DISTINCT FROM $1 AND o.order_key = ANY ($3) \
                  AND {UNTOUCHED} AND (o.held_until IS NULL OR o.held_until <= $2::timestamptz) \
-                 AND (o.effective_at IS NULL OR o.effective_at <= $2::timestamptz) AND {IN_FORCE} AND {exported} \
+                 AND (o.effective_at IS NULL OR o.effective_at <= $2::timestamptz) AND {IN_FORCE} \
                  FOR UPDATE OF o SKIP LOCKED"
             ),
             &[

@@ -19,7 +19,8 @@ use crate::pg::trigger::TriggerCall;
 /// Nothing of the order is left to be done.
 const NOT_NEEDED: &str = "o.status <> 'gone' AND o.asked IS NULL AND NOT EXISTS (SELECT FROM amazon_pii.records r \
     WHERE r.policy = o.policy AND r.order_key = o.order_key AND r.status IN ('remembered', 'archived', 'waiting', 'retrieved') AND r.entry <> '') \
-    AND NOT EXISTS (SELECT FROM amazon_pii.orphan n WHERE n.policy = o.policy AND n.order_key = o.order_key AND n.record_key IS NULL)";
+    AND NOT EXISTS (SELECT FROM amazon_pii.orphan n WHERE n.policy = o.policy AND n.order_key = o.order_key \
+        AND (n.record_key IS NULL OR n.apart = 'due'))";
 
 /// What [`news::NOTE`] needs of such a statement.
 const GONE: &str = " RETURNING o.order_key, 'gone' AS news) ";
@@ -65,7 +66,8 @@ pub fn deleted(plan: &Plan, call: &TriggerCall) -> Result<()> {
     as_extension(|| {
         sql::execute(
             &[
-                "WITH changed AS (UPDATE amazon_pii.order_state o SET status = 'gone', next_due_at = NULL \
+                "WITH changed AS (UPDATE amazon_pii.order_state o SET status = 'gone', next_due_at = NULL, \
+                    redact_due_at = COALESCE(o.redact_due_at, pg_catalog.now()) \
                     WHERE o.policy = $1 AND o.order_key = ANY ($2) AND ",
                 NOT_NEEDED,
                 GONE,
@@ -143,7 +145,8 @@ pub fn truncated(plan: &Plan) -> Result<()> {
     as_extension(|| {
         sql::execute(
             &[
-                "WITH changed AS (UPDATE amazon_pii.order_state o SET status = 'gone', next_due_at = NULL WHERE o.policy = $1 AND ",
+                "WITH changed AS (UPDATE amazon_pii.order_state o SET status = 'gone', next_due_at = NULL, \
+                    redact_due_at = COALESCE(o.redact_due_at, pg_catalog.now()) WHERE o.policy = $1 AND ",
                 NOT_NEEDED,
                 GONE,
                 news::NOTE,

@@ -9,10 +9,13 @@ pub use apart::{Apart, Place, Rows};
 
 use super::alive::User;
 use super::assign;
-use super::due::Due;
-use super::plan::{Customer, Plan};
+use super::due::{Clock, Due};
+use super::gather::{self, LiveCell, LiveRecord, Start};
+use super::plan::{Plan, Table};
 use super::records::{Listed, RecordList};
 use super::walk::{self, FIRST, Hop, Values, hop, key_parts, key_text, own_key, select_all};
+use crate::domain::policy::Export;
+use crate::domain::treatment::Outcome;
 use crate::pg::error::{Error, Result};
 use crate::pg::identity::{as_extension, on_keys};
 use crate::pg::sql::{self, Arg};
@@ -27,11 +30,20 @@ struct Order {
     records: RecordList,
 }
 
-/// Makes what triggers noted records of their orders; whether there was anything.
+/// The entries that the generic customer is reached by, and with it what an order was imported with.
+fn tops(plan: &Plan) -> Vec<usize> {
+    let mut tops: Vec<usize> = plan.generic.iter().map(|(entry, _)| *entry).collect();
+    tops.sort_unstable();
+    tops.dedup();
+    tops
+}
+
+/// Makes what triggers noted records of their orders, those of redacted orders due in a cycle with this clock; whether there was
+/// anything to list.
 ///
 /// # Errors
 /// Errors of the server or of the owners' expressions; the notes stay then. The generic customer is gone.
-pub fn settle(plan: &Plan) -> Result<bool> {
+pub fn settle(plan: &Plan, clock: &Clock) -> Result<bool> {
     if let (Some(assign), Some(customer)) = (&plan.assign, &plan.customer)
         && !assign::exists(plan, customer, &assign.to)?
     {
@@ -41,13 +53,14 @@ pub fn settle(plan: &Plan) -> Result<bool> {
         )));
     }
     let mut any = false;
-    while step(plan)? {
-        any = true;
+    while let Some(listed) = step(plan, clock)? {
+        any |= listed;
     }
     Ok(any)
 }
 
-fn step(plan: &Plan) -> Result<bool> {
+/// Whether some notes led to rows; `None` when there are no more notes.
+fn step(plan: &Plan, clock: &Clock) -> Result<Option<bool>> {
     let rows = as_extension(|| {
         sql::write(
             "SELECT orphan_id, order_key, order_number, link FROM amazon_pii.orphan WHERE policy = $1 AND record_key IS NULL \
@@ -55,9 +68,10 @@ fn step(plan: &Plan) -> Result<bool> {
             &[Arg::Text(Some(&plan.policy)), Arg::Int(STEP)],
         )
     })?;
-    let Some(customer) = plan.customer.as_ref().filter(|_| !rows.is_empty()) else {
-        return Ok(false);
-    };
+    let tops = tops(plan);
+    if rows.is_empty() || tops.is_empty() {
+        return Ok(None);
+    }
     let (mut keys, mut numbers, mut links) = (Vec::new(), Vec::new(), Vec::new());
     for row in &rows {
         keys.push(row.string(1)?);
@@ -74,34 +88,35 @@ fn step(plan: &Plan) -> Result<bool> {
             .copied()
     };
     let of: Vec<Option<usize>> = (0..rows.len()).map(of).collect();
-    let found = below(plan, customer, &links)?;
+    let found = below(plan, &tops, &links)?;
     let (mut done, mut open, mut new) = (Vec::new(), Vec::new(), Vec::new());
     for (i, row) in rows.iter().enumerate() {
+        let is_generic = || tops.iter().any(|top| assign::is_generic(plan, *top, &links[i]));
         match of[i] {
-            Some(order) => {
+            Some(order) if !found[i].is_empty() || is_generic() => {
                 done.push(row.int(0)?);
-                let at_once = plan.assign.as_ref().is_some_and(|a| a.orphans_at_once) && !orders.2[order].redacted;
-                for (_, listed, dated) in found.iter().filter(|(at, ..)| *at == i) {
+                for (listed, alone) in &found[i] {
                     if !orders.2[order].records.lists(&listed.0, &listed.1) {
                         orders.2[order].records.put(listed.clone());
                     }
                     new.push(New {
                         order,
                         listed,
-                        apart: at_once && !dated,
+                        apart: *alone && at_once(plan) && !orders.2[order].redacted,
                     });
                 }
             }
-            None => open.push(row.int(0)?),
+            // The order, or the customer, may be inserted yet.
+            _ => open.push(row.int(0)?),
         }
     }
-    write(plan, &orders.2, &new)?;
+    write(plan, clock, &orders.2, &new)?;
     as_extension(|| {
         sql::execute(
             "DELETE FROM amazon_pii.orphan WHERE orphan_id = ANY ($1)",
             &[Arg::Ints(done)],
         )?;
-        // The row was not inserted after all: nobody will ask for it.
+        // It was not inserted after all: nobody will ask for it.
         sql::execute(
             "DELETE FROM amazon_pii.orphan WHERE orphan_id = ANY ($1) AND noted_at < pg_catalog.now() - '7 days'::interval",
             &[Arg::Ints(open.clone())],
@@ -111,7 +126,42 @@ fn step(plan: &Plan) -> Result<bool> {
             &[Arg::Ints(open)],
         )
     })?;
-    Ok(true)
+    Ok(Some(!new.is_empty()))
+}
+
+/// What was noted since this cycle began, again and again, waits for an hour; whether there was anything.
+///
+/// # Errors
+/// Errors of the server.
+pub fn postpone(plan: &Plan) -> Result<bool> {
+    let postponed = as_extension(|| {
+        sql::execute(
+            "UPDATE amazon_pii.orphan SET next_attempt_at = pg_catalog.now() + '1 hour'::interval WHERE orphan_id IN ( \
+                SELECT orphan_id FROM amazon_pii.orphan WHERE policy = $1 AND record_key IS NULL AND next_attempt_at <= pg_catalog.now() \
+                FOR UPDATE SKIP LOCKED)",
+            &[Arg::Text(Some(&plan.policy))],
+        )
+    })?;
+    Ok(postponed > 0)
+}
+
+/// Orphans of some orders that were to wait need not any longer.
+///
+/// # Errors
+/// Errors of the server.
+pub fn hurry(plan: &Plan, orders: &[String]) -> Result<()> {
+    as_extension(|| {
+        sql::execute(
+            "UPDATE amazon_pii.orphan SET next_attempt_at = '-infinity' WHERE policy = $1 AND order_key = ANY ($2) AND apart = 'due'",
+            &[Arg::Text(Some(&plan.policy)), Arg::texts(orders)],
+        )
+    })?;
+    Ok(())
+}
+
+/// Whether orphans go before their orders. What waits for an export does as a whole.
+fn at_once(plan: &Plan) -> bool {
+    plan.assign.as_ref().is_some_and(|a| a.orphans_at_once) && plan.document.export != Some(Export::Require)
 }
 
 /// Orders by their keys and by their numbers, as positions in a list.
@@ -151,40 +201,48 @@ struct New<'a> {
     apart: bool,
 }
 
-/// The rows that these links lead to, and all that hangs on them, by the position of the link; and whether a row, or one above
-/// it, may have a date of its own before which it must not be redacted.
-fn below(plan: &Plan, customer: &Customer, links: &[Values]) -> Result<Vec<(usize, Listed, bool)>> {
-    let mut out = Vec::new();
-    let mut dated: Vec<bool> = plan.entries.iter().map(|e| e.not_before.is_some()).collect();
-    let mut pending: Vec<Vec<(usize, Values)>> = plan.entries.iter().map(|_| Vec::new()).collect();
-    pending[customer.entry] = links.iter().cloned().enumerate().collect();
-    for index in 0..plan.entries.len() {
-        let (origins, inputs): (Vec<usize>, Vec<Values>) = std::mem::take(&mut pending[index]).into_iter().unzip();
-        let entry = &plan.entries[index];
-        dated[index] |= index != customer.entry && entry.parent.is_some_and(|p| dated[p]);
-        let table = &plan.tables[entry.table];
-        let mut select = table.key_list();
-        let mut children = Vec::new();
-        for child in (0..plan.entries.len()).filter(|c| plan.entries[*c].parent == Some(index)) {
-            let from = select.len();
-            select.extend(select_all(&plan.entries[child].on_parent));
-            children.push((child, FIRST + from..FIRST + select.len()));
+/// For each link the rows that it leads to, and what hangs on them and may hold personal data; and whether a row may go alone: none
+/// does that has a date of its own, or hangs on one that has, or that would take along what hangs on it.
+fn below(plan: &Plan, tops: &[usize], links: &[Values]) -> Result<Vec<Vec<(Listed, bool)>>> {
+    let starts = links.iter().enumerate();
+    let starts = starts.flat_map(|(i, link)| tops.iter().map(move |top| (i, *top, link.clone())));
+    let reached = gather::reach(plan, links.len(), Start::Links(starts.collect()))?;
+    let mut out: Vec<Vec<(Listed, bool)>> = links.iter().map(|_| Vec::new()).collect();
+    for record in &reached.records {
+        let entry = &plan.entries[record.entry];
+        let table = &plan.tables[record.table];
+        // One that is clean is told when it is written to, the customer itself aside.
+        if entry.parent != Some(0) && table.files.is_none() && !may_hold(table, record) {
+            continue;
         }
-        for found in hop(plan, &Hop::into_entry(plan, entry, &select), &inputs)? {
-            for (child, range) in &children {
-                pending[*child].push((origins[found.input], found.row.texts(range.clone())?));
-            }
-            if !entry.cells.is_empty() {
-                let key = key_text(&found.row.texts(FIRST..FIRST + table.key.len())?)?;
-                out.push((
-                    origins[found.input],
-                    Listed(table.archived_as.clone(), key, entry.alias.clone(), 0),
-                    dated[index],
-                ));
-            }
-        }
+        let dated = |e: &usize| plan.entries[*e].not_before.is_some();
+        let carries = |of: &usize| plan.entries[*of].table == record.table;
+        let carries = table.delete && plan.entries.iter().any(|e| e.parent.as_ref().is_some_and(carries));
+        let alone = !carries && !plan.path(record.entry).iter().any(dated);
+        out[record.order].push((
+            Listed(
+                table.archived_as.clone(),
+                record.key_text.clone(),
+                entry.alias.clone(),
+                0,
+            ),
+            alone,
+        ));
     }
     Ok(out)
+}
+
+/// Whether a cell of a row holds personal data, or may.
+fn may_hold(table: &Table, record: &LiveRecord) -> bool {
+    let holds = |(i, cell): (usize, &Option<LiveCell>)| {
+        let Some(cell) = cell else { return false };
+        match table.treat(i, cell.value.as_deref(), &record.key) {
+            Ok(Some(Outcome::Keep)) => false,
+            Ok(Some(Outcome::Sql)) => cell.computed != cell.value,
+            _ => true,
+        }
+    };
+    record.cells.iter().enumerate().any(holds)
 }
 
 /// Policy, orders, tables and keys, as the first parameters of a statement.
@@ -197,8 +255,8 @@ fn places<'a>(plan: &'a Plan, orders: &'a [Order], list: impl Iterator<Item = &'
     ]
 }
 
-/// Lists new records. Those of an order that is redacted have come back.
-fn write(plan: &Plan, orders: &[Order], new: &[New<'_>]) -> Result<()> {
+/// Lists new records. Those of an order that is redacted have come back; one that is gone is there again until they are done.
+fn write(plan: &Plan, clock: &Clock, orders: &[Order], new: &[New<'_>]) -> Result<()> {
     if new.is_empty() {
         return Ok(());
     }
@@ -214,9 +272,15 @@ fn write(plan: &Plan, orders: &[Order], new: &[New<'_>]) -> Result<()> {
     on_keys(|| {
         sql::execute(
             "UPDATE amazon_pii.order_state AS o SET records = n.r, \
-                next_due_at = CASE WHEN o.status = 'redacted' THEN pg_catalog.now() ELSE o.next_due_at END \
+                status = CASE o.status WHEN 'gone' THEN 'redacted' ELSE o.status END, \
+                next_due_at = CASE WHEN o.status IN ('redacted', 'gone') THEN $4::timestamptz ELSE o.next_due_at END \
              FROM ROWS FROM (pg_catalog.unnest($2), pg_catalog.unnest($3)) AS n (k, r) WHERE o.policy = $1 AND o.order_key = n.k",
-            &[policy.clone(), Arg::texts(&keys), Arg::opt_texts(&lists)],
+            &[
+                policy,
+                Arg::texts(&keys),
+                Arg::opt_texts(&lists),
+                Arg::Text(Some(&clock.now)),
+            ],
         )?;
         sql::execute(
             "INSERT INTO amazon_pii.orphan AS r (policy, order_key, table_name, record_key, apart) \
@@ -237,9 +301,18 @@ fn write(plan: &Plan, orders: &[Order], new: &[New<'_>]) -> Result<()> {
     Ok(())
 }
 
+/// Which of the orders that were imported with a row.
+#[derive(Clone, Copy)]
+pub enum Imported<'a> {
+    All,
+    /// Those that have not let go of it.
+    Needing,
+    /// Of these, all but those that let go of it together.
+    Others(&'a Rows),
+}
+
 /// The orders that were imported with one of these rows, that many at most of each: no link leads from them to it any more, and
-/// still they use it. Rows of which there may be more are added to `cut`. Where `apart`, those are left out with which the row is
-/// due by itself.
+/// still they use it. Rows of which there may be more are added to `cut`.
 ///
 /// # Errors
 /// Errors of the server.
@@ -248,26 +321,41 @@ pub fn users(
     table: usize,
     rows: &[Values],
     limit: Option<u32>,
-    apart: bool,
+    which: Imported<'_>,
     cut: &mut HashSet<usize>,
 ) -> Result<Vec<User>> {
     if plan.generic.is_empty() {
         return Ok(Vec::new());
     }
     let keys = rows.iter().map(|k| key_text(k)).collect::<Result<Vec<_>>>()?;
+    let archived_as = &plan.tables[table].archived_as;
+    let (needing, together): (&str, Vec<String>) = match which {
+        Imported::All => ("true", Vec::new()),
+        Imported::Needing => (NEEDING, Vec::new()),
+        Imported::Others(apart) => (
+            NEEDING,
+            keys.iter().map(|key| apart.together(archived_as, key)).collect(),
+        ),
+    };
     let found = on_keys(|| {
         sql::read(
-            "SELECT n.i - 1, r.order_key, o.order_key IS NOT NULL FROM pg_catalog.unnest($3) WITH ORDINALITY AS n (k, i) \
-             CROSS JOIN LATERAL (SELECT r.order_key FROM amazon_pii.orphan AS r WHERE r.policy = $1 AND r.table_name = $2 \
-                AND r.record_key = n.k AND r.apart IS DISTINCT FROM 'done' AND (NOT $5 OR r.apart IS NULL) \
-                ORDER BY r.orphan_id DESC LIMIT $4) AS r \
-             LEFT JOIN amazon_pii.order_state AS o ON o.policy = $1 AND o.order_key = r.order_key AND o.status <> 'gone'",
+            // ident-ok: made of constants.
+            &format!(
+                "SELECT n.i - 1, r.order_key, o.order_key IS NOT NULL, r.kept FROM ROWS FROM (pg_catalog.unnest($3), pg_catalog.unnest($5)) \
+                    WITH ORDINALITY AS n (k, t, i) \
+                 CROSS JOIN LATERAL ((SELECT r.order_key, false FROM amazon_pii.orphan AS r WHERE r.policy = $1 AND r.table_name = $2 \
+                        AND r.record_key = n.k AND {needing} AND (n.t IS NULL OR NOT n.t::pg_catalog.jsonb OPERATOR(pg_catalog.?) r.order_key) \
+                        ORDER BY r.orphan_id DESC LIMIT $4) \
+                    UNION ALL SELECT s.order_key, true FROM amazon_pii.record_state AS s WHERE s.policy = $1 AND s.table_name = $2 \
+                        AND s.record_key = n.k AND s.status = 'retrieved') AS r (order_key, kept) \
+                 LEFT JOIN amazon_pii.order_state AS o ON o.policy = $1 AND o.order_key = r.order_key AND o.status <> 'gone'"
+            ),
             &[
                 Arg::Text(Some(&plan.policy)),
-                Arg::Text(Some(&plan.tables[table].archived_as)),
+                Arg::Text(Some(archived_as)),
                 Arg::texts(&keys),
                 Arg::Int(limit.map_or(i64::MAX, i64::from)),
-                Arg::Bool(apart),
+                Arg::texts(&together),
             ],
         )
     })?;
@@ -275,7 +363,7 @@ pub fn users(
     let mut counts = vec![0; rows.len()];
     for row in &found {
         let at = usize::try_from(row.int(0)?).unwrap_or(usize::MAX);
-        counts[at] += 1;
+        counts[at] += u32::from(!row.bool(3)?);
         if row.bool(2)? {
             out.push((at, row.string(1)?, true));
         }
@@ -283,6 +371,9 @@ pub fn users(
     cut.extend((0..rows.len()).filter(|i| limit.is_some_and(|limit| counts[*i] >= limit)));
     Ok(out)
 }
+
+/// The condition that an order needs its row still; the index has no others.
+const NEEDING: &str = "r.apart IS DISTINCT FROM 'done'";
 
 /// Orders of a written row that are told at once; of more, the newest.
 const TOLD: i64 = 50;
@@ -323,27 +414,25 @@ pub fn orders_of(plan: &Plan, entry: usize, links: &[(usize, Values)]) -> Result
 }
 
 /// Notes the newest order that was imported with a customer when something that hangs on this customer is written, or the customer
-/// itself after it was redacted by itself. Rows of our own are inserted, and none is changed, so that nobody waits for the shop's
+/// itself after the order has let go of it. Rows of our own are inserted, and none is changed, so that nobody waits for the shop's
 /// transaction.
 fn note_below(plan: &Plan, entry: usize, links: &[(usize, Values)]) -> Result<()> {
-    let Some(customer) = &plan.customer else { return Ok(()) };
-    let to = customer.entry;
-    let is_it = entry == to;
-    if !is_it && !plan.path(entry).contains(&to) {
+    let tops = tops(plan);
+    let Some(to) = plan.path(entry).into_iter().find(|e| tops.contains(e)) else {
         return Ok(());
-    }
+    };
+    let is_it = entry == to;
     let top = &plan.entries[to];
     let table = &plan.tables[top.table];
     let mut select = table.key_list();
     select.extend(select_all(&top.on_child));
     let rows = if is_it {
         let inputs: Vec<Values> = links.iter().map(|(_, link)| link.clone()).collect();
-        // By the values that lead into it, which may be those of another's.
-        let into = Hop {
+        let own = Hop {
             types: &top.on_child_types,
             ..Hop::into_entry(plan, top, &select)
         };
-        hop(plan, &into, &inputs)?
+        hop(plan, &own, &inputs)?
     } else {
         walk::up_to(plan, (entry, to), links.to_vec(), &select)?
     };
@@ -356,18 +445,24 @@ fn note_below(plan: &Plan, entry: usize, links: &[(usize, Values)]) -> Result<()
     if keys.is_empty() {
         return Ok(());
     }
+    let newest = |which: &str| {
+        format!(
+            "(SELECT r.orphan_id, r.order_key, r.apart FROM amazon_pii.orphan AS r WHERE r.policy = $1 AND r.table_name = $2 \
+                AND r.record_key = n.k AND {which} ORDER BY r.orphan_id DESC LIMIT 1)"
+        )
+    };
     on_keys(|| {
         sql::execute(
-            "INSERT INTO amazon_pii.orphan (policy, order_key, link) \
-             SELECT DISTINCT $1, r.order_key, n.l FROM ROWS FROM (pg_catalog.unnest($3), pg_catalog.unnest($4)) AS n (k, l) \
-             CROSS JOIN LATERAL (SELECT q.order_key, q.apart FROM ( \
-                (SELECT r.orphan_id, r.order_key, r.apart FROM amazon_pii.orphan AS r WHERE r.policy = $1 AND r.table_name = $2 \
-                    AND r.record_key = n.k AND r.apart IS DISTINCT FROM 'done' ORDER BY r.orphan_id DESC LIMIT 1) \
-                UNION ALL (SELECT r.orphan_id, r.order_key, r.apart FROM amazon_pii.orphan AS r WHERE r.policy = $1 AND r.table_name = $2 \
-                    AND r.record_key = n.k AND r.apart = 'done' ORDER BY r.orphan_id DESC LIMIT 1)) AS q \
-                ORDER BY q.orphan_id DESC LIMIT 1) AS r \
-             WHERE (NOT $5 OR r.apart = 'done') AND NOT EXISTS (SELECT FROM amazon_pii.orphan AS w WHERE w.policy = $1 \
-                AND w.order_key = r.order_key AND w.record_key IS NULL AND w.link = n.l AND w.next_attempt_at <= pg_catalog.now())",
+            // ident-ok: made of constants.
+            &format!(
+                "INSERT INTO amazon_pii.orphan (policy, order_key, link) \
+                 SELECT DISTINCT $1, r.order_key, n.l FROM ROWS FROM (pg_catalog.unnest($3), pg_catalog.unnest($4)) AS n (k, l) \
+                 CROSS JOIN LATERAL (SELECT q.order_key, q.apart FROM ({} UNION ALL {}) AS q ORDER BY q.orphan_id DESC LIMIT 1) AS r \
+                 WHERE (NOT $5 OR r.apart = 'done') AND NOT EXISTS (SELECT FROM amazon_pii.orphan AS w WHERE w.policy = $1 \
+                    AND w.order_key = r.order_key AND w.record_key IS NULL AND w.link = n.l)",
+                newest(NEEDING),
+                newest("r.apart = 'done'")
+            ),
             &[
                 Arg::Text(Some(&plan.policy)),
                 Arg::Text(Some(&table.archived_as)),
@@ -380,18 +475,24 @@ fn note_below(plan: &Plan, entry: usize, links: &[(usize, Values)]) -> Result<()
     Ok(())
 }
 
-/// Orders that are redacted: what was redacted before them is theirs again.
+/// Orders that are redacted let go of what they were imported with, unless it waits for others.
 ///
 /// # Errors
 /// Errors of the server.
-pub fn with_their_orders(plan: &Plan, orders: &[&Due]) -> Result<()> {
-    if plan.generic.is_empty() || orders.is_empty() {
+pub fn let_go<'a>(plan: &Plan, orders: impl Iterator<Item = &'a Due>) -> Result<()> {
+    let keys: Vec<&str> = orders.map(|d| d.order_key.as_str()).collect();
+    if plan.generic.is_empty() || keys.is_empty() {
         return Ok(());
     }
-    let keys: Vec<&str> = orders.iter().map(|d| d.order_key.as_str()).collect();
     on_keys(|| {
         sql::execute(
-            "UPDATE amazon_pii.orphan r SET apart = NULL WHERE r.policy IS NOT DISTINCT FROM $1 AND r.order_key = ANY ($2) AND r.apart IS NOT NULL",
+            // ident-ok: made of constants.
+            &format!(
+                "UPDATE amazon_pii.orphan r SET apart = 'done' WHERE r.policy IS NOT DISTINCT FROM $1 AND r.order_key = ANY ($2) \
+                    AND r.record_key IS NOT NULL AND {NEEDING} AND NOT EXISTS (SELECT FROM amazon_pii.record_state AS s \
+                        WHERE s.policy = r.policy AND s.order_key = r.order_key AND s.table_name = r.table_name \
+                        AND s.record_key = r.record_key AND s.status IN ('waiting', 'retrieved'))"
+            ),
             &[Arg::Text(Some(&plan.policy)), Arg::texts(&keys)],
         )
     })?;

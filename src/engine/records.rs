@@ -287,7 +287,8 @@ fn places<'a>(plan: &'a Plan, changes: &[&Change<'a>]) -> Vec<Arg<'a>> {
     ]
 }
 
-/// Shared rows that were overwritten: no order waits for them any more, of whichever policy.
+/// Shared rows that were overwritten: no order waits for them any more, of whichever policy, and those that were imported with
+/// them have let go.
 ///
 /// # Errors
 /// Errors of the server.
@@ -297,8 +298,11 @@ pub fn shared_done(records: &[(&str, &str)]) -> Result<()> {
     }
     on_keys(|| {
         sql::execute(
-            "DELETE FROM amazon_pii.record_state r WHERE r.status = 'waiting' AND r.record_key = ANY ($1) \
-                AND pg_catalog.concat_ws('|', r.table_name, r.record_key) = ANY ($2)",
+            "WITH done AS (DELETE FROM amazon_pii.record_state r WHERE r.status = 'waiting' AND r.record_key = ANY ($1) \
+                AND pg_catalog.concat_ws('|', r.table_name, r.record_key) = ANY ($2) \
+                RETURNING r.policy, r.order_key, r.table_name, r.record_key) \
+             UPDATE amazon_pii.orphan o SET apart = 'done' FROM done d WHERE o.policy = d.policy AND o.order_key = d.order_key \
+                AND o.table_name = d.table_name AND o.record_key = d.record_key",
             &[
                 Arg::Texts(records.iter().map(|(_, key)| Some(*key)).collect()),
                 Arg::texts(&records.iter().map(|(t, k)| format!("{t}|{k}")).collect::<Vec<_>>()),

@@ -119,7 +119,7 @@ pub fn batch(
         others,
         clock,
         batch,
-        apart: false,
+        apart: None,
     };
     let waiting = look.lock(sharing, &mut targets, &mut excluded, &mut out)?;
     let clean = live.records.iter().zip(&pii).filter(|(_, pii)| pii.is_empty());
@@ -153,6 +153,7 @@ pub fn batch(
     changes.left(plan, batch, &stored, &done, &live.records, &set_aside);
     records::write(plan, &changes.list)?;
     records::shared_done(&changes.shared)?;
+    orphan::let_go(plan, done.iter().map(|i| &batch[*i]))?;
     let count = |i: usize| changes.counts.get(&i).copied().unwrap_or_default();
     // One that was looked at again and found clean is no event.
     let (overwritten, clean): (Vec<usize>, Vec<usize>) = done
@@ -176,7 +177,6 @@ pub fn batch(
     let dues = |list: Vec<usize>| list.into_iter().map(|i| &batch[i]).collect::<Vec<_>>();
     let (overwritten, clean) = (dues(overwritten), dues(clean));
     state::redacted(plan, &overwritten)?;
-    orphan::with_their_orders(plan, &overwritten)?;
     state::rechecked(plan, &clean)?;
     for (order, (moment, by)) in late.into_iter().filter(|(order, _)| !excluded.contains(order)) {
         state::pushed(plan, &batch[order], &moment, &plan.entries[by].alias)?;

@@ -43,7 +43,7 @@ pub fn archived(plan: &Plan, batch: &[(&Due, &RecordList)]) -> Result<()> {
     Ok(())
 }
 
-/// What orders list now; nothing else changes for them.
+/// What orders list now, some of whose rows were archived alone.
 ///
 /// # Errors
 /// Errors of the server.
@@ -51,9 +51,10 @@ pub fn listed(plan: &Plan, batch: &[Due]) -> Result<()> {
     let (keys, records) = lists(batch.iter().map(|d| (d, &*d.records)));
     on_keys(|| {
         sql::execute(
-            "UPDATE amazon_pii.order_state o SET records = n.r \
+            "UPDATE amazon_pii.order_state o SET records = n.r, \
+                last_error = CASE WHEN o.status = 'failed' THEN o.last_error END \
              FROM ROWS FROM (pg_catalog.unnest($1), pg_catalog.unnest($2), pg_catalog.unnest($3)) AS n (p, k, r) \
-             WHERE o.policy = n.p AND o.order_key = n.k AND o.records IS DISTINCT FROM n.r",
+             WHERE o.policy = n.p AND o.order_key = n.k",
             &[
                 policy_each(plan, keys.len()),
                 Arg::texts(&keys),
@@ -111,6 +112,7 @@ pub fn gone(plan: &Plan, batch: &[&Due]) -> Result<()> {
     on_keys(|| {
         sql::execute(
             "UPDATE amazon_pii.order_state o SET status = 'gone', asked = NULLIF(asked, 'erase'), next_due_at = NULL, \
+                redact_due_at = COALESCE(redact_due_at, pg_catalog.now()), \
                 next_attempt_at = NULL, last_error = NULL \
              WHERE o.policy IS NOT DISTINCT FROM $1 AND o.order_key = ANY ($2)",
             &[Arg::Text(Some(&plan.policy)), Arg::texts(&keys(batch))],

@@ -63,7 +63,7 @@ pub fn apart(
         others,
         clock,
         batch,
-        apart: true,
+        apart: Some(rows),
     };
     let waiting = look.lock(&Sharing::default(), &mut targets, &mut excluded, &mut out)?;
     let files = files::found(plan, batch, &stored, &targets, std::iter::empty(), &excluded)?;

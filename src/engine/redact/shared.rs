@@ -6,6 +6,7 @@ use std::rc::Rc;
 use super::{Redacted, Target};
 use crate::engine::alive::{self, Keeper};
 use crate::engine::due::{Clock, Due};
+use crate::engine::orphan::Rows;
 use crate::engine::overwrite;
 use crate::engine::plan::Plan;
 use crate::engine::walk::Values;
@@ -44,8 +45,8 @@ pub(super) struct Look<'a> {
     pub(super) others: &'a [Rc<Plan>],
     pub(super) clock: &'a Clock,
     pub(super) batch: &'a [Due],
-    /// Its rows go before their orders.
-    pub(super) apart: bool,
+    /// Rows that go before their orders.
+    pub(super) apart: Option<&'a Rows>,
 }
 
 type Waiting<'a> = Vec<(Target<'a>, Keeper)>;
@@ -97,7 +98,7 @@ impl Look<'_> {
             let named = |p: &Rc<Plan>| p.tables.iter().any(|t| t.relation.oid == table.relation.oid);
             let every = table.shared || self.others.iter().any(named);
             for target in targets.iter_mut().filter(|t| t.table == index) {
-                target.shared = (every || target.stored || self.apart) && !target.only_marked;
+                target.shared = (every || target.stored || self.apart.is_some()) && !target.only_marked;
             }
         }
     }
@@ -109,7 +110,11 @@ impl Look<'_> {
         let keys = |list: Vec<(usize, &Due)>| list.into_iter().map(|(_, d)| d.order_key.clone()).collect::<Vec<_>>();
         let ours = alive::Ours {
             // An order that stays needs what its links lead to.
-            leaving: if self.apart { Vec::new() } else { keys(leaving) },
+            leaving: if self.apart.is_some() {
+                Vec::new()
+            } else {
+                keys(leaving)
+            },
             staying: keys(staying),
             apart: self.apart,
         };
@@ -153,7 +158,13 @@ impl Look<'_> {
             let links: Vec<&Values> = part.iter().filter_map(|t| t.link).collect();
             let links = first.link.map(|_| (&plan.entries[first.entry], links.as_slice()));
             let keys = part.iter().map(|t| t.write.key);
-            let locked = overwrite::lock(plan, table, keys, links, table.shared || table.delete || self.apart)?;
+            let locked = overwrite::lock(
+                plan,
+                table,
+                keys,
+                links,
+                table.shared || table.delete || self.apart.is_some(),
+            )?;
             for (target, locked) in part.iter_mut().zip(locked) {
                 target.locked = locked;
             }
