@@ -446,6 +446,7 @@ fn note_below(plan: &Plan, entry: usize, links: &[(usize, Values)]) -> Result<()
         return Ok(());
     }
     let newest = |which: &str| {
+        // ident-ok: made of constants.
         format!(
             "(SELECT r.orphan_id, r.order_key, r.apart FROM amazon_pii.orphan AS r WHERE r.policy = $1 AND r.table_name = $2 \
                 AND r.record_key = n.k AND {which} ORDER BY r.orphan_id DESC LIMIT 1)"

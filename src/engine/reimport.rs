@@ -21,6 +21,7 @@ use crate::domain::policy::OnReimport;
 use crate::domain::treatment::Outcome;
 use crate::pg::catalog::{self, Compare};
 use crate::pg::error::{Error, Result};
+use crate::pg::ident::Ident;
 use crate::pg::identity::{self, Identity, act_as};
 use crate::pg::prepared;
 use crate::pg::sql::{self, Arg};
@@ -173,7 +174,7 @@ pub fn refusal(plan: &Plan, index: usize, call: &TriggerCall) -> Result<Option<E
         let cells = table.cells.iter();
         cells.map(|c| c.read(format!("{from}.{}", c.name))).collect()
     }));
-    let same_key = table.key.iter().map(|(k, oid)| {
+    let same_key = table.key.iter().map(|(k, oid): &(Ident, pg_sys::Oid)| {
         let equal = catalog::operator(Compare::Equal, *oid, *oid);
         format!("amazon_pii_old.{k} {equal} amazon_pii_new.{k}")
     });
