@@ -1,4 +1,5 @@
 """What is measured. Each function measures once, on copies of its own, and adds to the results; a round calls them all."""
+import secrets
 import subprocess
 import tempfile
 import time
@@ -130,6 +131,7 @@ class Measures:
             self.idle(db)
             self.verify(db)
             self.retrievals(db)
+            self.rotation(db)
 
     def note_memory(self, samples):
         """At the beginning: as far as a tenth was done, the first batch included. At the end: the last tenth."""
@@ -178,6 +180,21 @@ class Measures:
         self.add("retrieve p50", median(times))
         self.add("retrieve p99", percentile(times, 99))
         self.tell("retrieval", f"p50 {median(times) * 1e3:.1f} ms, p99 {percentile(times, 99) * 1e3:.1f} ms")
+
+    def rotation(self, db):
+        """Every data key under a new master key."""
+        key = self.bench.cluster.key_file
+        old = key.read_text()
+        key.write_text(secrets.token_hex(32) + "\n" + old)
+        try:
+            seconds, _, rows = self.bench.timed(db, "CALL amazon_pii.rotate_key()", "pii_admin")
+        finally:
+            # The next database begins with the first key again.
+            key.write_text(old)
+        if rows != [(self.sizes.big_due, 0)]:
+            raise SystemExit(f"error: {self.sizes.big_due} data keys should have been wrapped anew, not {rows}")
+        self.add("rotation", seconds)
+        self.tell("rotation of the master key", f"{seconds:.2f} s")
 
     def nothing_scanned(self, db, before, what):
         after = self.bench.scans(db)

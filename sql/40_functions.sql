@@ -43,6 +43,20 @@ CREATE PROCEDURE amazon_pii.run_cycle(
 COMMENT ON PROCEDURE amazon_pii.run_cycle(text, boolean, bigint, bigint, bigint, bigint, bigint) IS
     'One cycle now, of one policy or of all, committing batch by batch; sweep => true also looks at every order. Not inside a transaction block (25001). Needs amazon_pii_admin';
 
+CREATE PROCEDURE amazon_pii.rotate_key(INOUT rewrapped bigint DEFAULT 0, INOUT remaining bigint DEFAULT 0)
+    LANGUAGE c AS 'MODULE_PATHNAME', 'rotate_key_wrapper';
+COMMENT ON PROCEDURE amazon_pii.rotate_key(bigint, bigint) IS
+    'Wraps all data keys by the current master key, the first that is configured, committing batch by batch; documents stay as they are. remaining: those that are still wrapped by another key. Not inside a transaction block (25001). Needs amazon_pii_admin';
+
+CREATE FUNCTION amazon_pii.key_status()
+    RETURNS TABLE (master_key_id text, current boolean, configured boolean, data_keys bigint, files bigint, audit_entries bigint, may_retire boolean)
+    LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'key_status_wrapper';
+COMMENT ON FUNCTION amazon_pii.key_status() IS
+    'The master keys by their ids, and what depends on each; NULL where the configured keys cannot be read. Needs amazon_pii_admin or amazon_pii_auditor';
+CREATE VIEW amazon_pii.key_status WITH (security_barrier) AS SELECT * FROM amazon_pii.key_status();
+COMMENT ON VIEW amazon_pii.key_status IS
+    'The master keys by their ids: whether configured, how many data keys and keys of files each wraps, how many audit entries it signed; may_retire: nothing needs it to be opened';
+
 CREATE FUNCTION amazon_pii.take_turn(policy text) RETURNS void
     LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'take_turn_wrapper';
 COMMENT ON FUNCTION amazon_pii.take_turn(text) IS

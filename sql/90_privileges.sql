@@ -23,6 +23,10 @@ GRANT EXECUTE ON FUNCTION amazon_pii.verify(text, text), amazon_pii.certificate(
 GRANT EXECUTE ON FUNCTION amazon_pii.preview(text, timestamptz), amazon_pii.explain_order(text)
     TO amazon_pii_admin, amazon_pii_operator, amazon_pii_auditor;
 
+GRANT EXECUTE ON PROCEDURE amazon_pii.rotate_key(bigint, bigint) TO amazon_pii_admin;
+GRANT EXECUTE ON FUNCTION amazon_pii.key_status() TO amazon_pii_admin, amazon_pii_auditor;
+GRANT SELECT ON amazon_pii.key_status TO amazon_pii_admin, amazon_pii_auditor;
+
 GRANT SELECT ON amazon_pii.policies TO amazon_pii_admin, amazon_pii_auditor;
 GRANT SELECT ON amazon_pii.status, amazon_pii.unclassified, amazon_pii.runs, amazon_pii.by_age, amazon_pii.files
     TO amazon_pii_admin, amazon_pii_operator, amazon_pii_auditor;

@@ -186,6 +186,133 @@ def test_older_keys_still_open_and_the_first_one_seals(shop, keys):
     assert shop.sql("SELECT note FROM shop.orders ORDER BY id") == [("Ada",), ("Bob",)]
 
 
+# Rotation
+
+
+def rotate(db, user="pii_admin"):
+    """(wrapped anew, still under other keys)"""
+    return db.sql("CALL amazon_pii.rotate_key()", user=user)[0]
+
+
+def key_status(db):
+    """{key id: (current, configured, data keys, files, may retire)}"""
+    rows = db.sql("SELECT master_key_id, current, configured, data_keys, files, may_retire FROM amazon_pii.key_status", user="pii_auditor")
+    return {row[0]: row[1:] for row in rows}
+
+
+def master_keys(db, schema="amazon_pii_archive"):
+    return {row[0]: row[1] for row in db.sql(f"SELECT master_key_id, count(*) FROM {schema}.data_key GROUP BY 1")}
+
+
+def add_orders(db, first, last):
+    db.sql("INSERT INTO shop.orders SELECT n, '302-1234567-' || lpad(n::text, 7, '0'), now() - '40 days'::interval, 'Note' || n "
+           "FROM generate_series(%s, %s) AS n", [first, last])
+
+
+@pytest.fixture
+def rotated(shop, keys):
+    """Three archived orders, a new key on the first line, the old one below it: (shop, both keys, the new one alone)."""
+    add_orders(shop, 2, 3)
+    run_cycle(shop)
+    new = secrets.token_hex(32)
+    both, alone = keys.file(f"{new}\n{keys.server.key_file.read_text()}"), keys.file(new)
+    use(shop, keys, both)
+    return shop, both, alone
+
+
+def test_a_rotation_wraps_every_data_key_and_touches_no_document(rotated, keys):
+    """Breaks when a data key stays under the old key, cannot be unwrapped any more, or a document is written."""
+    shop, _, alone = rotated
+    (old,) = master_keys(shop)
+    before = shop.sql("SELECT d::text, xmin::text FROM amazon_pii_archive.document AS d ORDER BY 1")
+    assert key_status(shop)[old] == (False, True, 3, 0, False)
+    assert rotate(shop) == (3, 0)
+    (new,) = master_keys(shop)
+    assert new != old
+    status = key_status(shop)
+    assert status == {new: (True, True, 3, 0, False), old: (False, True, 0, 0, True)}
+    assert shop.sql("SELECT d::text, xmin::text FROM amazon_pii_archive.document AS d ORDER BY 1") == before
+    assert shop.sql("SELECT DISTINCT key_id IS NOT NULL FROM amazon_pii.audit_entry WHERE action = 'rotate_key'") == [(True,)]
+    assert rotate(shop) == (0, 0)
+    use(shop, keys, alone)
+    assert key_status(shop)[old] == (False, False, 0, 0, True)
+    shop.apply_policy(DUE)
+    assert run_cycle(shop)["redacted"] == 3
+    retrieve(shop, number(1))
+    assert note(shop) == "Ada"
+
+
+def test_a_rotation_that_is_interrupted_goes_on(rotated, keys):
+    """Breaks when what was done before an error is undone, or is done again."""
+    shop, _, alone = rotated
+    add_orders(shop, 4, 2600)
+    use(shop, keys, keys.server.key_file)
+    run_cycle(shop)
+    both = keys.file(f"{alone.read_text()}\n{keys.server.key_file.read_text()}")
+    use(shop, keys, both)
+    shop.sql("CREATE FUNCTION public.stop() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN IF OLD.order_key = '[\"999\"]' THEN RAISE 'no'; "
+             "END IF; RETURN NEW; END$$; CREATE TRIGGER stop BEFORE UPDATE ON amazon_pii_archive.data_key FOR EACH ROW EXECUTE FUNCTION public.stop()")
+    with pytest.raises(psycopg2.Error):
+        rotate(shop)
+    counts = sorted(master_keys(shop).values())
+    assert counts == [600, 2000], counts
+    shop.sql("DROP TRIGGER stop ON amazon_pii_archive.data_key")
+    assert rotate(shop) == (600, 0)
+    assert list(master_keys(shop).values()) == [2600]
+
+
+def test_what_cannot_be_unwrapped_stays_and_is_told(rotated, keys):
+    """Breaks when a data key is lost because its master key is not there, or because it is damaged or locked."""
+    shop, both, alone = rotated
+    use(shop, keys, alone)
+    before = shop.sql("SELECT k::text FROM amazon_pii_archive.data_key AS k ORDER BY 1")
+    assert rotate(shop) == (0, 3)
+    assert shop.sql("SELECT k::text FROM amazon_pii_archive.data_key AS k ORDER BY 1") == before
+    assert [s for s in key_status(shop).values() if s[2]] == [(False, False, 3, 0, False)]
+    use(shop, keys, both)
+    shop.sql("UPDATE amazon_pii_archive.data_key SET wrapped = set_byte(wrapped, 20, (get_byte(wrapped, 20) + 1) % 256) WHERE order_key = '[\"2\"]'")
+    other = shop.connect(autocommit=False)
+    with other.cursor() as cursor:
+        cursor.execute("SELECT FROM amazon_pii_archive.data_key WHERE order_key = '[\"3\"]' FOR UPDATE")
+        assert rotate(shop) == (1, 2)
+    other.rollback()
+    assert rotate(shop) == (1, 1)
+    assert "still wrapped by other master keys" in str(shop.session("pii_admin").notices)
+
+
+def test_the_archive_of_a_dropped_policy_is_rotated_too(rotated):
+    """P10. Breaks when an archive that nothing names any more is left under a key that is about to be destroyed."""
+    shop, *_ = rotated
+    shop.sql("SELECT amazon_pii.drop_policy('shop')", user="pii_admin")
+    assert rotate(shop) == (3, 0)
+
+
+def test_a_rotation_of_files_that_wait(rotated, keys):
+    """Breaks when a path cannot be read any more, or the same file becomes due again because its code is under another key."""
+    shop, _, alone = rotated
+    with_files = {**DUE, "orders": {**DUE["orders"], "files": "'/files/' || id"}}
+    shop.apply_policy(with_files)
+    use(shop, keys, keys.server.key_file)
+    run_cycle(shop)
+    paths = "SELECT path FROM amazon_pii.files_due() ORDER BY path"
+    expected = [(f"/files/{n}",) for n in (1, 2, 3)]
+    assert shop.sql(paths, user="pii_operator") == expected
+    use(shop, keys, keys.file(f"{alone.read_text()}\n{keys.server.key_file.read_text()}"))
+    assert rotate(shop) == (6, 0)
+    # It comes back, and is redacted again while its file still waits.
+    shop.sql("UPDATE shop.orders SET note = 'Ada again' WHERE id = 1")
+    assert run_cycle(shop)["redacted"] == 1
+    use(shop, keys, alone)
+    assert shop.sql(paths, user="pii_operator") == expected
+
+
+def test_a_rotation_commits_as_it_goes(shop):
+    """Breaks when it is one long transaction."""
+    session = shop.connect("pii_admin", autocommit=False)
+    with session.cursor() as cursor, refused("25001", "rotate_key"):
+        cursor.execute("CALL amazon_pii.rotate_key()")
+
+
 def test_key_command(shop, keys):
     """Breaks when the command's failure is taken for a key, or its output gets into the server log."""
     shop.apply_policy(DUE)

@@ -16,6 +16,8 @@ FUNCTIONS = {
     "disable_policy(text)": ("SELECT amazon_pii.disable_policy('nothing')", {ADMIN}),
     "drop_policy(text)": ("SELECT amazon_pii.drop_policy('nothing')", {ADMIN}),
     "run_cycle(text,boolean,bigint,bigint,bigint,bigint,bigint)": ("CALL amazon_pii.run_cycle('nothing')", {ADMIN}),
+    "rotate_key(bigint,bigint)": ("CALL amazon_pii.rotate_key()", {ADMIN}),
+    "key_status()": ("SELECT * FROM amazon_pii.key_status()", {ADMIN, AUDITOR}),
     "unflag(text,text,text,text)": ("SELECT amazon_pii.unflag('nothing', 'x')", {ADMIN}),
     "erase(text,text,text,text)": ("SELECT amazon_pii.erase('nothing', 'x')", {ADMIN}),
     "shred(text,text,text,text)": ("SELECT amazon_pii.shred('nothing', 'x')", {ADMIN}),
@@ -45,6 +47,7 @@ FUNCTIONS = {
 VIEWS = {
     "audit_log": {AUDITOR}, "runs": set(EVERYBODY), "status": set(EVERYBODY), "policies": {ADMIN, AUDITOR},
     "unclassified": set(EVERYBODY), "by_age": set(EVERYBODY), "files": set(EVERYBODY),
+    "key_status": {ADMIN, AUDITOR},
     "orders": {ADMIN, OPERATOR}, "records": {ADMIN, OPERATOR}, "overdue": {ADMIN, OPERATOR}, "upcoming": {ADMIN, OPERATOR},
 }
 USERS = (*EVERYBODY, "nobody_special", "shop_owner")

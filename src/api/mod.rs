@@ -5,6 +5,7 @@ mod customers;
 mod cycle;
 mod ending;
 mod files;
+mod keys;
 mod policy;
 mod trigger;
 mod verify;

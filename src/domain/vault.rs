@@ -118,6 +118,16 @@ impl MasterKeys {
         &self.0[0]
     }
 
+    /// The ids of all, the current one first.
+    pub fn ids(&self) -> impl Iterator<Item = &str> {
+        self.all().map(MasterKey::id)
+    }
+
+    /// All of them, the current one first.
+    pub fn all(&self) -> impl Iterator<Item = &MasterKey> {
+        self.0.iter()
+    }
+
     /// The key of that id, current or older.
     pub fn get(&self, id: &str) -> Option<&MasterKey> {
         self.0.iter().find(|key| key.id == id)

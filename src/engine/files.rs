@@ -14,6 +14,7 @@ use super::plan::{Plan, Table};
 use super::records::{Fate, Stored};
 use super::redact::Target;
 use super::state;
+use super::vault::wrapped_anew;
 use super::walk::{FIRST, Values, by_key};
 use crate::domain::vault::{Binding, DataKey, KeyBinding, MasterKeys, VaultError};
 use crate::pg::error::{Error, Result};
@@ -100,14 +101,14 @@ pub(super) fn found<'a>(
     Ok(out)
 }
 
-/// What tells a path from others, without telling it.
-fn mac(plan: &Plan, keys: &MasterKeys, batch: &[Due], file: &File<'_>) -> Result<[u8; 32]> {
+/// What tells a path from others, without telling it: under the current master key, then under older ones.
+fn macs(plan: &Plan, keys: &MasterKeys, batch: &[Due], file: &File<'_>) -> Result<Vec<[u8; 32]>> {
     let order = batch[file.order].order_key.as_str();
     let whole = Zeroizing::new(
         serde_json::to_vec(&(&plan.policy, order, file.table, file.record_key, file.path.as_str()))
             .map_err(|_| Error::internal("a path cannot be written"))?,
     );
-    Ok(keys.current().mac(b"amazon_pii file", &whole))
+    Ok(keys.all().map(|key| key.mac(b"amazon_pii file", &whole)).collect())
 }
 
 /// Puts files into the outbox. One that waits already, or that was deleted and whose row has not come back, is not due again.
@@ -120,7 +121,7 @@ pub fn note(plan: &Plan, keys: &MasterKeys, batch: &[Due], files: &[File<'_>]) -
     }
     let macs = files
         .iter()
-        .map(|f| mac(plan, keys, batch, f))
+        .map(|f| macs(plan, keys, batch, f))
         .collect::<Result<Vec<_>>>()?;
     let orders: Vec<&str> = files.iter().map(|f| batch[f.order].order_key.as_str()).collect();
     let rows = on_keys(|| {
@@ -135,13 +136,14 @@ pub fn note(plan: &Plan, keys: &MasterKeys, batch: &[Due], files: &[File<'_>]) -
         *known.entry(row.bytes(0)?.to_vec()).or_default() |= row.bool(1)?;
     }
     let mut new: Vec<usize> = Vec::new();
-    for (i, mac) in macs.iter().enumerate() {
-        let again = match known.get(mac.as_slice()) {
+    for (i, macs) in macs.iter().enumerate() {
+        let waits = macs.iter().filter_map(|mac| known.get(mac.as_slice()).copied());
+        let again = match waits.reduce(|a, b| a | b) {
             None => true,
             Some(waits) => !waits && files[i].back,
         };
         if again {
-            known.insert(mac.to_vec(), true);
+            known.insert(macs[0].to_vec(), true);
             new.push(i);
         }
     }
@@ -181,7 +183,7 @@ pub fn note(plan: &Plan, keys: &MasterKeys, batch: &[Due], files: &[File<'_>]) -
                 Arg::opt_texts(&numbers),
                 Arg::Texts(new.iter().map(|i| Some(files[*i].table)).collect()),
                 Arg::Texts(new.iter().map(|i| Some(files[*i].record_key)).collect()),
-                Arg::ByteArrays(new.iter().map(|i| macs[*i].as_slice()).collect()),
+                Arg::ByteArrays(new.iter().map(|i| macs[*i][0].as_slice()).collect()),
                 Arg::ByteArrays(wrapped.iter().map(Vec::as_slice).collect()),
                 Arg::ByteArrays(sealed.iter().map(Vec::as_slice).collect()),
             ],
@@ -235,6 +237,44 @@ fn open(keys: &MasterKeys, row: &Row, policy: &str, id: i64) -> Result<Option<St
     };
     let plain = key.open(&binding(policy, id, &key_id), row.bytes(7)?).ok();
     Ok(plain.and_then(|plain| String::from_utf8(plain.to_vec()).ok()))
+}
+
+/// Wraps the keys of the next files anew, after this one, that the current master key does not wrap. Returns how many, and the file
+/// after which to go on, if there may be more.
+///
+/// # Errors
+/// Errors of the server; no random numbers.
+pub fn rewrap(keys: &MasterKeys, after: i64, size: i64) -> Result<(i64, Option<i64>)> {
+    let current = Arg::Text(Some(keys.current().id()));
+    let rows = as_extension(|| {
+        sql::write_bytes(
+            "SELECT f.file_id, f.policy, f.wrapped, f.master_key_id FROM amazon_pii.file_outbox f WHERE f.file_id > $1 \
+                AND f.acknowledged_at IS NULL AND f.master_key_id <> $2 ORDER BY f.file_id LIMIT $3 FOR UPDATE SKIP LOCKED",
+            &[Arg::Int(after), current.clone(), Arg::Int(size)],
+        )
+    })?;
+    let (mut ids, mut wraps) = (Vec::new(), Vec::new());
+    for row in &rows {
+        let key_id = place(row.int(0)?);
+        if let Some(wrapped) = wrapped_anew(keys, row.str(3)?, row.bytes(2)?, &owner(row.str(1)?, &key_id))? {
+            ids.push(row.int(0)?);
+            wraps.push(wrapped);
+        }
+    }
+    let rewrapped = ids.len() as i64;
+    as_extension(|| {
+        sql::execute(
+            "UPDATE amazon_pii.file_outbox f SET wrapped = n.w, master_key_id = $3 \
+             FROM ROWS FROM (pg_catalog.unnest($1), pg_catalog.unnest($2)) AS n (i, w) WHERE f.file_id = n.i",
+            &[
+                Arg::Ints(ids),
+                Arg::ByteArrays(wraps.iter().map(Vec::as_slice).collect()),
+                current,
+            ],
+        )
+    })?;
+    let last = rows.last().filter(|_| i64::try_from(rows.len()) == Ok(size));
+    Ok((rewrapped, last.map(|r| r.int(0)).transpose()?))
 }
 
 /// A file that is to be deleted.

@@ -42,6 +42,7 @@ pub mod reimport;
 pub mod rekey;
 pub mod replacement;
 pub mod report;
+pub mod rotation;
 pub mod scrub;
 pub mod state;
 pub mod sweep;

@@ -2,11 +2,13 @@
 
 mod destroy;
 mod reseal;
+mod rotate;
 mod schema;
 mod size;
 
 pub use destroy::destroy;
 pub use reseal::{Renames, reseal};
+pub use rotate::{rewrap, schemas, wrapped_anew, wrapped_by};
 pub use schema::create;
 use schema::refuse_foreign_hands;
 pub use size::sizes;
