@@ -24,7 +24,11 @@ CREATE TABLE amazon_pii.policy (
     report_only_until timestamptz,
     export          text,
     exported_upto   timestamptz,
-    export_looked_at timestamptz
+    export_looked_at timestamptz,
+    loosened        text,
+    disabled_at     timestamptz,
+    disabled_reason text,
+    keys_changed_at timestamptz
 );
 COMMENT ON TABLE amazon_pii.policy IS 'One row a policy: the document in force';
 COMMENT ON COLUMN amazon_pii.policy.search_path IS 'The path under which expressions and code of the tables'' owners run';
@@ -34,6 +38,9 @@ COMMENT ON COLUMN amazon_pii.policy.report_only_until IS 'Before this moment cyc
 COMMENT ON COLUMN amazon_pii.policy.export IS 'warn or require; NULL where the document does not say';
 COMMENT ON COLUMN amazon_pii.policy.exported_upto IS 'The accounting data of orders whose clock started up to this moment is exported';
 COMMENT ON COLUMN amazon_pii.policy.export_looked_at IS 'When orders that are not exported were last looked for';
+COMMENT ON COLUMN amazon_pii.policy.loosened IS 'How long personal data is kept, and why, where that is more than 30 days';
+COMMENT ON COLUMN amazon_pii.policy.disabled_reason IS 'Why it was switched off; NULL where it never was on';
+COMMENT ON COLUMN amazon_pii.policy.keys_changed_at IS 'When a rotation began: cycles under way read the master keys anew';
 COMMENT ON COLUMN amazon_pii.policy.recheck_page IS 'Page of order_state from which redacted orders are looked at again';
 COMMENT ON COLUMN amazon_pii.policy.recheck_left IS 'Pages that are left of today''s share';
 COMMENT ON COLUMN amazon_pii.policy.structure IS 'What the last cycle saw of the catalog; while that stays, a cycle with nothing due does nothing';
@@ -105,6 +112,8 @@ CREATE TABLE amazon_pii.order_state (
     retrieved_at    timestamptz,
     retrieved_until timestamptz,
     held_until      timestamptz,
+    held_since      timestamptz,
+    hold_reason     text,
     pushed_by       text,
     attempts        int         NOT NULL DEFAULT 0,
     next_attempt_at timestamptz,

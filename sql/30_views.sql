@@ -147,7 +147,11 @@ SELECT p.policy, p.version, p.enabled, p.suspended,
        CASE WHEN p.report_only_until > pg_catalog.now() THEN p.report_only_until END AS report_only_until,
        ARRAY(SELECT u.schema_name || '.' || u.table_name || '.' || u.column_name FROM amazon_pii.unclassified AS u
               WHERE u.policy = p.policy ORDER BY 1) AS unclassified,
-       p.exported_upto, e.not_exported, e.awaiting_export, e.redacted_unexported
+       p.exported_upto, e.not_exported, e.awaiting_export, e.redacted_unexported,
+       pg_catalog.array_remove(ARRAY[
+           CASE WHEN NOT p.enabled THEN COALESCE('disabled since ' || p.disabled_at || ': ' || p.disabled_reason, 'not enabled yet') END,
+           p.loosened,
+           CASE WHEN c.held > 0 THEN c.held || ' orders held for more than 30 days: ' || pg_catalog.left(c.held_because, 500) END], NULL) AS loosened
   FROM amazon_pii.policy AS p
   LEFT JOIN LATERAL (
        SELECT pg_catalog.count(*) FILTER (WHERE o.status = 'flagged') AS flagged,
@@ -161,7 +165,9 @@ SELECT p.policy, p.version, p.enabled, p.suspended,
               pg_catalog.count(*) FILTER (WHERE o.effective_at > pg_catalog.now()
                   AND o.status IN ('flagged', 'scheduled', 'archived', 'failed')) AS not_in_effect,
               pg_catalog.min(o.effective_at) FILTER (WHERE o.effective_at > pg_catalog.now()
-                  AND o.status IN ('flagged', 'scheduled', 'archived', 'failed')) AS next_in_effect_at
+                  AND o.status IN ('flagged', 'scheduled', 'archived', 'failed')) AS next_in_effect_at,
+              pg_catalog.count(*) FILTER (WHERE o.hold_reason IS NOT NULL AND o.held_until > pg_catalog.now()) AS held,
+              pg_catalog.string_agg(DISTINCT o.hold_reason, '; ') FILTER (WHERE o.held_until > pg_catalog.now()) AS held_because
          FROM amazon_pii.order_state AS o WHERE o.policy = p.policy) AS c ON true
   LEFT JOIN LATERAL (
        SELECT pg_catalog.count(*) AS overdue, pg_catalog.max(v.overdue_by) AS worst_overdue_by

@@ -52,7 +52,7 @@ def test_existing_orders_are_handled_at_the_first_enabling(db):
     db.sql("SELECT amazon_pii.enable_policy('shop')", user="pii_admin")
     assert run_cycle(db)["redacted"] == 2
     assert [order_value(db, i) for i in range(1, 6)] == ["redacted", "scheduled", "flagged", None, "redacted"]
-    db.sql("SELECT amazon_pii.disable_policy('shop')", user="pii_admin")
+    db.sql("SELECT amazon_pii.disable_policy('shop', 'maintenance')", user="pii_admin")
     db.sql("UPDATE shop.orders SET shipped_at = now() - '40 days'::interval WHERE id = 2", user="shop_owner")
     assert run_cycle(db) == {"flagged": 0, "archived": 0, "redacted": 0, "failed": 0, "overdue": 1}
 
@@ -151,7 +151,7 @@ def test_the_last_parcel_starts_the_clock(shop):
 ])
 def test_parcels_that_are_deleted_set_the_clock_back(shop, statement, left):
     """Breaks when an order goes by a parcel that is gone until the next daily sweep."""
-    shop.apply_policy(policy(LINKED, archive_after="9000 days", redact_after="9001 days"))
+    shop.apply_policy(policy(LINKED, archive_after="9000 days", redact_after="9001 days", loosened="test"))
     run_cycle(shop)
     shop.sql("INSERT INTO shop.orders (id, external_no, channel) VALUES (1, 'n', 'amazon'), (2, 'n', 'amazon'); "
              "INSERT INTO shop.parcels VALUES (1, 1, '2026-07-01'), (2, 1, '2026-07-05'), (3, 2, '2026-07-09')", user="shop_owner")

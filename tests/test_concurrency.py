@@ -226,7 +226,7 @@ def test_policy_that_is_changed_during_a_cycle_ends_it(shop, end):
     turn = shop.connect(autocommit=False)
     call = between_archiving_and_redacting(shop, turn)
     if end == "disable":
-        change = Background(shop, "SELECT amazon_pii.disable_policy('shop')")
+        change = Background(shop, "SELECT amazon_pii.disable_policy('shop', 'maintenance')")
     else:
         import json
         change = Background(shop, "SELECT amazon_pii.apply_policy(%s::jsonb)", [json.dumps(shop_policy(placeholder="***"))])

@@ -232,7 +232,7 @@ def test_overdue_shows_until_it_is_done(db, state):
     fill(db, ORDERS)
     db.sql("CALL amazon_pii.run_cycle()", user="pii_admin") if state == "never enabled" else None
     if state == "disabled":
-        db.sql("SELECT amazon_pii.disable_policy('shop')", user="pii_admin")
+        db.sql("SELECT amazon_pii.disable_policy('shop', 'maintenance')", user="pii_admin")
     if state == "suspended":
         db.sql("UPDATE amazon_pii.policy SET suspended = 'test'")
     assert overdue(db) == (ORDERS, True)

@@ -12,7 +12,7 @@ CREATE SCHEMA shop AUTHORIZATION shop_owner;
 SET ROLE shop_owner;
 CREATE TABLE shop.orders (id int PRIMARY KEY, no text, shipped_at timestamptz, note text);
 """
-POLICY = {"policy": "shop", "enabled": True, "archive_after": "10 days", "redact_after": "60 days",
+POLICY = {"policy": "shop", "enabled": True, "archive_after": "10 days", "redact_after": "60 days", "loosened": "test",
           "orders": {"table": "shop.orders", "number": "no", "anchor": "shipped_at", "redact": ["note"]}}
 DUE = {**POLICY, "redact_after": "30 days"}
 

@@ -220,7 +220,7 @@ def test_a_failed_import_is_announced_as_failed(shop):
 
 def test_a_disabled_policy_announces_too(shop):
     """Breaks when news of a disabled policy, which flags all the same, piles up."""
-    shop.sql("SELECT amazon_pii.disable_policy('shop')", user="pii_admin")
+    shop.sql("SELECT amazon_pii.disable_policy('shop', 'maintenance')", user="pii_admin")
     shop.ear.heard()
     add_order(shop, 1, shipped=None)
     run_cycle(shop)

@@ -201,7 +201,7 @@ def test_a_replacement_follows_no_retrieval_that_it_was_not_made_for(shop):
 def test_a_new_version_of_the_policy_leaves_the_replacements_date(retrieved):
     """Breaks when a changed clock is set for orders that follow another."""
     insert(retrieved, 2, shipped="now() - '5 days'::interval", replaces=ONE)
-    retrieved.apply_policy(policy(orders={"replaces": "replaces"}, redact_after="60 days"))
+    retrieved.apply_policy(policy(orders={"replaces": "replaces"}, redact_after="60 days", loosened="test"))
     assert dates(retrieved, 2) == ("scheduled", until(retrieved), '["1"]')
     retrieved.sql("CALL amazon_pii.run_cycle('shop', true)", user="pii_admin")
     assert dates(retrieved, 2) == ("scheduled", until(retrieved), '["1"]')

@@ -148,8 +148,8 @@ def test_versions_and_switches(own):
     """Breaks when applying the same document makes a version, or a changed one switches a disabled policy on."""
     assert own.apply_policy(POLICY) == "shop version 1"
     assert own.apply_policy(json.loads(json.dumps(POLICY, sort_keys=True))) == "shop version 1"
-    own.sql("SELECT amazon_pii.disable_policy('shop')", user="pii_admin")
-    assert own.apply_policy(policy(redact_after="31 days")) == "shop version 2"
+    own.sql("SELECT amazon_pii.disable_policy('shop', 'maintenance')", user="pii_admin")
+    assert own.apply_policy(policy(redact_after="31 days", loosened="test")) == "shop version 2"
     assert versions(own) == [(2, False)]
     assert run_cycle(own)["redacted"] == 0
     own.sql("SELECT amazon_pii.enable_policy('shop')", user="pii_admin")

@@ -38,7 +38,7 @@ CALLS = {
     "SELECT amazon_pii.apply_policy('{}')": {"pii_admin"},
     "SELECT * FROM amazon_pii.check_policy('{}')": {"pii_admin"},
     "SELECT amazon_pii.enable_policy('shop')": {"pii_admin"},
-    "SELECT amazon_pii.disable_policy('none')": {"pii_admin"},
+    "SELECT amazon_pii.disable_policy('none', 'maintenance')": {"pii_admin"},
     "SELECT amazon_pii.drop_policy('none')": {"pii_admin"},
     "CALL amazon_pii.run_cycle('none')": {"pii_admin"},
     "SELECT * FROM amazon_pii.unflag('none')": {"pii_admin"},

@@ -15,7 +15,7 @@ CREATE TABLE shop.orders (id int PRIMARY KEY, no text, shipped_at timestamptz, n
 
 def policy(linked=()):
     """Orders are archived after ten days and, until make_due(), redacted after sixty."""
-    return {"policy": "shop", "enabled": True, "archive_after": "10 days", "redact_after": "60 days", "linked": list(linked),
+    return {"policy": "shop", "enabled": True, "archive_after": "10 days", "redact_after": "60 days", "loosened": "test", "linked": list(linked),
             "orders": {"table": "shop.orders", "number": "no", "anchor": "shipped_at", "redact": ["note", "name"]}}
 
 

@@ -36,7 +36,7 @@ def test_the_policy_must_be_switched_on(shop):
     assert shop.sql("SELECT DISTINCT waits_for FROM amazon_pii.overdue") == [("enable_policy",)]
     shop.sql("SELECT amazon_pii.enable_policy('shop')", user="pii_admin")
     assert run_cycle(shop) == {"flagged": 3, "archived": 3, "redacted": 2, "failed": 0, "overdue": 0}
-    shop.sql("SELECT amazon_pii.disable_policy('shop')", user="pii_admin")
+    shop.sql("SELECT amazon_pii.disable_policy('shop', 'maintenance')", user="pii_admin")
     # Only enable_policy switches: what a document says afterwards does not.
     shop.apply_policy(shop_policy(enabled=True, retrieved_for="20 days"))
     add_order(shop, 5, "40 days")

@@ -13,7 +13,7 @@ FUNCTIONS = {
     "apply_policy(jsonb)": ("SELECT amazon_pii.apply_policy('{}')", {ADMIN}),
     "check_policy(jsonb)": ("SELECT * FROM amazon_pii.check_policy('{}')", {ADMIN}),
     "enable_policy(text)": ("SELECT amazon_pii.enable_policy('nothing')", {ADMIN}),
-    "disable_policy(text)": ("SELECT amazon_pii.disable_policy('nothing')", {ADMIN}),
+    "disable_policy(text,text)": ("SELECT amazon_pii.disable_policy('nothing', 'maintenance')", {ADMIN}),
     "drop_policy(text)": ("SELECT amazon_pii.drop_policy('nothing')", {ADMIN}),
     "run_cycle(text,boolean,bigint,bigint,bigint,bigint,bigint)": ("CALL amazon_pii.run_cycle('nothing')", {ADMIN}),
     "rotate_key(bigint,bigint)": ("CALL amazon_pii.rotate_key()", {ADMIN}),

@@ -66,7 +66,7 @@ def test_nobody_else_gets_anything(db):
 
 @pytest.mark.parametrize("call", [
     "SELECT amazon_pii.apply_policy('{}')", "SELECT amazon_pii.check_policy('{}')", "SELECT amazon_pii.enable_policy('x')",
-    "SELECT amazon_pii.take_turn('x')", "SELECT amazon_pii.disable_policy('x')", "SELECT amazon_pii.drop_policy('x')", "CALL amazon_pii.run_cycle()",
+    "SELECT amazon_pii.take_turn('x')", "SELECT amazon_pii.disable_policy('x', 'maintenance')", "SELECT amazon_pii.drop_policy('x')", "CALL amazon_pii.run_cycle()",
     "SELECT amazon_pii.unflag('x', 'x')", "SELECT amazon_pii.erase('x', 'x')", "SELECT amazon_pii.shred('x', 'x')",
     "SELECT amazon_pii.forget('x', 'x')", "SELECT amazon_pii.certificate('x')", "SELECT amazon_pii.retrieve('x', 'x')", "SELECT amazon_pii.end_retrieval('x')",
     "SELECT amazon_pii.peek('x', 'x')", "SELECT amazon_pii.hold('x', 'x', now())", "SELECT amazon_pii.release('x')",

@@ -3,7 +3,7 @@ use pgrx::prelude::*;
 use crate::engine::apply;
 use crate::engine::export;
 use crate::engine::inspect;
-use crate::pg::error::or_raise;
+use crate::pg::error::{Error, or_raise};
 
 /// A document arrives as JSON and leaves as the text that serde reads.
 fn text(document: &pgrx::JsonB) -> String {
@@ -44,12 +44,13 @@ fn preset(name: &str) -> pgrx::JsonB {
 
 #[pg_extern(sql = false)]
 fn enable_policy(policy: &str) {
-    or_raise(apply::enable(policy, true));
+    or_raise(apply::enable(policy));
 }
 
 #[pg_extern(sql = false)]
-fn disable_policy(policy: &str) {
-    or_raise(apply::enable(policy, false));
+fn disable_policy(policy: Option<&str>, reason: Option<&str>) {
+    let policy = policy.ok_or_else(|| Error::invalid("the policy must not be null"));
+    or_raise(policy.and_then(|policy| apply::disable(policy, reason)));
 }
 
 #[pg_extern(sql = false)]

@@ -65,6 +65,8 @@ pub struct Policy {
     pub on_reimport: OnReimport,
     /// Whether access needs a reason.
     pub reason: ReasonRule,
+    /// Why personal data is kept for longer than 30 days.
+    pub loosened: Option<String>,
     /// Where accesses are written besides the audit log.
     pub history: Option<History>,
     /// Roles that need not be operators for `retrieve_on_insert`.

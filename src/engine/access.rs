@@ -339,6 +339,14 @@ pub fn end_retrieval(target: &Target<'_>) -> Result<()> {
 /// States in which there is something to redact.
 const HOLDS_PII: &[&str] = &["flagged", "scheduled", "archived", "failed", "retrieved"];
 
+/// Since when an order is held without a break, over `o`.
+const HELD_SINCE: &str = "COALESCE(CASE WHEN o.held_until > pg_catalog.now() THEN o.held_since END, pg_catalog.now())";
+
+/// Whether a hold until $3 is longer than 30 days, or keeps an order for so long past its date. The same before the statement that
+/// writes it and after: then its beginning is the one that was written.
+const HELD_LONG: &str = "(COALESCE($3::timestamptz > COALESCE(CASE WHEN o.held_until > pg_catalog.now() THEN o.held_since END, pg_catalog.now()) \
+    + '30 days'::interval OR $3::timestamptz > o.redact_due_at + '30 days'::interval, false))";
+
 /// Pauses redaction until a moment in the future.
 ///
 /// # Errors
@@ -352,6 +360,7 @@ pub fn hold(target: &Target<'_>, reason: Option<&str>, until: &str) -> Result<()
         )?;
         rows.first().ok_or_else(|| Error::internal("no row"))?.bool(0)
     })?;
+    let why = reason.map(str::trim).filter(|r| !r.is_empty());
     if !future {
         return Err(Error::invalid("the end of a hold must lie in the future")
             .hint("Give a time after now; amazon_pii.release() ends a hold."));
@@ -366,18 +375,28 @@ pub fn hold(target: &Target<'_>, reason: Option<&str>, until: &str) -> Result<()
             "Only what was not redacted yet, or was retrieved, can be held, and nothing that is to be erased or forgotten.",
         ),
         |plan, orders| {
-            as_extension(|| {
-                sql::execute(
-                    "UPDATE amazon_pii.order_state SET held_until = $3::timestamptz, \
-                    next_due_at = CASE WHEN archived_at IS NULL THEN next_due_at ELSE GREATEST(next_due_at, $3::timestamptz) END \
-                 WHERE policy = $1 AND order_key = ANY ($2)",
+            let long = as_extension(|| {
+                sql::write(
+                    // ident-ok: made of constants.
+                    &format!(
+                        "UPDATE amazon_pii.order_state o SET held_until = $3::timestamptz, held_since = {HELD_SINCE}, \
+                            hold_reason = CASE WHEN {HELD_LONG} THEN $4 END, \
+                            next_due_at = CASE WHEN archived_at IS NULL THEN next_due_at ELSE GREATEST(next_due_at, $3::timestamptz) END \
+                         WHERE policy = $1 AND order_key = ANY ($2) RETURNING {HELD_LONG}"
+                    ),
                     &[
                         Arg::Text(Some(&plan.policy)),
                         Arg::texts(orders),
                         Arg::Text(Some(until)),
+                        Arg::Text(why),
                     ],
                 )
             })?;
+            let is_long = long.iter().map(|r| r.bool(0)).collect::<Result<Vec<_>>>()?;
+            if why.is_none() && is_long.contains(&true) {
+                return Err(Error::invalid("a hold of more than 30 days needs a reason")
+                    .hint("Say in a few words why; status shows it while the hold lasts."));
+            }
             Ok(())
         },
     )
@@ -398,7 +417,7 @@ pub fn release(target: &Target<'_>) -> Result<()> {
         |plan, orders| {
             as_extension(|| {
                 sql::execute(
-                    "UPDATE amazon_pii.order_state SET held_until = NULL, \
+                    "UPDATE amazon_pii.order_state SET held_until = NULL, held_since = NULL, hold_reason = NULL, \
                     next_due_at = CASE WHEN retrieved_until IS NOT NULL THEN retrieved_until \
                         WHEN archived_at IS NOT NULL THEN redact_due_at ELSE archive_due_at END \
                  WHERE policy = $1 AND order_key = ANY ($2)",

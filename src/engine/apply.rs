@@ -6,9 +6,10 @@ use super::audit::{self, AuditEntry};
 use super::check::{self, Problem, Severity};
 use super::columns;
 use super::plan::{Plan, require_ownership};
-use super::{assign, by_age, history, state, sweep, trigger_ddl, vault};
-use crate::domain::policy::{Export, Policy, PolicyError, QualifiedName};
+use super::{assign, by_age, history, loosening, state, sweep, trigger_ddl, vault};
+use crate::domain::policy::{Export, Policy, PolicyError, QualifiedName, ReasonRule};
 use crate::domain::preset;
+use crate::domain::reason::{self, ReasonError};
 use crate::pg::error::{Error, Result};
 use crate::pg::identity::{as_extension, require_role, session_user};
 use crate::pg::sql::{self, Arg};
@@ -136,12 +137,11 @@ fn intervals(policy: &Policy) -> Result<()> {
         )?;
         rows.first().ok_or_else(|| Error::internal("no row"))?.bool(0)
     })?;
-    if ordered {
-        Ok(())
-    } else {
-        Err(Error::invalid("archive_after is longer than redact_after")
-            .hint("Personal data is archived before it is redacted, by default 29 and 30 days after the anchor."))
+    if !ordered {
+        return Err(Error::invalid("archive_after is longer than redact_after")
+            .hint("Personal data is archived before it is redacted, by default 29 and 30 days after the anchor."));
     }
+    loosening::of_policy(policy).map(|_| ())
 }
 
 /// Everything that is wrong with a document; applies nothing.
@@ -164,6 +164,7 @@ pub fn check(document: &str) -> Result<Vec<Problem>> {
     if let Err(e) = keys::master_keys() {
         out.push(Problem::of(&e));
     }
+    out.extend(loosening::changed_clock(&plan)?);
     Ok(out)
 }
 
@@ -180,7 +181,9 @@ pub fn apply(document: &str) -> Result<String> {
             Severity::Error => {
                 return Err(Error::invalid(format!("{}: {}", problem.object, problem.problem)).hint(problem.hint));
             }
-            Severity::Warning => pgrx::notice!("{}: {} ({})", problem.object, problem.problem, problem.hint),
+            Severity::Warning | Severity::Info => {
+                pgrx::notice!("{}: {} ({})", problem.object, problem.problem, problem.hint)
+            }
         }
     }
     vault::create(&plan.archive_schema)?;
@@ -232,11 +235,11 @@ fn store(plan: &Plan, document: &str) -> Result<(i64, bool)> {
         )?;
         let schemas = schemas.first().ok_or_else(|| Error::internal("no row"))?.string(0)?;
         sql::execute(
-            "INSERT INTO amazon_pii.policy AS p (policy, version, document, enabled, search_path, applied_by, report_only_until, export, path_schemas) \
-             VALUES ($1, $2, $3, $4, $5, $6, $7::timestamptz, $8, $9) ON CONFLICT (policy) DO UPDATE SET version = EXCLUDED.version, \
+            "INSERT INTO amazon_pii.policy AS p (policy, version, document, enabled, search_path, applied_by, report_only_until, export, path_schemas, loosened) \
+             VALUES ($1, $2, $3, $4, $5, $6, $7::timestamptz, $8, $9, $10) ON CONFLICT (policy) DO UPDATE SET version = EXCLUDED.version, \
                 document = EXCLUDED.document, search_path = EXCLUDED.search_path, applied_at = pg_catalog.now(), \
                 applied_by = EXCLUDED.applied_by, \
-                report_only_until = EXCLUDED.report_only_until, path_schemas = EXCLUDED.path_schemas, export = EXCLUDED.export, export_looked_at = NULL, suspended = NULL, last_error = NULL",
+                report_only_until = EXCLUDED.report_only_until, path_schemas = EXCLUDED.path_schemas, export = EXCLUDED.export, loosened = EXCLUDED.loosened, export_looked_at = NULL, suspended = NULL, last_error = NULL",
             &[
                 Arg::Text(Some(&plan.policy)),
                 Arg::Int(version),
@@ -250,6 +253,7 @@ fn store(plan: &Plan, document: &str) -> Result<(i64, bool)> {
                     Export::Require => "require",
                 })),
                 Arg::Text(Some(&schemas)),
+                Arg::Text(loosening::of_policy(&plan.document)?.as_deref()),
             ],
         )?;
         if new {
@@ -372,29 +376,53 @@ fn reschedule(plan: &Plan) -> Result<()> {
     sweep::request(plan)
 }
 
-/// Switches a policy on or off.
+/// Switches a policy on.
 ///
 /// # Errors
 /// It does not exist; the caller is no member of `amazon_pii_admin`.
-pub fn enable(policy: &str, on: bool) -> Result<()> {
-    require_role(
-        &["amazon_pii_admin"],
-        if on { "enable a policy" } else { "disable a policy" },
-    )?;
+pub fn enable(policy: &str) -> Result<()> {
+    require_role(&["amazon_pii_admin"], "enable a policy")?;
+    switch(policy, None)
+}
+
+/// Switches a policy off, for a reason: what is due stays where it is.
+///
+/// # Errors
+/// As [`enable`]; the reason is missing, or unusable.
+pub fn disable(policy: &str, reason: Option<&str>) -> Result<()> {
+    require_role(&["amazon_pii_admin"], "disable a policy")?;
+    let reason = reason::check(reason, ReasonRule::Required).map_err(|e| {
+        let hint = match e {
+            ReasonError::Missing => "Say in a few words why nothing is to be redacted: disable_policy('…', 'reason').",
+            other => other.hint(),
+        };
+        Error::invalid(e.to_string()).hint(hint)
+    })?;
+    switch(policy, Some(&reason))
+}
+
+/// On, or off for a reason.
+fn switch(policy: &str, off: Option<&str>) -> Result<()> {
     let version = as_extension(|| {
         let rows = sql::write(
-            "UPDATE amazon_pii.policy SET enabled = $2 WHERE policy = $1 RETURNING version",
-            &[Arg::Text(Some(policy)), Arg::Bool(on)],
+            "UPDATE amazon_pii.policy SET enabled = $2 IS NULL, disabled_reason = $2, \
+                disabled_at = CASE WHEN $2 IS NOT NULL THEN CASE WHEN enabled THEN pg_catalog.now() ELSE COALESCE(disabled_at, pg_catalog.now()) END END WHERE policy = $1 RETURNING version",
+            &[Arg::Text(Some(policy)), Arg::Text(off)],
         )?;
         by_age::look_now(policy)?;
         invalidation::announce_policy_change()?;
         rows.first().map(|r| r.int(0)).transpose()
     })?
     .ok_or_else(|| missing(policy))?;
-    let action = if on { "enable_policy" } else { "disable_policy" };
+    let action = if off.is_none() {
+        "enable_policy"
+    } else {
+        "disable_policy"
+    };
     audit::insert(&[AuditEntry {
         policy: Some(policy.to_owned()),
         policy_version: Some(version),
+        reason: off.map(str::to_owned),
         ..AuditEntry::new(action)?
     }])?;
     state::announce_keys(policy, action, &[])?;

@@ -26,6 +26,8 @@ use crate::pg::subxact::trial;
 pub enum Severity {
     Error,
     Warning,
+    /// Nothing is wrong; somebody should know.
+    Info,
 }
 
 impl Severity {
@@ -34,6 +36,7 @@ impl Severity {
         match self {
             Self::Error => "error",
             Self::Warning => "warning",
+            Self::Info => "info",
         }
     }
 }

@@ -28,6 +28,7 @@ pub mod guard;
 pub mod history;
 pub mod idle;
 pub mod inspect;
+pub mod loosening;
 pub mod news;
 pub mod orphan;
 pub mod overwrite;

@@ -37,6 +37,7 @@ const POLICY: &[&str] = &[
     "when_retrieved",
     "on_reimport",
     "reason",
+    "loosened",
     "history",
     "retrieve_for",
 ];
@@ -160,6 +161,7 @@ pub(super) fn policy(root: &Node<'_>) -> Result<Policy> {
         when_retrieved: document.word_or_default("when_retrieved", &["refuse", "ignore"])?,
         on_reimport: document.word_or_default("on_reimport", &["redact", "keep", "refuse"])?,
         reason: document.word_or_default("reason", &["required", "optional"])?,
+        loosened: document.text("loosened")?,
         retrieve_for: match document.get("retrieve_for") {
             Some(node) => node.some_texts("a list of roles")?,
             None => Vec::new(),

@@ -110,7 +110,7 @@ fn problem(table: &Table, index: &Unique, severity: Severity) -> Problem {
         Severity::Error => {
             format!("{what} {name} refuses the treatment, which makes its columns equal in every row ({state})")
         }
-        Severity::Warning => {
+        Severity::Warning | Severity::Info => {
             format!(
                 "{what} {name} may refuse the treatment, which can make its columns equal in several rows ({state})"
             )

@@ -9,7 +9,7 @@ CALL amazon_pii.run_cycle();
 SELECT amazon_pii.enable_policy('shop');
 CALL amazon_pii.run_cycle();
 SELECT order_number, status FROM amazon_pii.orders ORDER BY 1;
-SELECT amazon_pii.disable_policy('shop');
+SELECT amazon_pii.disable_policy('shop', 'maintenance');
 SELECT policy, version, enabled, flagged, scheduled, archived, redacted, failed, overdue, last_error FROM amazon_pii.status;
 -- A new version; enabled counts at the first time only.
 SELECT amazon_pii.apply_policy(:'document'::jsonb || '{"placeholder": "gone", "enabled": true}');
