@@ -5,7 +5,7 @@ import psycopg2
 import pytest
 from cluster import Cluster, wait_until
 from conftest import new_database, prepare
-from support import documents, hurry, number, refused, retrieve, run_cycle
+from support import Background, documents, hurry, number, refused, retrieve, run_cycle
 
 TABLES = """
 CREATE SCHEMA shop AUTHORIZATION shop_owner;
@@ -259,6 +259,32 @@ def test_a_rotation_that_is_interrupted_goes_on(rotated, keys):
     shop.sql("DROP TRIGGER stop ON amazon_pii_archive.data_key")
     assert rotate(shop) == (600, 0)
     assert list(master_keys(shop).values()) == [2600]
+
+
+@pytest.mark.parametrize("where", ["the same file", "another file"])
+def test_a_cycle_under_way_takes_the_new_key(shop, keys, where):
+    """Breaks when a cycle that began before the rotation goes on to wrap by the old key, or cannot open what was wrapped anew."""
+    add_orders(shop, 2, 60)
+    shop.apply_policy(DUE)
+    old, new = keys.server.key_file.read_text(), secrets.token_hex(32)
+    file = keys.file(old)
+    use(shop, keys, file)
+    shop.psql("""CREATE TABLE shop.gate (shut boolean); INSERT INTO shop.gate VALUES (true);
+        CREATE FUNCTION shop.wait() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS $$BEGIN
+            WHILE EXISTS (SELECT FROM shop.gate) LOOP PERFORM pg_sleep(0.01); END LOOP; RETURN NEW; END$$;
+        CREATE TRIGGER wait BEFORE UPDATE ON shop.orders FOR EACH ROW EXECUTE FUNCTION shop.wait();""")
+    cycle = Background(shop, "CALL amazon_pii.run_cycle('shop')")
+    wait_until(lambda: shop.value("SELECT count(*) FROM pg_stat_activity WHERE pid = %s AND wait_event = 'PgSleep'", [cycle.pid]) == 1)
+    if where == "the same file":
+        file.write_text(f"{new}\n{old}")
+    else:
+        keys.set(keys.file(f"{new}\n{old}"))
+    rotation = Background(shop, "CALL amazon_pii.rotate_key()").wait_for_lock(shop)
+    shop.sql("DELETE FROM shop.gate")
+    assert rotation.result()[0][1] == 0
+    assert cycle.result()[0][2:4] == (60, 0)
+    (key,) = master_keys(shop)
+    assert key_status(shop)[key][0] is True and sum(master_keys(shop).values()) == 60
 
 
 def test_what_cannot_be_unwrapped_stays_and_is_told(rotated, keys):

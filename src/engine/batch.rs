@@ -13,10 +13,10 @@ use super::overwrite;
 use super::pace::Pace;
 use super::plan::Plan;
 use super::redact;
+use super::rotation::Keyring;
 use super::state;
 use super::turn;
 use crate::domain::pace::Batch;
-use crate::domain::vault::MasterKeys;
 use crate::pg::error::{Error, Result};
 use crate::pg::guc;
 use crate::pg::subxact::subtransaction;
@@ -32,7 +32,7 @@ pub const COME_BACK: u32 = 3;
 /// One process's way through what is due.
 pub struct Batches<'a> {
     pub plan: &'a Plan,
-    pub keys: MasterKeys,
+    pub keys: Keyring,
     pub clock: Clock,
     pub boundary: Boundary,
     /// What this process did.
@@ -55,7 +55,7 @@ pub struct Batches<'a> {
 
 impl<'a> Batches<'a> {
     /// Of a cycle that has all orders to itself.
-    pub fn new(plan: &'a Plan, keys: MasterKeys, clock: Clock, boundary: Boundary) -> Self {
+    pub fn new(plan: &'a Plan, keys: Keyring, clock: Clock, boundary: Boundary) -> Self {
         Self {
             plan,
             keys,
@@ -90,6 +90,7 @@ impl<'a> Batches<'a> {
             self.pace.look();
         }
         turn::take(&self.plan.policy, self.mode)?;
+        self.keys.refresh(&self.plan.policy)?;
         self.taken = Instant::now();
         let limit = self.pace.size();
         let mut batch = due::take(self.plan, &self.clock, &self.share, limit)?;
@@ -128,6 +129,10 @@ impl<'a> Batches<'a> {
             self.counts.archived += archived.orders;
             bytes += archived.bytes;
             for (due, (records, seen)) in orders.iter_mut().zip(archived.found) {
+                // Otherwise the state that it gets next says so.
+                if !due.redact || due.archived {
+                    due.listed = records.text();
+                }
                 due.records = records;
                 due.seen = Some(seen).filter(|_| due.redact);
                 due.copied = true;
@@ -139,6 +144,7 @@ impl<'a> Batches<'a> {
         let copying = self.taken.elapsed();
 
         turn::take(&self.plan.policy, self.mode)?;
+        self.keys.refresh(&self.plan.policy)?;
         let begun = Instant::now();
         to_redact.retain(|d| d.redact);
         let locked = due::relock(self.plan, &self.clock, to_redact)?;

@@ -1,6 +1,7 @@
 //! One pass over what is due: flag, archive, redact, batch by batch, each batch two transactions. The same code
 //! serves the worker, `CALL run_cycle()` and the tests.
 
+use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
@@ -19,6 +20,7 @@ use super::plan::{Aged, Plan};
 use super::purge;
 use super::rekey;
 use super::report;
+use super::rotation::Keyring;
 use super::state;
 use super::sweep;
 use super::touched;
@@ -37,7 +39,7 @@ use crate::worker::helper::Team;
 const TELL_EVERY: Duration = Duration::from_secs(10);
 
 /// Rows of orphans that are handled together.
-const ORPHANS: i64 = 200;
+const ORPHANS: i64 = 50;
 
 /// What a cycle did.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
@@ -169,7 +171,7 @@ fn run_policy(policy: &str, sweep: bool, boundary: Boundary) -> Result<Counts> {
         boundary.commit()?;
         return Ok(counts);
     }
-    let keys = keys::master_keys()?;
+    let keys = Keyring::load(policy)?;
     let clock = clock(&plan)?;
     boundary.commit()?;
     let mut run = Run {
@@ -229,7 +231,7 @@ pub fn help(task: Task, tell: impl Fn(&Counts)) -> Result<()> {
     if plan.version != task.version {
         return Ok(());
     }
-    let keys = keys::master_keys()?;
+    let keys = Keyring::load(&task.policy)?;
     let mut batches = Batches::new(&plan, keys, task.clock, boundary);
     batches.share = task.share;
     batches.mode = Mode::Shared;
@@ -263,8 +265,13 @@ impl Run<'_> {
             run.trouble = trouble.or(run.trouble.take());
             Ok(())
         })?;
-        self.step(|run| orphan::settle(run.plan, &run.batches.clock).map(|_| ()))?;
         self.step(|run| {
+            let (_, trouble) = orphan::settle(run.plan, &run.batches.clock)?;
+            run.trouble = trouble.or(run.trouble.take());
+            Ok(())
+        })?;
+        self.step(|run| {
+            run.batches.keys.refresh(&run.plan.policy)?;
             for (order, error) in rekey::settle(run.plan, &run.batches.keys)? {
                 state::troubled(run.plan, &order, &error)?;
             }
@@ -324,11 +331,13 @@ impl Run<'_> {
             let mut more = false;
             self.step(|run| {
                 turn::take(&run.plan.policy, Mode::Alone)?;
-                more = if round < COME_BACK {
-                    orphan::settle(run.plan, &run.batches.clock)?
-                } else {
-                    orphan::postpone(run.plan)?
-                };
+                if round == COME_BACK {
+                    more = orphan::postpone(run.plan)?;
+                    return Ok(());
+                }
+                let (any, trouble) = orphan::settle(run.plan, &run.batches.clock)?;
+                run.trouble = trouble.or(run.trouble.take());
+                more = any;
                 Ok(())
             })?;
             if !more {
@@ -345,13 +354,14 @@ impl Run<'_> {
         if self.plan.generic.is_empty() {
             return Ok(());
         }
-        let (keys, clock) = (keys::master_keys()?, self.batches.clock.clone());
+        let clock = self.batches.clock.clone();
         let mut apart = orphan::Apart {
             plan: self.plan,
-            keys: &keys,
+            keys: &mut self.batches.keys,
             clock: &clock,
             boundary: self.boundary,
             trouble: None,
+            tried: HashSet::new(),
         };
         let outcome = apart.all(ORPHANS);
         self.trouble = apart.trouble.or(self.trouble.take());
@@ -405,6 +415,7 @@ impl Run<'_> {
             let mut count = 0;
             self.step(|run| {
                 turn::take(&run.plan.policy, run.batches.mode)?;
+                run.batches.keys.refresh(&run.plan.policy)?;
                 count = purge::step(run.plan, &run.batches.keys, run.batches.pace.size())?;
                 if count > 0 {
                     run.start()?;

@@ -37,6 +37,8 @@ pub struct Due {
     pub generation: i64,
     /// The rows that hold, or held, its personal data.
     pub records: Rc<RecordList>,
+    /// What the order's state says of them, as far as this batch knows.
+    pub listed: Option<String>,
     /// This batch has stored its copy.
     pub copied: bool,
     /// It was redacted in this cycle, and comes back for rows that triggers wrote because of that.
@@ -92,6 +94,7 @@ impl Due {
             attempts: u32::try_from(row.int(4)?).unwrap_or(u32::MAX),
             redacted_version: row.text(5)?.and_then(|v| v.parse().ok()),
             records: Rc::new(RecordList::parse(row.text(6)?)?),
+            listed: row.owned(6)?,
             asked: Asked::of(row.text(7)?)?,
             purged: row.bool(8)?,
             generation: row.int(9)?,
@@ -287,7 +290,7 @@ pub fn relock(plan: &Plan, clock: &Clock, batch: Vec<Due>) -> Result<Vec<Due>> {
             // Meanwhile it may have been retrieved or held: whether it is due is asked again.
             // ident-ok: made of constants.
             &format!(
-                "SELECT o.order_key, o.status, o.asked, o.purged_at IS NOT NULL FROM amazon_pii.order_state o \
+                "SELECT o.order_key, o.status, o.asked, o.purged_at IS NOT NULL, o.records FROM amazon_pii.order_state o \
                  WHERE o.policy IS NOT DISTINCT FROM $1 AND o.order_key = ANY ($3) \
                  AND o.status IN ('scheduled', 'archived', 'redacted', 'retrieved', 'failed') AND ({redact_due}) \
                  AND (o.held_until IS NULL OR o.held_until <= pg_catalog.now()) AND {IN_FORCE} FOR UPDATE OF o SKIP LOCKED"
@@ -307,8 +310,8 @@ pub fn relock(plan: &Plan, clock: &Clock, batch: Vec<Due>) -> Result<Vec<Due>> {
         let Some(now) = locked.get(due.order_key.as_str()) else {
             continue;
         };
-        // Another cycle may have done it.
-        if now.str(1)? != "redacted" || due.status == "redacted" {
+        // Another cycle may have done it, or have listed another row: then it is taken again as it is now.
+        if (now.str(1)? != "redacted" || due.status == "redacted") && now.text(4)? == due.listed.as_deref() {
             let (asked, purged) = (Asked::of(now.text(2)?)?, now.bool(3)?);
             out.push(Due { asked, purged, ..due });
         }

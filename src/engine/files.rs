@@ -104,11 +104,17 @@ pub(super) fn found<'a>(
 /// What tells a path from others, without telling it: under the current master key, then under older ones.
 fn macs(plan: &Plan, keys: &MasterKeys, batch: &[Due], file: &File<'_>) -> Result<Vec<[u8; 32]>> {
     let order = batch[file.order].order_key.as_str();
-    let whole = Zeroizing::new(
-        serde_json::to_vec(&(&plan.policy, order, file.table, file.record_key, file.path.as_str()))
-            .map_err(|_| Error::internal("a path cannot be written"))?,
-    );
-    Ok(keys.all().map(|key| key.mac(b"amazon_pii file", &whole)).collect())
+    let whole = message(&plan.policy, order, file.table, file.record_key, &file.path)?;
+    Ok(keys.all().map(|key| key.mac(MAC, &whole)).collect())
+}
+
+/// What the code of a path is for.
+const MAC: &[u8] = b"amazon_pii file";
+
+fn message(policy: &str, order: &str, table: &str, record_key: &str, path: &str) -> Result<Zeroizing<Vec<u8>>> {
+    serde_json::to_vec(&(policy, order, table, record_key, path))
+        .map(Zeroizing::new)
+        .map_err(|_| Error::internal("a path cannot be written"))
 }
 
 /// Puts files into the outbox. One that waits already, or that was deleted and whose row has not come back, is not due again.
@@ -248,28 +254,36 @@ pub fn rewrap(keys: &MasterKeys, after: i64, size: i64) -> Result<(i64, Option<i
     let current = Arg::Text(Some(keys.current().id()));
     let rows = as_extension(|| {
         sql::write_bytes(
-            "SELECT f.file_id, f.policy, f.wrapped, f.master_key_id FROM amazon_pii.file_outbox f WHERE f.file_id > $1 \
+            "SELECT f.file_id, f.policy, f.order_key, f.table_name, f.record_key, f.master_key_id, f.wrapped, f.sealed \
+             FROM amazon_pii.file_outbox f WHERE f.file_id > $1 \
                 AND f.acknowledged_at IS NULL AND f.master_key_id <> $2 ORDER BY f.file_id LIMIT $3 FOR UPDATE SKIP LOCKED",
             &[Arg::Int(after), current.clone(), Arg::Int(size)],
         )
     })?;
-    let (mut ids, mut wraps) = (Vec::new(), Vec::new());
+    let (mut ids, mut wraps, mut macs) = (Vec::new(), Vec::new(), Vec::new());
     for row in &rows {
-        let key_id = place(row.int(0)?);
-        if let Some(wrapped) = wrapped_anew(keys, row.str(3)?, row.bytes(2)?, &owner(row.str(1)?, &key_id))? {
-            ids.push(row.int(0)?);
+        let (id, policy) = (row.int(0)?, row.str(1)?);
+        let Some(path) = open(keys, row, policy, id)? else {
+            continue;
+        };
+        let key_id = place(id);
+        if let Some(wrapped) = wrapped_anew(keys, row.str(5)?, row.bytes(6)?, &owner(policy, &key_id))? {
+            let whole = message(policy, row.str(2)?, row.str(3)?, row.str(4)?, &path)?;
+            ids.push(id);
             wraps.push(wrapped);
+            macs.push(keys.current().mac(MAC, &whole));
         }
     }
     let rewrapped = ids.len() as i64;
     as_extension(|| {
         sql::execute(
-            "UPDATE amazon_pii.file_outbox f SET wrapped = n.w, master_key_id = $3 \
-             FROM ROWS FROM (pg_catalog.unnest($1), pg_catalog.unnest($2)) AS n (i, w) WHERE f.file_id = n.i",
+            "UPDATE amazon_pii.file_outbox f SET wrapped = n.w, path_mac = n.m, master_key_id = $3 \
+             FROM ROWS FROM (pg_catalog.unnest($1), pg_catalog.unnest($2), pg_catalog.unnest($4)) AS n (i, w, m) WHERE f.file_id = n.i",
             &[
                 Arg::Ints(ids),
                 Arg::ByteArrays(wraps.iter().map(Vec::as_slice).collect()),
                 current,
+                Arg::ByteArrays(macs.iter().map(|m| m.as_slice()).collect()),
             ],
         )
     })?;

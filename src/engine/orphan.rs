@@ -19,6 +19,7 @@ use crate::domain::treatment::Outcome;
 use crate::pg::error::{Error, Result};
 use crate::pg::identity::{as_extension, on_keys};
 use crate::pg::sql::{self, Arg};
+use crate::pg::subxact::subtransaction;
 
 /// Orphans that one step settles.
 const STEP: i64 = 1000;
@@ -39,11 +40,11 @@ fn tops(plan: &Plan) -> Vec<usize> {
 }
 
 /// Makes what triggers noted records of their orders, those of redacted orders due in a cycle with this clock; whether there was
-/// anything to list.
+/// anything to list, and what went wrong with one of them, which waits then.
 ///
 /// # Errors
-/// Errors of the server or of the owners' expressions; the notes stay then. The generic customer is gone.
-pub fn settle(plan: &Plan, clock: &Clock) -> Result<bool> {
+/// Errors of the server. The generic customer is gone.
+pub fn settle(plan: &Plan, clock: &Clock) -> Result<(bool, Option<Error>)> {
     if let (Some(assign), Some(customer)) = (&plan.assign, &plan.customer)
         && !assign::exists(plan, customer, &assign.to)?
     {
@@ -52,20 +53,46 @@ pub fn settle(plan: &Plan, clock: &Clock) -> Result<bool> {
             assign.to
         )));
     }
-    let mut any = false;
-    while let Some(listed) = step(plan, clock)? {
-        any |= listed;
+    let (mut any, mut trouble, mut alone) = (false, None, 0);
+    loop {
+        // After a failure one by one, so that a bad row keeps no other from being listed.
+        let limit = if alone > 0 { 1 } else { STEP };
+        match subtransaction(|| step(plan, clock, limit)) {
+            Ok(None) => return Ok((any, trouble)),
+            Ok(Some(listed)) => any |= listed,
+            Err(e) if e.is_cancel() => return Err(e),
+            Err(e) if limit > 1 => {
+                alone = STEP;
+                trouble = Some(e);
+            }
+            Err(e) => {
+                put_off(plan, 1)?;
+                trouble = Some(e);
+            }
+        }
+        alone = (alone - 1).max(0);
     }
-    Ok(any)
+}
+
+/// The next notes wait for an hour; returns how many.
+fn put_off(plan: &Plan, limit: i64) -> Result<u64> {
+    as_extension(|| {
+        sql::execute(
+            "UPDATE amazon_pii.orphan SET next_attempt_at = pg_catalog.now() + '1 hour'::interval WHERE orphan_id IN ( \
+                SELECT orphan_id FROM amazon_pii.orphan WHERE policy = $1 AND record_key IS NULL AND next_attempt_at <= pg_catalog.now() \
+                ORDER BY orphan_id LIMIT $2 FOR UPDATE SKIP LOCKED)",
+            &[Arg::Text(Some(&plan.policy)), Arg::Int(limit)],
+        )
+    })
 }
 
 /// Whether some notes led to rows; `None` when there are no more notes.
-fn step(plan: &Plan, clock: &Clock) -> Result<Option<bool>> {
+fn step(plan: &Plan, clock: &Clock, limit: i64) -> Result<Option<bool>> {
     let rows = as_extension(|| {
         sql::write(
             "SELECT orphan_id, order_key, order_number, link FROM amazon_pii.orphan WHERE policy = $1 AND record_key IS NULL \
              AND next_attempt_at <= pg_catalog.now() ORDER BY orphan_id LIMIT $2 FOR UPDATE SKIP LOCKED",
-            &[Arg::Text(Some(&plan.policy)), Arg::Int(STEP)],
+            &[Arg::Text(Some(&plan.policy)), Arg::Int(limit)],
         )
     })?;
     let tops = tops(plan);
@@ -106,7 +133,7 @@ fn step(plan: &Plan, clock: &Clock) -> Result<Option<bool>> {
                     });
                 }
             }
-            // The order, or the customer, may be inserted yet.
+            // The order, or the customer, may be inserted yet; or somebody has the order locked.
             _ => open.push(row.int(0)?),
         }
     }
@@ -122,7 +149,8 @@ fn step(plan: &Plan, clock: &Clock) -> Result<Option<bool>> {
             &[Arg::Ints(open.clone())],
         )?;
         sql::execute(
-            "UPDATE amazon_pii.orphan SET next_attempt_at = pg_catalog.now() + '1 hour'::interval WHERE orphan_id = ANY ($1)",
+            "UPDATE amazon_pii.orphan SET next_attempt_at = pg_catalog.now() \
+                + GREATEST('1 minute'::interval, LEAST('1 hour'::interval, pg_catalog.now() - noted_at)) WHERE orphan_id = ANY ($1)",
             &[Arg::Ints(open)],
         )
     })?;
@@ -134,15 +162,7 @@ fn step(plan: &Plan, clock: &Clock) -> Result<Option<bool>> {
 /// # Errors
 /// Errors of the server.
 pub fn postpone(plan: &Plan) -> Result<bool> {
-    let postponed = as_extension(|| {
-        sql::execute(
-            "UPDATE amazon_pii.orphan SET next_attempt_at = pg_catalog.now() + '1 hour'::interval WHERE orphan_id IN ( \
-                SELECT orphan_id FROM amazon_pii.orphan WHERE policy = $1 AND record_key IS NULL AND next_attempt_at <= pg_catalog.now() \
-                FOR UPDATE SKIP LOCKED)",
-            &[Arg::Text(Some(&plan.policy))],
-        )
-    })?;
-    Ok(postponed > 0)
+    Ok(put_off(plan, i64::MAX)? > 0)
 }
 
 /// Orphans of some orders that were to wait need not any longer.
@@ -169,12 +189,18 @@ type Known = (HashMap<String, usize>, HashMap<String, usize>, Vec<Order>);
 
 fn orders(plan: &Plan, keys: &[String], numbers: &[Option<String>]) -> Result<Known> {
     let rows = on_keys(|| {
+        let numbered = sql::write(
+            "SELECT o.order_key FROM amazon_pii.order_state AS o WHERE o.policy IS NOT DISTINCT FROM $1 AND o.order_number = ANY ($2)",
+            &[Arg::Text(Some(&plan.policy)), Arg::opt_texts(numbers)],
+        )?;
+        let mut all = keys.to_vec();
+        for row in &numbered {
+            all.push(row.string(0)?);
+        }
         sql::write(
             "SELECT o.order_key, o.order_number, o.redacted_version IS NOT NULL, o.records FROM amazon_pii.order_state AS o \
-             WHERE o.policy IS NOT DISTINCT FROM $1 AND o.order_key = ANY ($2) \
-             UNION SELECT o.order_key, o.order_number, o.redacted_version IS NOT NULL, o.records FROM amazon_pii.order_state AS o \
-             WHERE o.policy IS NOT DISTINCT FROM $1 AND o.order_number = ANY ($3)",
-            &[Arg::Text(Some(&plan.policy)), Arg::texts(keys), Arg::opt_texts(numbers)],
+             WHERE o.policy IS NOT DISTINCT FROM $1 AND o.order_key = ANY ($2) FOR UPDATE SKIP LOCKED",
+            &[Arg::Text(Some(&plan.policy)), Arg::texts(&all)],
         )
     })?;
     let mut out: Known = Default::default();
@@ -342,9 +368,9 @@ pub fn users(
             // ident-ok: made of constants.
             &format!(
                 "SELECT n.i - 1, r.order_key, o.order_key IS NOT NULL, r.kept FROM ROWS FROM (pg_catalog.unnest($3), pg_catalog.unnest($5)) \
-                    WITH ORDINALITY AS n (k, t, i) \
+                    WITH ORDINALITY AS m (k, t, i) CROSS JOIN LATERAL (SELECT m.k, m.t::pg_catalog.jsonb, m.i OFFSET 0) AS n (k, t, i) \
                  CROSS JOIN LATERAL ((SELECT r.order_key, false FROM amazon_pii.orphan AS r WHERE r.policy = $1 AND r.table_name = $2 \
-                        AND r.record_key = n.k AND {needing} AND (n.t IS NULL OR NOT n.t::pg_catalog.jsonb OPERATOR(pg_catalog.?) r.order_key) \
+                        AND r.record_key = n.k AND {needing} AND (n.t IS NULL OR NOT n.t OPERATOR(pg_catalog.?) r.order_key) \
                         ORDER BY r.orphan_id DESC LIMIT $4) \
                     UNION ALL SELECT s.order_key, true FROM amazon_pii.record_state AS s WHERE s.policy = $1 AND s.table_name = $2 \
                         AND s.record_key = n.k AND s.status = 'retrieved') AS r (order_key, kept) \

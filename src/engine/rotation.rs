@@ -1,18 +1,88 @@
 //! Master keys: what each of them wraps, and the change to another one. Data keys are wrapped anew, in batches that commit; what
-//! they seal is never touched. Whoever is interrupted goes on with what is left.
+//! they seal is never touched. Whoever is interrupted goes on with what is left. Of one database: others may have the same keys.
 
 use std::collections::BTreeMap;
+use std::ops::Deref;
 use std::time::{Duration, Instant};
 
 use super::audit::{self, AuditEntry};
 use super::files;
+use super::turn;
 use super::vault;
 use crate::domain::vault::MasterKeys;
 use crate::pg::error::Result;
-use crate::pg::identity::as_extension;
+use crate::pg::identity::{as_extension, on_keys};
 use crate::pg::keys;
-use crate::pg::sql;
-use crate::pg::xact::Boundary;
+use crate::pg::sql::{self, Arg};
+use crate::pg::worker;
+use crate::pg::xact::{Boundary, Mode};
+
+/// The master keys of a cycle. It may go on for hours, and wraps nothing by a key that has been replaced meanwhile.
+pub struct Keyring {
+    keys: MasterKeys,
+    /// When the last rotation began that these keys know of.
+    changed_at: Option<String>,
+}
+
+impl Keyring {
+    /// As they are now.
+    ///
+    /// # Errors
+    /// No usable master key.
+    pub fn load(policy: &str) -> Result<Self> {
+        // First when, so that a change in between is noticed later.
+        let changed_at = changed_at(policy)?;
+        let keys = keys::master_keys()?;
+        Ok(Self { keys, changed_at })
+    }
+
+    /// Reads them again if a rotation has begun. To be asked when it is the cycle's turn: a rotation waits for those.
+    ///
+    /// # Errors
+    /// As [`Keyring::load`].
+    pub fn refresh(&mut self, policy: &str) -> Result<()> {
+        if changed_at(policy)? != self.changed_at {
+            // The setting may have changed with the key.
+            worker::reload_if_asked();
+            *self = Self::load(policy)?;
+        }
+        Ok(())
+    }
+}
+
+impl Deref for Keyring {
+    type Target = MasterKeys;
+
+    fn deref(&self) -> &MasterKeys {
+        &self.keys
+    }
+}
+
+fn changed_at(policy: &str) -> Result<Option<String>> {
+    let rows = on_keys(|| {
+        sql::read(
+            "SELECT p.keys_changed_at FROM amazon_pii.policy p WHERE p.policy = $1",
+            &[Arg::Text(Some(policy))],
+        )
+    })?;
+    rows.first().map_or(Ok(None), |r| r.owned(0))
+}
+
+/// From here on no cycle wraps by a former key: those under way are told, and their batches waited for.
+fn announce(boundary: Boundary) -> Result<()> {
+    let rows = as_extension(|| {
+        sql::write(
+            "UPDATE amazon_pii.policy SET keys_changed_at = pg_catalog.clock_timestamp() RETURNING policy",
+            &[],
+        )
+    })?;
+    boundary.commit()?;
+    for row in &rows {
+        turn::take(row.str(0)?, Mode::Alone)?;
+        boundary.commit()?;
+    }
+    Ok(())
+}
 
 /// Data keys that one transaction wraps anew.
 const BATCH: i64 = 2000;
@@ -37,7 +107,7 @@ pub fn rotate(boundary: Boundary) -> Result<Rotated> {
     let keys = keys::master_keys()?;
     let current = keys.current().id().to_owned();
     note(&keys, format!("to master key {current}"))?;
-    boundary.commit()?;
+    announce(boundary)?;
     let mut out = Rotated::default();
     let mut told = Instant::now();
     let mut done = |rewrapped: i64, out: &mut Rotated| {

@@ -3,7 +3,6 @@
 
 use std::collections::{HashMap, HashSet};
 
-use crate::domain::vault::MasterKeys;
 use crate::engine::alive;
 use crate::engine::archive;
 use crate::engine::due::{self, Clock, Due};
@@ -11,6 +10,7 @@ use crate::engine::gather::LiveRecord;
 use crate::engine::overwrite;
 use crate::engine::plan::Plan;
 use crate::engine::redact;
+use crate::engine::rotation::Keyring;
 use crate::engine::state;
 use crate::engine::turn;
 use crate::pg::error::{Error, Result};
@@ -21,7 +21,7 @@ use crate::pg::subxact::subtransaction;
 use crate::pg::xact::{Boundary, Mode};
 
 /// Orders that one row may be copied for; with more it goes with the last of them.
-const MOST: i64 = 5000;
+const MOST: i64 = 1000;
 
 /// A table's name in the archive and a row's key.
 pub type Place = (String, String);
@@ -68,11 +68,13 @@ impl Rows {
 /// A policy's way through them.
 pub struct Apart<'a> {
     pub plan: &'a Plan,
-    pub keys: &'a MasterKeys,
+    pub keys: &'a mut Keyring,
     pub clock: &'a Clock,
     pub boundary: Boundary,
     /// What went wrong with a row.
     pub trouble: Option<Error>,
+    /// Rows that were taken in this pass: each once, whoever has locked an order of theirs.
+    pub tried: HashSet<Place>,
 }
 
 impl Apart<'_> {
@@ -95,7 +97,7 @@ impl Apart<'_> {
 
     /// The next rows. They wait for a while, whatever happens: what was interrupted is not repeated at once. `None`: there are no
     /// more; empty: those that came next are not due by themselves after all.
-    fn take(&self, size: i64) -> Result<Option<Rows>> {
+    fn take(&mut self, size: i64) -> Result<Option<Rows>> {
         let next = on_keys(|| {
             sql::read(
                 "SELECT DISTINCT n.table_name, n.record_key FROM (SELECT r.table_name, r.record_key FROM amazon_pii.orphan r \
@@ -109,8 +111,11 @@ impl Apart<'_> {
         })?;
         let mut places = (Vec::new(), Vec::new());
         for row in &next {
-            places.0.push(row.string(0)?);
-            places.1.push(row.string(1)?);
+            let place = (row.string(0)?, row.string(1)?);
+            if self.tried.insert(place.clone()) {
+                places.0.push(place.0);
+                places.1.push(place.1);
+            }
         }
         let found = on_keys(|| {
             sql::write(
@@ -194,12 +199,14 @@ impl Apart<'_> {
         Ok(())
     }
 
-    fn together(&self, rows: &Rows) -> Result<()> {
+    fn together(&mut self, rows: &Rows) -> Result<()> {
         turn::take(&self.plan.policy, Mode::Alone)?;
+        self.keys.refresh(&self.plan.policy)?;
         let (mut batch, rows) = self.locked(rows)?;
         subtransaction(|| archive::apart(self.plan, self.keys, &mut batch, &rows))?;
         self.boundary.commit()?;
         turn::take(&self.plan.policy, Mode::Alone)?;
+        self.keys.refresh(&self.plan.policy)?;
         // Held, or asked for, meanwhile: they wait.
         let (batch, rows) = self.locked(&rows)?;
         let others = alive::other_policies(self.plan)?;

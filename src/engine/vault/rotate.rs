@@ -15,10 +15,11 @@ pub fn schemas() -> Result<Vec<Ident>> {
     let rows = as_extension(|| {
         sql::read(
             "SELECT n.nspname FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
-                JOIN pg_catalog.pg_class d ON d.relnamespace = n.oid AND d.relname = 'document' AND d.relkind IN ('r', 'f') \
+                JOIN pg_catalog.pg_class d ON d.relnamespace = n.oid AND d.relname = 'document' AND d.relkind IN ('r', 'p', 'f') \
                 JOIN pg_catalog.pg_extension e ON e.extname = 'amazon_pii' \
-             WHERE c.relname = 'data_key' AND c.relkind = 'r' AND c.relowner = d.relowner \
-                AND (c.relowner = e.extowner OR (SELECT r.rolsuper FROM pg_catalog.pg_roles r WHERE r.oid = c.relowner)) \
+             WHERE c.relname = 'data_key' AND c.relkind IN ('r', 'p') \
+                AND NOT EXISTS (SELECT FROM pg_catalog.pg_roles r WHERE r.oid IN (n.nspowner, c.relowner, d.relowner) \
+                    AND r.oid <> e.extowner AND NOT r.rolsuper) \
                 AND 5 = (SELECT pg_catalog.count(*) FROM pg_catalog.pg_attribute a WHERE a.attrelid = c.oid AND NOT a.attisdropped \
                     AND a.attname IN ('policy', 'order_key', 'key_id', 'wrapped', 'master_key_id')) ORDER BY n.nspname",
             &[],
