@@ -1,16 +1,17 @@
 //! One pass over what is due: flag, archive, redact, batch by batch, each batch two transactions. The same code
 //! serves the worker, `CALL run_cycle()` and the tests.
 
+mod help;
+mod record;
+
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
-
-use serde::{Deserialize, Serialize};
 
 use super::batch::{Batches, COME_BACK};
 use super::by_age;
 use super::check;
 use super::columns;
-use super::due::{Clock, Share};
+use super::due::Clock;
 use super::export;
 use super::idle;
 use super::news;
@@ -28,12 +29,15 @@ use super::trigger_ddl;
 use super::turn;
 use crate::domain::clock::horizons;
 use crate::pg::error::{Error, Result};
-use crate::pg::identity::{as_extension, session_user};
+use crate::pg::identity::as_extension;
 use crate::pg::sql::{self, Arg};
 use crate::pg::subxact::subtransaction;
 use crate::pg::xact::{self, Boundary, Mode};
 use crate::pg::{deadline, guc, keys};
 use crate::worker::helper::Team;
+
+pub use help::{Task, help};
+use record::{announce_overdue, note_error, overdue};
 
 /// How often a long run says how far it is.
 const TELL_EVERY: Duration = Duration::from_secs(10);
@@ -105,17 +109,6 @@ pub fn run(policy: Option<&str>, sweep: bool, boundary: Boundary) -> Result<Coun
         }
     }
     Ok(total)
-}
-
-/// What is wrong with a policy as a whole, for `status`.
-fn note_error(policy: &str, error: &Error) -> Result<()> {
-    as_extension(|| {
-        sql::execute(
-            "UPDATE amazon_pii.policy SET last_error = $2 WHERE policy = $1 AND last_error IS DISTINCT FROM $2",
-            &[Arg::Text(Some(policy)), Arg::Text(Some(&error.stored()))],
-        )
-    })?;
-    Ok(())
 }
 
 struct Run<'a> {
@@ -204,48 +197,6 @@ fn run_policy(policy: &str, sweep: bool, boundary: Boundary) -> Result<Counts> {
     run.finish(structure.as_deref())?;
     boundary.commit()?;
     Ok(run.batches.counts)
-}
-
-/// What a helper is told.
-#[derive(Serialize, Deserialize)]
-pub struct Task {
-    pub policy: String,
-    version: i64,
-    clock: Clock,
-    pub share: Share,
-    /// In whose name it works.
-    pub user: String,
-    pub actor: Option<String>,
-}
-
-/// Works on a share of another process's cycle, until nothing of it is due. Called with an open transaction, leaves one
-/// open.
-///
-/// # Errors
-/// As [`run`]; the other process does what is left then.
-pub fn help(task: Task, tell: impl Fn(&Counts)) -> Result<()> {
-    let _limited = deadline::limit();
-    let boundary = Boundary::Worker;
-    boundary.commit()?;
-    let plan = Plan::load(&task.policy)?;
-    if plan.version != task.version {
-        return Ok(());
-    }
-    let keys = Keyring::load(&task.policy)?;
-    let mut batches = Batches::new(&plan, keys, task.clock, boundary);
-    batches.share = task.share;
-    batches.mode = Mode::Shared;
-    loop {
-        let batch = batches.take()?;
-        if batch.is_empty() {
-            if !batches.last_looks()? {
-                return Ok(());
-            }
-        } else {
-            batches.work(batch)?;
-        }
-        tell(&batches.counts);
-    }
 }
 
 /// The instants of a cycle that begins now.
@@ -429,39 +380,6 @@ impl Run<'_> {
         }
     }
 
-    fn call_help(&mut self) -> Result<()> {
-        self.helped = true;
-        // Another cycle of this policy may have helpers: that one first.
-        let right = turn::hold_help(&self.plan.policy)?;
-        let of = u32::try_from(guc::workers()).unwrap_or(1);
-        let team = Team::call(right, of, |share| Task {
-            policy: self.plan.policy.clone(),
-            version: self.plan.version,
-            clock: self.batches.clock.clone(),
-            share,
-            user: session_user(),
-            actor: guc::actor(),
-        })?;
-        self.batches.share = Share { of, parts: vec![0] };
-        self.batches.mode = Mode::Shared;
-        self.team = Some(team);
-        // With nobody to be had this takes all parts back at once.
-        if self.team.as_ref().is_some_and(Team::is_done) {
-            self.go_on_alone();
-        }
-        Ok(())
-    }
-
-    /// The team has ended. What it may have left is looked for once more.
-    fn go_on_alone(&mut self) {
-        if let Some(team) = self.team.take() {
-            self.batches.counts.add(team.counts());
-            team.dismiss();
-        }
-        self.batches.share = Share::whole();
-        self.batches.mode = Mode::Alone;
-    }
-
     /// Rows that no order leads to, table by table: what goes wrong with one keeps no other from being done.
     fn by_age(&mut self) -> Result<()> {
         let plan = self.plan;
@@ -500,104 +418,4 @@ impl Run<'_> {
         }
         Ok(())
     }
-
-    /// What was done so far, by all.
-    fn counts(&self) -> Counts {
-        let mut counts = self.batches.counts;
-        if let Some(team) = &self.team {
-            counts.add(team.counts());
-        }
-        counts
-    }
-
-    /// The run's row, once there is something to do: an idle cycle leaves none.
-    fn start(&mut self) -> Result<()> {
-        if self.id.is_some() {
-            return Ok(());
-        }
-        let rows = as_extension(|| {
-            sql::write(
-                "INSERT INTO amazon_pii.run (policy, started_by, pid) VALUES ($1, $2, pg_catalog.pg_backend_pid()) RETURNING run_id",
-                &[Arg::Text(Some(&self.plan.policy)), Arg::Text(Some(&session_user()))],
-            )
-        })?;
-        self.id = rows.first().map(|r| r.int(0)).transpose()?;
-        self.batches.pace.run = self.id;
-        Ok(())
-    }
-
-    /// Progress, for whoever watches and for the run's row.
-    fn report(&mut self) -> Result<()> {
-        let c = self.counts();
-        if self.told.elapsed() > TELL_EVERY {
-            self.told = Instant::now();
-            pgrx::notice!(
-                "policy {}: {} archived, {} redacted, {} failed so far",
-                self.plan.policy,
-                c.archived,
-                c.redacted,
-                c.failed
-            );
-        }
-        self.record(false)
-    }
-
-    /// The counts so far, or at the end.
-    fn record(&self, finished: bool) -> Result<()> {
-        let Some(id) = self.id else { return Ok(()) };
-        let c = self.counts();
-        as_extension(|| {
-            sql::execute(
-                "UPDATE amazon_pii.run SET flagged = $2, archived = $3, redacted = $4, failed = $5, overdue = $6, aged = $8, \
-                    finished_at = CASE WHEN $7 THEN pg_catalog.clock_timestamp() END WHERE run_id = $1",
-                &[
-                    Arg::Int(id),
-                    Arg::Int(c.flagged),
-                    Arg::Int(c.archived),
-                    Arg::Int(c.redacted),
-                    Arg::Int(c.failed),
-                    Arg::Int(c.overdue),
-                    Arg::Bool(finished),
-                    Arg::Int(self.aged),
-                ],
-            )
-        })?;
-        Ok(())
-    }
-
-    fn finish(&self, structure: Option<&str>) -> Result<()> {
-        as_extension(|| {
-            sql::execute(
-                "UPDATE amazon_pii.policy SET cycled_at = pg_catalog.clock_timestamp(), last_error = $2, \
-                    structure = CASE WHEN $2 IS NULL THEN $3::numeric END WHERE policy = $1",
-                &[
-                    Arg::Text(Some(&self.plan.policy)),
-                    Arg::Text(self.trouble.as_ref().map(Error::stored).as_deref()),
-                    Arg::Text(structure),
-                ],
-            )
-        })?;
-        self.record(true)
-    }
-}
-
-fn overdue(policy: &str) -> Result<i64> {
-    as_extension(|| {
-        let rows = sql::read(
-            "SELECT pg_catalog.count(*) FROM amazon_pii.overdue WHERE policy = $1",
-            &[Arg::Text(Some(policy))],
-        )?;
-        rows.first().ok_or_else(|| Error::internal("no row"))?.int(0)
-    })
-}
-
-fn announce_overdue(policy: &str, count: i64) -> Result<()> {
-    let payload = serde_json::json!({ "policy": policy, "status": "overdue", "count": count });
-    as_extension(|| {
-        sql::write(
-            "SELECT pg_catalog.pg_notify('amazon_pii', $1)",
-            &[Arg::Text(Some(&payload.to_string()))],
-        )
-    })?;
-    Ok(())
 }
