@@ -9,7 +9,7 @@ use super::plan::{AnchorPlan, Plan};
 use super::replacement;
 use super::walk::{self, Values, down, key_text};
 use crate::pg::error::Result;
-use crate::pg::identity::{Identity, act_as, as_extension, on_keys};
+use crate::pg::identity::{Identity, OWN_PATH, act_as, as_extension, on_keys};
 use crate::pg::prepared;
 use crate::pg::sql::{self, Arg, Row};
 use crate::pg::subxact::subtransaction;
@@ -360,13 +360,27 @@ fn write(plan: &Plan, facts: &[OrderFact], by: &str, touched: bool, tell: Tell) 
     match tell {
         Tell::Now => {
             let told = statement("SELECT order_key, news FROM changed WHERE news IS NOT NULL");
-            news::tell(&plan.policy, &on_keys(|| sql::write(&told, &args))?)
+            news::tell(
+                &plan.policy,
+                &act_as(Identity::Extension, OWN_PATH, SWEPT, || sql::write(&told, &args))?,
+            )
         }
         Tell::Later if touched => prepared::execute(&statement(news::NOTE), &args).map(|_| 0),
         // May be planned in several ways.
-        Tell::Later => on_keys(|| sql::execute(&statement(news::NOTE), &args)).map(|_| 0),
+        Tell::Later => act_as(Identity::Extension, OWN_PATH, SWEPT, || {
+            sql::execute(&statement(news::NOTE), &args)
+        })
+        .map(|_| 0),
     }
 }
+
+/// As for keys; and while the states seem to be few they are not to be read once and kept, and compared with each order.
+const SWEPT: &[(&str, &str)] = &[
+    ("enable_seqscan", "off"),
+    ("enable_hashjoin", "off"),
+    ("enable_mergejoin", "off"),
+    ("enable_material", "off"),
+];
 
 /// Flags orders none of which is known. An index that finds one ends it.
 fn insert(plan: &Plan, facts: &[&OrderFact], rows: &str, args: &[Arg<'_>]) -> Result<()> {
