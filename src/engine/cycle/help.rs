@@ -30,7 +30,7 @@ pub struct Task {
 /// open.
 ///
 /// # Errors
-/// As [`run`]; the other process does what is left then.
+/// As [`run`](super::run); the other process does what is left then.
 pub fn help(task: Task, tell: impl Fn(&Counts)) -> Result<()> {
     let _limited = deadline::limit();
     let boundary = Boundary::Worker;
