@@ -344,8 +344,12 @@ const HELD_SINCE: &str = "COALESCE(CASE WHEN o.held_until > pg_catalog.now() THE
 
 /// Whether a hold until $3 is longer than 30 days, or keeps an order for so long past its date. The same before the statement that
 /// writes it and after: then its beginning is the one that was written.
-const HELD_LONG: &str = "(COALESCE($3::timestamptz > COALESCE(CASE WHEN o.held_until > pg_catalog.now() THEN o.held_since END, pg_catalog.now()) \
-    + '30 days'::interval OR $3::timestamptz > o.redact_due_at + '30 days'::interval, false))";
+fn held_long() -> String {
+    // ident-ok: made of constants.
+    format!(
+        "(COALESCE($3::timestamptz > {HELD_SINCE} + '30 days'::interval OR $3::timestamptz > o.redact_due_at + '30 days'::interval, false))"
+    )
+}
 
 /// Pauses redaction until a moment in the future.
 ///
@@ -375,14 +379,15 @@ pub fn hold(target: &Target<'_>, reason: Option<&str>, until: &str) -> Result<()
             "Only what was not redacted yet, or was retrieved, can be held, and nothing that is to be erased or forgotten.",
         ),
         |plan, orders| {
+            let held_long = held_long();
             let long = as_extension(|| {
                 sql::write(
                     // ident-ok: made of constants.
                     &format!(
                         "UPDATE amazon_pii.order_state o SET held_until = $3::timestamptz, held_since = {HELD_SINCE}, \
-                            hold_reason = CASE WHEN {HELD_LONG} THEN $4 END, \
+                            hold_reason = CASE WHEN {held_long} THEN $4 END, \
                             next_due_at = CASE WHEN archived_at IS NULL THEN next_due_at ELSE GREATEST(next_due_at, $3::timestamptz) END \
-                         WHERE policy = $1 AND order_key = ANY ($2) RETURNING {HELD_LONG}"
+                         WHERE policy = $1 AND order_key = ANY ($2) RETURNING {held_long}"
                     ),
                     &[
                         Arg::Text(Some(&plan.policy)),

@@ -88,7 +88,10 @@ pub fn batch(plan: &Plan, keys: &MasterKeys, batch: &[Due]) -> Result<Archived> 
 }
 
 /// What there is of a batch, in the tables and in the archive.
-fn look(
+///
+/// # Errors
+/// Errors of the server or of the owners' expressions; the archive cannot be read.
+pub fn look(
     plan: &Plan,
     keys: &MasterKeys,
     batch: &[Due],

@@ -216,11 +216,7 @@ impl Run<'_> {
             run.trouble = trouble.or(run.trouble.take());
             Ok(())
         })?;
-        self.step(|run| {
-            let (_, trouble) = orphan::settle(run.plan, &run.batches.clock)?;
-            run.trouble = trouble.or(run.trouble.take());
-            Ok(())
-        })?;
+        self.step(|run| run.settle_orphans().map(|_| ()))?;
         self.step(|run| {
             run.batches.keys.refresh(&run.plan.policy)?;
             for (order, error) in rekey::settle(run.plan, &run.batches.keys)? {
@@ -282,13 +278,11 @@ impl Run<'_> {
             let mut more = false;
             self.step(|run| {
                 turn::take(&run.plan.policy, Mode::Alone)?;
-                if round == COME_BACK {
-                    more = orphan::postpone(run.plan)?;
-                    return Ok(());
-                }
-                let (any, trouble) = orphan::settle(run.plan, &run.batches.clock)?;
-                run.trouble = trouble.or(run.trouble.take());
-                more = any;
+                more = if round < COME_BACK {
+                    run.settle_orphans()?
+                } else {
+                    orphan::postpone(run.plan)?
+                };
                 Ok(())
             })?;
             if !more {
@@ -301,10 +295,14 @@ impl Run<'_> {
         Ok(())
     }
 
+    /// Lists what triggers noted of orphans; whether there was anything.
+    fn settle_orphans(&mut self) -> Result<bool> {
+        let (any, trouble) = orphan::settle(self.plan, &self.batches.clock)?;
+        self.trouble = trouble.or(self.trouble.take());
+        Ok(any)
+    }
+
     fn orphans(&mut self) -> Result<()> {
-        if self.plan.generic.is_empty() {
-            return Ok(());
-        }
         let clock = self.batches.clock.clone();
         let mut apart = orphan::Apart {
             plan: self.plan,
@@ -316,6 +314,14 @@ impl Run<'_> {
         };
         let outcome = apart.all(ORPHANS);
         self.trouble = apart.trouble.or(self.trouble.take());
+        self.go_on_after(outcome)
+    }
+
+    /// After a part that commits by itself.
+    ///
+    /// # Errors
+    /// A cancel only, as in [`Run::step`].
+    fn go_on_after(&mut self, outcome: Result<()>) -> Result<()> {
         match outcome {
             Err(e) if e.is_cancel() => return Err(e),
             Err(e) => {
@@ -384,16 +390,8 @@ impl Run<'_> {
     fn by_age(&mut self) -> Result<()> {
         let plan = self.plan;
         for aged in &plan.by_age {
-            match self.grown_old(aged) {
-                Err(e) if e.is_cancel() => return Err(e),
-                Err(e) => {
-                    self.boundary.rollback();
-                    if !e.is_lock() {
-                        self.trouble = Some(e.at(&aged.name));
-                    }
-                }
-                Ok(()) => {}
-            }
+            let outcome = self.grown_old(aged);
+            self.go_on_after(outcome.map_err(|e| if e.is_cancel() { e } else { e.at(&aged.name) }))?;
         }
         Ok(())
     }

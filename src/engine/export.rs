@@ -2,6 +2,7 @@
 
 use super::audit::{self, AuditEntry};
 use super::plan::Plan;
+use super::state::notify;
 use crate::pg::error::{Error, Result};
 use crate::pg::identity::{as_extension, on_keys, require_role};
 use crate::pg::sql::{self, Arg};
@@ -95,11 +96,5 @@ pub fn look(plan: &Plan) -> Result<()> {
     );
     let payload =
         serde_json::json!({ "policy": plan.policy, "status": "not_exported", "count": due, "redacted": redacted });
-    as_extension(|| {
-        sql::write(
-            "SELECT pg_catalog.pg_notify('amazon_pii', $1)",
-            &[Arg::Text(Some(&payload.to_string()))],
-        )
-    })?;
-    Ok(())
+    notify(&payload)
 }

@@ -5,7 +5,7 @@ use super::plan::Plan;
 use super::records::RecordList;
 use crate::domain::clock::backoff;
 use crate::pg::error::{Error, Result};
-use crate::pg::identity::on_keys;
+use crate::pg::identity::{as_extension, on_keys};
 use crate::pg::sql::{self, Arg};
 
 fn keys(batch: &[&Due]) -> Vec<String> {
@@ -318,7 +318,15 @@ pub fn announce_some(policy: &str, status: &str, orders: &[String], count: i64) 
     let payload = serde_json::json!({
         "policy": policy, "status": status, "count": count, "orders": orders[..taken], "complete": i64::try_from(taken) == Ok(count),
     });
-    on_keys(|| {
+    notify(&payload)
+}
+
+/// Tells whoever listens.
+///
+/// # Errors
+/// Errors of the server.
+pub fn notify(payload: &serde_json::Value) -> Result<()> {
+    as_extension(|| {
         sql::write(
             "SELECT pg_catalog.pg_notify('amazon_pii', $1)",
             &[Arg::Text(Some(&payload.to_string()))],

@@ -8,6 +8,7 @@ use pgrx::pg_sys;
 use crate::domain::clock::backoff;
 use crate::engine::due::Clock;
 use crate::engine::plan::{Aged, Plan};
+use crate::engine::state::notify;
 use crate::engine::walk::{Values, key_text};
 use crate::pg::error::{Error, Result};
 use crate::pg::guc;
@@ -81,13 +82,7 @@ pub(super) fn not_after(at_type: pg_sys::Oid, moments: &[Option<String>], upto: 
 /// Tells whoever listens, once a batch.
 pub(super) fn announce(policy: &str, status: &str, table: &str, count: i64) -> Result<()> {
     let payload = serde_json::json!({ "policy": policy, "status": status, "table": table, "count": count });
-    as_extension(|| {
-        sql::write(
-            "SELECT pg_catalog.pg_notify('amazon_pii', $1)",
-            &[Arg::Text(Some(&payload.to_string()))],
-        )
-    })?;
-    Ok(())
+    notify(&payload)
 }
 
 /// What is noted of one table.

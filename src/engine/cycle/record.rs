@@ -3,6 +3,7 @@
 use std::time::Instant;
 
 use super::{Counts, Run, TELL_EVERY};
+use crate::engine::state::notify;
 use crate::pg::error::{Error, Result};
 use crate::pg::identity::{as_extension, session_user};
 use crate::pg::sql::{self, Arg};
@@ -111,11 +112,5 @@ pub(super) fn overdue(policy: &str) -> Result<i64> {
 
 pub(super) fn announce_overdue(policy: &str, count: i64) -> Result<()> {
     let payload = serde_json::json!({ "policy": policy, "status": "overdue", "count": count });
-    as_extension(|| {
-        sql::write(
-            "SELECT pg_catalog.pg_notify('amazon_pii', $1)",
-            &[Arg::Text(Some(&payload.to_string()))],
-        )
-    })?;
-    Ok(())
+    notify(&payload)
 }

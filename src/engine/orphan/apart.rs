@@ -119,6 +119,7 @@ impl Apart<'_> {
         }
         let found = on_keys(|| {
             sql::write(
+                // The second condition is that of the index.
                 // ident-ok: made of constants.
                 &format!(
                     "SELECT f.orphan_id, n.t, n.k, f.order_key, EXISTS (SELECT FROM amazon_pii.order_state o WHERE o.policy = $1 \

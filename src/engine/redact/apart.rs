@@ -6,14 +6,13 @@ use std::rc::Rc;
 use super::shared::{Look, Sharing};
 use super::{Redacted, targets, write};
 use crate::domain::vault::MasterKeys;
-use crate::engine::archive::line;
+use crate::engine::archive::{line, look};
 use crate::engine::due::{Clock, Due};
 use crate::engine::former::Former;
 use crate::engine::orphan::{Place, Rows};
 use crate::engine::plan::Plan;
 use crate::engine::records::{self, Change, Fate, Stored};
-use crate::engine::walk::Values;
-use crate::engine::{audit, files, gather, scrub, vault};
+use crate::engine::{audit, files};
 use crate::pg::error::Result;
 use crate::pg::xact;
 
@@ -38,12 +37,8 @@ pub fn apart(
     batch: &[Due],
     rows: &Rows,
 ) -> Result<Outcome> {
-    let order_keys: Vec<&str> = batch.iter().map(|d| d.order_key.as_str()).collect();
-    let archive = vault::open(&plan.archive_schema, keys, &plan.policy, &order_keys)?;
     let stored = Stored::of(plan, batch)?;
-    let inputs: Vec<Values> = batch.iter().map(|d| d.key.clone()).collect();
-    let mut live = gather::gather(plan, &inputs, &stored)?;
-    scrub::fill(plan, &mut live.records, &archive, &order_keys);
+    let (mut live, archive) = look(plan, keys, batch, &stored)?;
     live.records.retain(|r| rows.has(plan, &batch[r.order], r));
     let pii = live.records.iter().map(|r| r.pii(plan)).collect::<Result<Vec<_>>>()?;
     let (mut excluded, mut out) = (HashSet::new(), Redacted::default());
@@ -58,14 +53,14 @@ pub fn apart(
         &mut out,
     )?;
     xact::fire_deferred()?;
-    let look = Look {
+    let locking = Look {
         plan,
         others,
         clock,
         batch,
         apart: Some(rows),
     };
-    let waiting = look.lock(&Sharing::default(), &mut targets, &mut excluded, &mut out)?;
+    let waiting = locking.lock(&Sharing::default(), &mut targets, &mut excluded, &mut out)?;
     let files = files::found(plan, batch, &stored, &targets, std::iter::empty(), &excluded)?;
     write(plan, &targets, &excluded)?;
     files::note(plan, keys, batch, &files)?;
