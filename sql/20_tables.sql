@@ -325,6 +325,17 @@ COMMENT ON COLUMN amazon_pii.run.aged IS 'Rows of by_age that were removed or ov
 COMMENT ON COLUMN amazon_pii.run.note IS 'What the cycle waits for, or did not wait for any longer';
 CREATE INDEX run_policy ON amazon_pii.run (policy, run_id);
 
+CREATE TABLE amazon_pii.cold_server (
+    policy          text        COLLATE "C" PRIMARY KEY,
+    up_at           timestamptz,
+    down_since      timestamptz,
+    last_error      text,
+    was_down        boolean     NOT NULL DEFAULT false
+);
+COMMENT ON TABLE amazon_pii.cold_server IS 'What cycles know of the server behind a policy''s foreign archive';
+COMMENT ON COLUMN amazon_pii.cold_server.up_at IS 'When a cycle last used it';
+COMMENT ON COLUMN amazon_pii.cold_server.was_down IS 'Whether it was down before what the row says now';
+
 CREATE TABLE amazon_pii.heartbeat (
     worker          text        PRIMARY KEY,
     pid             int         NOT NULL,

@@ -57,6 +57,29 @@ CREATE VIEW amazon_pii.key_status WITH (security_barrier) AS SELECT * FROM amazo
 COMMENT ON VIEW amazon_pii.key_status IS
     'The master keys by their ids: whether configured, how many data keys and keys of files each wraps, how many audit entries it signed; may_retire: nothing needs it to be opened';
 
+CREATE FUNCTION amazon_pii.archive_ddl(foreign_table text DEFAULT 'cold.document', server text DEFAULT 'cold', host text DEFAULT 'cold.example.com',
+        database text DEFAULT 'archive', role text DEFAULT 'amazon_pii_archiver')
+    RETURNS TABLE (run_on text, statement text)
+    LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'archive_ddl_wrapper';
+COMMENT ON FUNCTION amazon_pii.archive_ddl(text, text, text, text, text) IS
+    'The statements that make a foreign archive with postgres_fdw: those to run on the cold server, then those to run here as a superuser or the extension''s owner; passwords are left open. Runs nothing. Needs amazon_pii_admin';
+
+CREATE FUNCTION amazon_pii.check_archive(foreign_table text)
+    RETURNS TABLE (severity text, object text, problem text, hint text)
+    LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'check_archive_wrapper';
+COMMENT ON FUNCTION amazon_pii.check_archive(text) IS
+    'What keeps a foreign table from holding an archive: its columns, owners, user mapping and options, and a document that is written, read back and rolled back on its server. No row: nothing. Needs amazon_pii_admin';
+
+CREATE FUNCTION amazon_pii.archive_status()
+    RETURNS TABLE (policy text, foreign_table text, deadline text, unsent bigint, unsent_since timestamptz, to_delete bigint,
+        up_at timestamptz, down_since timestamptz, last_error text)
+    LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'archive_status_wrapper';
+COMMENT ON FUNCTION amazon_pii.archive_status() IS
+    'How the foreign archives stand, one row a policy that has one. Needs amazon_pii_admin or amazon_pii_auditor';
+CREATE VIEW amazon_pii.archive_status WITH (security_barrier) AS SELECT * FROM amazon_pii.archive_status();
+COMMENT ON VIEW amazon_pii.archive_status IS
+    'Foreign archives: documents that are here and not known to be there, and since when; orders and records still to be deleted there; when a cycle used the server last, since when it does not answer and why';
+
 CREATE FUNCTION amazon_pii.take_turn(policy text) RETURNS void
     LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'take_turn_wrapper';
 COMMENT ON FUNCTION amazon_pii.take_turn(text) IS

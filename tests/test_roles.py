@@ -17,6 +17,9 @@ FUNCTIONS = {
     "drop_policy(text)": ("SELECT amazon_pii.drop_policy('nothing')", {ADMIN}),
     "run_cycle(text,boolean,bigint,bigint,bigint,bigint,bigint)": ("CALL amazon_pii.run_cycle('nothing')", {ADMIN}),
     "rotate_key(bigint,bigint)": ("CALL amazon_pii.rotate_key()", {ADMIN}),
+    "archive_ddl(text,text,text,text,text)": ("SELECT * FROM amazon_pii.archive_ddl()", {ADMIN}),
+    "check_archive(text)": ("SELECT * FROM amazon_pii.check_archive('nothing.at_all')", {ADMIN}),
+    "archive_status()": ("SELECT * FROM amazon_pii.archive_status()", {ADMIN, AUDITOR}),
     "key_status()": ("SELECT * FROM amazon_pii.key_status()", {ADMIN, AUDITOR}),
     "unflag(text,text,text,text)": ("SELECT amazon_pii.unflag('nothing', 'x')", {ADMIN}),
     "erase(text,text,text,text)": ("SELECT amazon_pii.erase('nothing', 'x')", {ADMIN}),
@@ -47,7 +50,7 @@ FUNCTIONS = {
 VIEWS = {
     "audit_log": {AUDITOR}, "runs": set(EVERYBODY), "status": set(EVERYBODY), "policies": {ADMIN, AUDITOR},
     "unclassified": set(EVERYBODY), "by_age": set(EVERYBODY), "files": set(EVERYBODY),
-    "key_status": {ADMIN, AUDITOR},
+    "key_status": {ADMIN, AUDITOR}, "archive_status": {ADMIN, AUDITOR},
     "orders": {ADMIN, OPERATOR}, "records": {ADMIN, OPERATOR}, "overdue": {ADMIN, OPERATOR}, "upcoming": {ADMIN, OPERATOR},
 }
 USERS = (*EVERYBODY, "nobody_special", "shop_owner")

@@ -47,6 +47,8 @@ pub struct Policy {
     pub archive_for: String,
     /// Where archived documents go.
     pub archive: Archive,
+    /// What happens on the deadline while the archive cannot be reached.
+    pub deadline: Deadline,
     /// The hours in which the worker may work, if they are limited.
     pub window: Option<Window>,
     /// The zone in which a time without zone is read; known to the time zone database.
@@ -76,8 +78,21 @@ pub struct Policy {
 /// The archive of a policy.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Archive {
-    /// The schema that holds it.
+    /// The schema that holds it: documents and data keys, or, beside a foreign table, the data keys and what has yet to be sent.
     pub schema: String,
+    /// A foreign table that takes the documents, by its schema and name.
+    pub foreign_table: Option<(String, String)>,
+}
+
+/// What happens on the deadline while the archive cannot be reached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Deadline {
+    /// Nothing is overwritten before the foreign table holds its copy.
+    #[default]
+    Wait,
+    /// What is due is overwritten; the sealed copy stays here until it can be sent.
+    Spool,
 }
 
 /// The hours of a day in which the worker may work. May span midnight; is never empty.

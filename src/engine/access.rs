@@ -152,7 +152,8 @@ pub(super) fn entry(
 
 /// Lets the archive follow changes of keys first; fails when it cannot for one of these orders.
 fn follow_keys(plan: &Plan, master: &MasterKeys, orders: &[Order]) -> Result<()> {
-    let failed = rekey::settle(plan, master)?;
+    let cold = vault::fetch(&plan.archive, &plan.policy, &rekey::pending(plan)?)?;
+    let failed = rekey::settle(plan, master, &cold)?;
     match failed.into_iter().find(|(key, _)| orders.iter().any(|o| o.key == *key)) {
         Some((_, error)) => Err(error),
         None => Ok(()),
@@ -249,7 +250,8 @@ pub fn peek(target: &Target<'_>, reason: Option<&str>) -> Result<serde_json::Val
         unchanged(target, &order_keys, Lock::Taken)?;
         follow_keys(&plan, &master, &orders)?;
     }
-    let archive = vault::open(&plan.archive_schema, &master, &plan.policy, &order_keys)?;
+    let cold = vault::fetch(&plan.archive, &plan.policy, &order_keys)?;
+    let archive = vault::open(&plan.archive, &master, &plan.policy, &order_keys, &cold)?;
     // Nothing is locked: documents that followed a change of keys meanwhile were not among those that were read.
     unchanged(target, &order_keys, Lock::None)?;
     let mut out = Vec::new();

@@ -6,6 +6,7 @@ use super::audit::{self, AuditEntry};
 use super::check::{self, Problem, Severity};
 use super::columns;
 use super::plan::{Plan, require_ownership};
+use super::vault::Place;
 use super::{assign, by_age, history, loosening, state, sweep, trigger_ddl, vault};
 use crate::domain::policy::{Export, Policy, PolicyError, QualifiedName, ReasonRule};
 use crate::domain::preset;
@@ -156,11 +157,12 @@ pub fn check(document: &str) -> Result<Vec<Problem>> {
         Err(e) => return Ok(vec![Problem::of(&e)]),
     };
     let mut out = check::problems(&plan)?;
-    match crate::pg::subxact::trial(|| vault::create(&plan.archive_schema)) {
+    match crate::pg::subxact::trial(|| vault::create(&plan.archive)) {
         Ok(()) => {}
         Err(e) if e.is_cancel() => return Err(e),
         Err(e) => out.push(Problem::of(&e)),
     }
+    out.extend(places(&plan)?);
     if let Err(e) = keys::master_keys() {
         out.push(Problem::of(&e));
     }
@@ -176,7 +178,8 @@ pub fn apply(document: &str) -> Result<String> {
     require_role(&["amazon_pii_admin"], "apply a policy")?;
     keys::master_keys()?;
     let plan = ready(document)?;
-    for problem in check::problems(&plan)? {
+    let problems = check::problems(&plan)?;
+    for problem in problems.into_iter().chain(places(&plan)?) {
         match problem.severity {
             Severity::Error => {
                 return Err(Error::invalid(format!("{}: {}", problem.object, problem.problem)).hint(problem.hint));
@@ -186,7 +189,7 @@ pub fn apply(document: &str) -> Result<String> {
             }
         }
     }
-    vault::create(&plan.archive_schema)?;
+    vault::create(&plan.archive)?;
     let (version, changed) = store(&plan, document)?;
     trigger_ddl::drop_all(&plan.policy)?;
     trigger_ddl::ensure(&plan)?;
@@ -200,6 +203,25 @@ pub fn apply(document: &str) -> Result<String> {
     }
     crate::worker::wake();
     Ok(format!("{} version {version}", plan.policy))
+}
+
+/// What is wrong with a foreign archive, the one that the policy wants and the one that it has.
+fn places(plan: &Plan) -> Result<Vec<Problem>> {
+    let mut out = Vec::new();
+    if let Some(foreign) = &plan.archive.foreign {
+        out.extend(check::archive::problems(foreign)?);
+    }
+    let known = as_extension(|| {
+        sql::read(
+            "SELECT p.document FROM amazon_pii.policy p WHERE p.policy = $1 \
+             UNION ALL (SELECT v.document FROM amazon_pii.policy_version v WHERE v.policy = $1 ORDER BY v.version DESC LIMIT 1)",
+            &[Arg::Text(Some(&plan.policy))],
+        )
+    })?;
+    if let Some(former) = known.first().and_then(|row| Policy::parse(row.str(0).ok()?).ok()) {
+        out.extend(check::archive::left_behind(&plan.policy, &Place::of(&former), &plan.archive)?);
+    }
+    Ok(out)
 }
 
 /// Writes the document. Returns its version, and whether it replaces an older one.

@@ -13,7 +13,7 @@ use super::plan::Plan;
 use super::records::{self, Fate, Listed, RecordList, Stored};
 use super::scrub;
 use super::state;
-use super::vault::{self, NewDocument, Newest, OrderArchive};
+use super::vault::{self, Cold, NewDocument, Newest, OrderArchive};
 use super::walk::Values;
 use crate::domain::document::{Cell, encode};
 use crate::domain::treatment::Outcome;
@@ -34,16 +34,16 @@ pub struct Archived {
 /// A record, by the position of its order in the batch.
 type OfOrder = (usize, Listed);
 
-/// Archives every cell of the batch that holds PII and that the archive does not hold as it is.
+/// Archives every cell of the batch that holds PII and that the archive, with what a cold server has of it, does not hold as it is.
 ///
 /// # Errors
 /// Anything: nothing of the batch is kept then.
-pub fn batch(plan: &Plan, keys: &MasterKeys, batch: &[Due]) -> Result<Archived> {
+pub fn batch(plan: &Plan, keys: &MasterKeys, batch: &[Due], cold: &Cold) -> Result<Archived> {
     let stored = Stored::of(plan, batch)?;
-    let (live, known) = look(plan, keys, batch, &stored)?;
+    let (live, known) = look(plan, keys, batch, &stored, cold)?;
     let former = Former::load(plan, batch.iter().map(|d| d.redacted_version))?;
     let (documents, found) = missing(plan, &former, batch, &live, &known)?;
-    vault::store(&plan.archive_schema, keys, &plan.policy, &known, &documents)?;
+    vault::store(&plan.archive.schema, keys, &plan.policy, &known, &documents)?;
     come_back(plan, batch, &stored, &found)?;
     let mut counts: HashMap<&str, usize> = HashMap::with_capacity(batch.len());
     for document in &documents {
@@ -96,11 +96,12 @@ pub fn look(
     keys: &MasterKeys,
     batch: &[Due],
     stored: &Stored,
+    cold: &Cold,
 ) -> Result<(Gathered, HashMap<String, OrderArchive>)> {
     let order_keys: Vec<&str> = batch.iter().map(|d| d.order_key.as_str()).collect();
     let inputs: Vec<Values> = batch.iter().map(|d| d.key.clone()).collect();
     let mut live = gather::gather(plan, &inputs, stored)?;
-    let mut known = vault::open(&plan.archive_schema, keys, &plan.policy, &order_keys)?;
+    let mut known = vault::open(&plan.archive, keys, &plan.policy, &order_keys, cold)?;
     for due in batch.iter().filter(|d| d.generation > 0) {
         known.entry(due.order_key.clone()).or_default().generation = due.generation;
     }
@@ -114,10 +115,10 @@ pub fn look(
 /// As [`batch`].
 pub fn apart(plan: &Plan, keys: &MasterKeys, batch: &mut [Due], rows: &Rows) -> Result<()> {
     let stored = Stored::of(plan, batch)?;
-    let (mut live, known) = look(plan, keys, batch, &stored)?;
+    let (mut live, known) = look(plan, keys, batch, &stored, &Cold::default())?;
     live.records.retain(|r| rows.has(plan, &batch[r.order], r));
     let (documents, found) = missing(plan, &Former::default(), batch, &live, &known)?;
-    vault::store(&plan.archive_schema, keys, &plan.policy, &known, &documents)?;
+    vault::store(&plan.archive.schema, keys, &plan.policy, &known, &documents)?;
     let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
     for document in &documents {
         *counts.entry(&document.order_key).or_default() += 1;
@@ -266,6 +267,10 @@ fn missing<'a>(
                 .iter()
                 .all(|(i, _)| archived(*i).is_some_and(|a| a.text == value(*i)));
         let mut version = newest.map_or(0, |n| n.version);
+        if plan.archive.foreign.is_some() && !covered {
+            // What was not fetched is counted all the same.
+            version = version.max(due.records.version(&table.archived_as, &record.key_text));
+        }
         if !covered {
             version += 1;
             let cell = |i: usize| Cell {

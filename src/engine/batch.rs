@@ -7,6 +7,7 @@ use std::time::Instant;
 use super::alive;
 use super::archive;
 use super::audit;
+use super::cold;
 use super::cycle::Counts;
 use super::due::{self, Clock, Due, Share};
 use super::overwrite;
@@ -16,6 +17,7 @@ use super::redact;
 use super::rotation::Keyring;
 use super::state;
 use super::turn;
+use super::vault::Cold;
 use crate::domain::pace::Batch;
 use crate::pg::error::{Error, Result};
 use crate::pg::guc;
@@ -41,6 +43,8 @@ pub struct Batches<'a> {
     /// Other processes of the same cycle have the same turn.
     pub mode: Mode,
     pub pace: Pace,
+    /// Its way to a cold server, where the archive has one.
+    pub cold: cold::Way<'a>,
     sharing: redact::Sharing,
     full: u32,
     /// When the batch's orders were locked.
@@ -65,6 +69,7 @@ impl<'a> Batches<'a> {
             share: Share::whole(),
             mode: Mode::Alone,
             pace: Pace::new(boundary),
+            cold: cold::Way::new(plan, boundary),
             sharing: redact::Sharing::default(),
             full: 0,
             taken: Instant::now(),
@@ -123,9 +128,12 @@ impl<'a> Batches<'a> {
     pub fn work(&mut self, batch: Vec<Due>) -> Result<()> {
         let orders = i64::try_from(batch.len()).unwrap_or(i64::MAX);
         let (copy, ready): (Vec<Due>, Vec<Due>) = batch.into_iter().partition(Due::needs_copy);
+        let (copy, known) = self.know(copy)?;
         let mut to_redact = ready;
         let mut bytes = 0;
-        for (mut orders, archived) in self.contained(copy, |run, orders| archive::batch(run.plan, &run.keys, orders))? {
+        for (mut orders, archived) in
+            self.contained(copy, |run, orders| archive::batch(run.plan, &run.keys, orders, &known))?
+        {
             self.counts.archived += archived.orders;
             bytes += archived.bytes;
             for (due, (records, seen)) in orders.iter_mut().zip(archived.found) {
@@ -143,6 +151,7 @@ impl<'a> Batches<'a> {
         self.boundary.commit()?;
         let copying = self.taken.elapsed();
 
+        let (mut to_redact, proof) = self.ship(to_redact)?;
         turn::take(&self.plan.policy, self.mode)?;
         self.keys.refresh(&self.plan.policy)?;
         let begun = Instant::now();
@@ -151,7 +160,7 @@ impl<'a> Batches<'a> {
         if !locked.is_empty() {
             let others = alive::other_policies(self.plan)?;
             let results = self.contained(locked, |run, orders| {
-                redact::batch(run.plan, &others, &run.keys, &run.clock, &run.sharing, orders)
+                redact::batch(run.plan, &others, &run.keys, &run.clock, &run.sharing, &proof, orders)
             })?;
             let mut waiting = Vec::new();
             for (orders, outcome) in results {
@@ -171,6 +180,61 @@ impl<'a> Batches<'a> {
             text: bytes,
             waited_for,
         });
+        Ok(())
+    }
+
+    /// What a cold server has of orders that are to be archived: without a lock on them, which are taken again afterwards.
+    fn know(&mut self, copy: Vec<Due>) -> Result<(Vec<Due>, Cold)> {
+        if self.plan.archive.foreign.is_none() || copy.is_empty() {
+            return Ok((copy, Cold::default()));
+        }
+        self.boundary.commit()?;
+        let keys: Vec<String> = copy.iter().map(|d| d.order_key.clone()).collect();
+        let cold::Found { cold, failed } = self.cold.look(self.mode, &keys)?;
+        turn::take(&self.plan.policy, self.mode)?;
+        self.keys.refresh(&self.plan.policy)?;
+        self.taken = Instant::now();
+        let mut again = due::take_again(self.plan, &self.clock, copy)?;
+        if self.cold.is_down() {
+            let (first, later) = cold::may_go_on(self.plan, again)?;
+            again = first;
+            self.wait(&later)?;
+        }
+        self.fail_those(&mut again, failed)?;
+        Ok((again, cold))
+    }
+
+    /// Sends the copies of a batch to the cold server, and reads them back: what is returned may be overwritten.
+    fn ship(&mut self, batch: Vec<Due>) -> Result<(Vec<Due>, Cold)> {
+        if self.plan.archive.foreign.is_none() || batch.is_empty() {
+            return Ok((batch, Cold::default()));
+        }
+        let mut batch = batch;
+        let keys: Vec<String> = batch.iter().map(|d| d.order_key.clone()).collect();
+        let shipped = self.cold.ship(&self.keys, self.mode, &keys)?;
+        turn::take(&self.plan.policy, self.mode)?;
+        self.fail_those(&mut batch, shipped.failed)?;
+        let (unsent, sent): (Vec<Due>, Vec<Due>) = batch.into_iter().partition(|d| shipped.left.contains(&d.order_key));
+        self.wait(&unsent)?;
+        self.boundary.commit()?;
+        Ok((sent, shipped.cold))
+    }
+
+    /// Orders that wait for the cold server, as they would for a row that is locked.
+    fn wait(&self, orders: &[Due]) -> Result<()> {
+        let all: Vec<&Due> = orders.iter().collect();
+        state::copied(self.plan, &all)?;
+        state::set_back(self.plan, &all, i64::try_from(guc::naptime()).unwrap_or(60), false)
+    }
+
+    /// Sets back those that the cold server refused, each with its error.
+    fn fail_those(&mut self, batch: &mut Vec<Due>, failed: Vec<(String, Error)>) -> Result<()> {
+        for (order, error) in failed {
+            if let Some(at) = batch.iter().position(|d| d.order_key == order) {
+                let due = batch.remove(at);
+                self.fail(&due, &error)?;
+            }
+        }
         Ok(())
     }
 

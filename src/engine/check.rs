@@ -1,6 +1,7 @@
 //! What would go wrong on day 30, found out when the policy is applied: facts of the catalog, and a trial of the real
 //! treatment on real rows in a subtransaction that is rolled back.
 
+pub mod archive;
 mod by_age;
 mod copies;
 mod sample;

@@ -186,6 +186,7 @@ fn run_policy(policy: &str, sweep: bool, boundary: Boundary) -> Result<Counts> {
         None => {
             run.all_that_is_due()?;
             run.purge()?;
+            run.send_the_rest()?;
             run.by_age()?;
         }
     }
@@ -217,13 +218,7 @@ impl Run<'_> {
             Ok(())
         })?;
         self.step(|run| run.settle_orphans().map(|_| ()))?;
-        self.step(|run| {
-            run.batches.keys.refresh(&run.plan.policy)?;
-            for (order, error) in rekey::settle(run.plan, &run.batches.keys)? {
-                state::troubled(run.plan, &order, &error)?;
-            }
-            Ok(())
-        })?;
+        self.follow_keys()?;
         if sweep {
             self.step(|run| sweep::request(run.plan))?;
         }
@@ -241,6 +236,51 @@ impl Run<'_> {
             })?;
         }
         self.step(|run| sweep::stale(run.plan))
+    }
+
+    /// Lets the archive follow changes of keys.
+    fn follow_keys(&mut self) -> Result<()> {
+        let mut orders = Vec::new();
+        if self.plan.archive.foreign.is_some() {
+            orders = rekey::pending(self.plan)?;
+            self.boundary.commit()?;
+        }
+        let found = match self.batches.cold.look(Mode::Alone, &orders) {
+            Err(e) if e.is_unreachable() => {
+                self.trouble = Some(e);
+                return Ok(());
+            }
+            found => found?,
+        };
+        // Nothing moves that was not read: half of an archive would be left behind.
+        if self.batches.cold.is_down() {
+            return Ok(());
+        }
+        self.step(|run| {
+            run.batches.keys.refresh(&run.plan.policy)?;
+            for (order, error) in &found.failed {
+                state::troubled(run.plan, order, error)?;
+            }
+            if found.failed.is_empty() {
+                for (order, error) in rekey::settle(run.plan, &run.batches.keys, &found.cold)? {
+                    state::troubled(run.plan, &order, &error)?;
+                }
+            }
+            Ok(())
+        })
+    }
+
+    /// What is still to be sent to a cold server, or to be deleted there; and what is known of it.
+    fn send_the_rest(&mut self) -> Result<()> {
+        self.batches.keys.refresh(&self.plan.policy)?;
+        match self.batches.cold.rest(&self.batches.keys) {
+            Ok(None) => {}
+            Ok(Some(e)) => self.trouble = Some(e),
+            Err(e) => self.go_on_after(Err(e))?,
+        }
+        let down = self.batches.cold.note()?;
+        self.trouble = down.or(self.trouble.take());
+        self.boundary.commit()
     }
 
     /// Runs a step in a transaction of its own.
@@ -344,7 +384,15 @@ impl Run<'_> {
             let batch = self.batches.take()?;
             if !batch.is_empty() {
                 self.start()?;
-                self.batches.work(batch)?;
+                match self.batches.work(batch) {
+                    // All wait for it; the next cycle asks again.
+                    Err(e) if e.is_unreachable() => {
+                        self.trouble = Some(e);
+                        self.go_on_alone();
+                        return Ok(());
+                    }
+                    done => done?,
+                }
                 self.report()?;
                 if self.team.is_none() && !self.helped && self.batches.is_backlog() && guc::workers() > 1 {
                     self.call_help()?;

@@ -278,6 +278,55 @@ pub fn count(plan: &Plan, clock: &Clock) -> Result<(i64, i64)> {
     Ok((row.int(0)?, row.int(1)?))
 }
 
+/// Locks orders again that were let go while a cold server was asked for their copies; returns those that could be, and are still
+/// what [`take`] took.
+///
+/// # Errors
+/// Errors of the server.
+pub fn take_again(plan: &Plan, clock: &Clock, batch: Vec<Due>) -> Result<Vec<Due>> {
+    let keys: Vec<&str> = batch.iter().map(|d| d.order_key.as_str()).collect();
+    let redact_due = redact_due(plan);
+    let rows = on_keys(|| {
+        sql::write(
+            // ident-ok: made of constants.
+            &format!(
+                "SELECT {COLUMNS}, COALESCE({redact_due}, false) FROM amazon_pii.order_state o \
+                 WHERE o.policy IS NOT DISTINCT FROM $1 AND o.order_key = ANY ($6) AND o.next_due_at <= GREATEST($2::timestamptz, $4::timestamptz) \
+                   AND (o.next_attempt_at IS NULL OR o.next_attempt_at <= $2::timestamptz) \
+                   AND ((o.archived_at IS NULL AND o.archive_due_at <= $3::timestamptz) OR ({redact_due})) AND {IN_FORCE} \
+                 FOR UPDATE OF o SKIP LOCKED"
+            ),
+            &[
+                Arg::Text(Some(&plan.policy)),
+                Arg::Text(Some(&clock.now)),
+                Arg::Text(clock.archive.as_deref()),
+                Arg::Text(Some(&clock.redact)),
+                Arg::Int(plan.version),
+                Arg::texts(&keys),
+            ],
+        )
+    })?;
+    let mut locked = HashMap::with_capacity(rows.len());
+    for row in &rows {
+        let due = Due {
+            redact: row.bool(10)?,
+            ..Due::read(row)?
+        };
+        locked.insert(due.order_key.clone(), due);
+    }
+    Ok(batch
+        .into_iter()
+        .filter_map(|old| {
+            let now = locked.remove(&old.order_key)?;
+            let same = now.status == old.status && now.listed == old.listed && now.needs_copy() == old.needs_copy();
+            same.then_some(Due {
+                came_back: old.came_back,
+                ..now
+            })
+        })
+        .collect())
+}
+
 /// Locks orders again for the next transaction of their batch; returns those that could be.
 ///
 /// # Errors

@@ -8,6 +8,7 @@ use super::purge;
 use super::rekey;
 use super::replacement;
 use super::state;
+use super::vault::Cold;
 use crate::pg::error::{Error, Result};
 use crate::pg::identity::{as_extension, require_role};
 use crate::pg::keys;
@@ -151,8 +152,11 @@ fn destroy(plan: &Plan, orders: &[&Order]) -> Result<()> {
     }
     let keys: Vec<&str> = orders.iter().map(|o| o.key.as_str()).collect();
     // What is damaged, or sealed under a master key that is lost, is destroyed where it lies.
-    if let (true, Ok(master)) = (rekey::is_pending(plan, &order_keys(orders))?, keys::master_keys()) {
-        rekey::settle(plan, &master)?;
+    // Behind a foreign table both places are given up, without asking its server.
+    if plan.archive.foreign.is_none()
+        && let (true, Ok(master)) = (rekey::is_pending(plan, &order_keys(orders))?, keys::master_keys())
+    {
+        rekey::settle(plan, &master, &Cold::default())?;
     }
     purge::destroy(plan, &keys)?;
     Ok(())

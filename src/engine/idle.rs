@@ -3,6 +3,7 @@
 
 use super::due::Clock;
 use super::purge;
+use super::vault::{self, Place};
 use crate::domain::clock::horizons;
 use crate::domain::policy::Policy;
 use crate::pg::error::{Error, Result};
@@ -78,6 +79,9 @@ fn nothing_to_do(policy: &str) -> Result<bool> {
         return Ok(false);
     }
     let document = Policy::parse(row.str(0)?).map_err(|e| Error::invalid(e.to_string()))?;
+    if !vault::unsent(&Place::of(&document), policy, None, 1)?.is_empty() {
+        return Ok(false);
+    }
     let now = xact::now()?;
     let clock = Clock::new(now, &horizons(document.window.as_ref(), now));
     // By the index, which forgets what is dead as it goes.

@@ -11,6 +11,7 @@ pub mod batch;
 pub mod by_age;
 pub mod certificate;
 pub mod check;
+pub mod cold;
 pub mod columns;
 pub mod customer_guard;
 pub mod customers;

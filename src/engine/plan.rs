@@ -16,6 +16,7 @@ use std::fmt::Display;
 
 use super::assign::{self, Assign};
 use super::history::{self, History};
+use super::vault::Place;
 
 use pgrx::pg_sys;
 
@@ -243,7 +244,7 @@ pub struct Plan {
     pub history: Option<History>,
     /// Tables that hold lines of the history that we wrote.
     pub own_lines: Vec<usize>,
-    pub archive_schema: Ident,
+    pub archive: Place,
     /// `archive_for` is nothing: an order's archive ends with its redaction.
     pub keeps_nothing: bool,
 }
@@ -440,7 +441,7 @@ impl Plan {
             enabled: document.enabled,
             suspended: None,
             search_path: search_path.to_owned(),
-            archive_schema: Ident::new(document.archive.schema.clone()),
+            archive: Place::of(&document),
             document,
             tables,
             entries,

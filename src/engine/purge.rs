@@ -50,7 +50,7 @@ pub fn destroy(plan: &Plan, orders: &[&str]) -> Result<Vec<i64>> {
     let places = places(plan, orders)?;
     let all: Vec<&str> = places.iter().map(|(_, place)| place.as_str()).collect();
     let mut found: HashMap<&str, (i64, i64)> = HashMap::new();
-    let destroyed = vault::destroy(&plan.archive_schema, &plan.policy, &all)?;
+    let destroyed = vault::destroy(&plan.archive, &plan.policy, &all)?;
     for (order, place) in &places {
         if let Some(d) = destroyed.iter().find(|d| d.order_key == *place) {
             let known = found.entry(order).or_default();
@@ -113,7 +113,10 @@ pub fn end(plan: &Plan, keys: &MasterKeys, orders: Vec<Ended>, why: &str) -> Res
     let lines = orders.into_iter().zip(counts).map(|(order, documents)| Line {
         order_key: order.order_key,
         order_number: order.order_number,
-        detail: format!("{documents} documents, {why}"),
+        detail: match &plan.archive.foreign {
+            None => format!("{documents} documents, {why}"),
+            Some(foreign) => format!("its data keys; {} is to delete the documents; {why}", foreign.shown()),
+        },
     });
     audit::insert_batch(keys, "purge", plan, lines.collect())?;
     state::announce_keys(&plan.policy, "purged", &order_keys)

@@ -65,6 +65,12 @@ impl RecordList {
         self.0.iter().any(|l| l.0 == table && l.1 == key)
     }
 
+    /// The newest archived version of a record that it knows of.
+    pub fn version(&self, table: &str, key: &str) -> i64 {
+        let listed = self.0.iter().find(|l| l.0 == table && l.1 == key);
+        listed.map_or(0, |l| l.3)
+    }
+
     /// Follows changes of keys. Returns those that concern it: (old, new).
     pub fn rename(&mut self, table: &str, renames: &HashMap<&str, &str>) -> Vec<(String, String)> {
         let mut done = Vec::new();

@@ -25,7 +25,7 @@ use super::purge;
 use super::records::{self, Stored};
 use super::scrub;
 use super::state;
-use super::vault::{self, Newest, OrderArchive};
+use super::vault::{self, Cold, Newest, OrderArchive};
 use super::walk::Values;
 use crate::domain::treatment::Outcome;
 use crate::domain::vault::MasterKeys;
@@ -83,13 +83,14 @@ pub fn batch(
     keys: &MasterKeys,
     clock: &Clock,
     sharing: &Sharing,
+    cold: &Cold,
     batch: &mut [Due],
 ) -> Result<Redacted> {
     let seen: Vec<Option<Vec<LiveRecord>>> = batch.iter_mut().map(|d| d.seen.take()).collect();
     let batch: &[Due] = batch;
     let order_keys: Vec<&str> = batch.iter().map(|d| d.order_key.as_str()).collect();
-    // The copies first: read back from what is committed, and opened, before any row is locked.
-    let archive = vault::open(&plan.archive_schema, keys, &plan.policy, &order_keys)?;
+    // The copies first: read back from what is committed, here or before this transaction began, and opened, before any row is locked.
+    let archive = vault::open(&plan.archive, keys, &plan.policy, &order_keys, cold)?;
     let stored = Stored::of(plan, batch)?;
     let mut live = look(plan, batch, seen, &stored)?;
     scrub::fill(plan, &mut live.records, &archive, &order_keys);

@@ -6,7 +6,7 @@ use std::collections::{HashMap, HashSet};
 use super::plan::{Entry, Plan, Table};
 use super::records::RecordList;
 use super::touched::orders_above;
-use super::vault;
+use super::vault::{self, Cold};
 use super::walk::{self, key_text};
 use crate::domain::vault::MasterKeys;
 use crate::pg::error::{Error, Result};
@@ -248,13 +248,27 @@ pub fn is_pending(plan: &Plan, order_keys: &[String]) -> Result<bool> {
     rows.first().ok_or_else(|| Error::internal("no row"))?.bool(0)
 }
 
-/// Seals the documents of changed keys anew. In the caller's transaction: a document is under its old keys or under its
+/// The orders whose documents wait, under the keys that the archive knows, or will know before they are reached.
+///
+/// # Errors
+/// Errors of the server.
+pub fn pending(plan: &Plan) -> Result<Vec<String>> {
+    let rows = as_extension(|| {
+        sql::read(
+            "SELECT DISTINCT COALESCE(n.order_key, n.old_key) FROM amazon_pii.renamed n WHERE n.policy = $1",
+            &[Arg::Text(Some(&plan.policy))],
+        )
+    })?;
+    rows.iter().map(|r| r.string(0)).collect()
+}
+
+/// Seals the documents of changed keys anew. What a cold server has of the orders that [`pending`] names is in `cold`. In the caller's transaction: a document is under its old keys or under its
 /// new ones, never under none. Returns the orders whose documents could not be moved, each with the reason: their notes
 /// stay, and nobody else's wait for them.
 ///
 /// # Errors
 /// A cancel; errors of the server on our own tables.
-pub fn settle(plan: &Plan, keys: &MasterKeys) -> Result<Vec<(String, Error)>> {
+pub fn settle(plan: &Plan, keys: &MasterKeys, cold: &Cold) -> Result<Vec<(String, Error)>> {
     let rows = as_extension(|| {
         sql::write(
             "SELECT renamed_id, table_name, old_key, new_key, order_key FROM amazon_pii.renamed WHERE policy = $1 \
@@ -277,7 +291,7 @@ pub fn settle(plan: &Plan, keys: &MasterKeys) -> Result<Vec<(String, Error)>> {
     let mut failed = Vec::new();
     // Orders first: records are then looked up under the keys that their orders have now.
     for (at, note) in notes.iter().enumerate() {
-        let moved = subtransaction(|| follow(plan, keys, &notes[at..]));
+        let moved = subtransaction(|| follow(plan, keys, &notes[at..], cold));
         match moved {
             Ok(()) => {}
             Err(e) if e.is_cancel() => return Err(e),
@@ -291,7 +305,7 @@ pub fn settle(plan: &Plan, keys: &MasterKeys) -> Result<Vec<(String, Error)>> {
 }
 
 /// Follows the first of these notes.
-fn follow(plan: &Plan, keys: &MasterKeys, notes: &[Note]) -> Result<()> {
+fn follow(plan: &Plan, keys: &MasterKeys, notes: &[Note], cold: &Cold) -> Result<()> {
     let Some(note) = notes.first() else { return Ok(()) };
     let mut renames = vault::Renames {
         order: None,
@@ -301,7 +315,7 @@ fn follow(plan: &Plan, keys: &MasterKeys, notes: &[Note]) -> Result<()> {
     if note.order.is_none() {
         renames.order = Some((&note.old, &note.new));
     }
-    vault::reseal(&plan.archive_schema, keys, &plan.policy, order, &renames)?;
+    vault::reseal(&plan.archive, keys, &plan.policy, order, &renames, cold)?;
     as_extension(|| {
         sql::execute(
             "DELETE FROM amazon_pii.renamed WHERE renamed_id = $1",

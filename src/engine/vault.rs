@@ -1,17 +1,25 @@
 //! The archive: sealed documents and wrapped data keys, in a schema that is no member of the extension.
 
+mod cold;
 mod destroy;
+mod place;
 mod reseal;
 mod rotate;
 mod schema;
+mod send;
 mod size;
+mod standing;
 
+pub use cold::{Cold, error, fetch, in_time};
 pub use destroy::destroy;
+pub use place::{Foreign, Place};
 pub use reseal::{Renames, reseal};
 pub use rotate::{rewrap, schemas, wrapped_anew, wrapped_by};
 pub use schema::create;
 use schema::refuse_foreign_hands;
+pub use send::{prove, send, tidy, unsent};
 pub use size::sizes;
+pub use standing::{holds_any, standing};
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
@@ -92,6 +100,8 @@ pub struct OrderArchive {
     broken: Vec<Text>,
     /// Documents exist, but no key opens them: shredded or purged.
     pub keyless: bool,
+    /// The newest data key that a document names.
+    named: i64,
     /// The newest of its data keys that were destroyed, where the caller knows of one.
     pub generation: i64,
 }
@@ -105,6 +115,10 @@ impl OrderArchive {
     /// Whether a document is there whose content is unknown.
     pub fn is_damaged(&self) -> bool {
         self.records.iter().any(|r| r.newest.damaged)
+    }
+
+    fn key(&self, id: &str) -> Option<&Rc<DataKey>> {
+        self.keys.iter().find(|(known, _)| **known == *id).map(|(_, key)| key)
     }
 
     /// What it holds of one record.
@@ -138,18 +152,20 @@ impl OrderArchive {
     }
 }
 
-/// Reads back and opens everything that is archived of these orders.
+/// Reads back and opens everything that is archived of these orders, here and in what was fetched of a cold server.
 ///
 /// # Errors
 /// The archive cannot be read. A document that cannot be opened is no error here, it is counted.
 pub fn open(
-    schema: &Ident,
+    place: &Place,
     keys: &MasterKeys,
     policy: &str,
     orders: &[impl AsRef<str>],
+    cold: &Cold,
 ) -> Result<HashMap<String, OrderArchive>> {
-    let (wrapped, documents) = read(schema, policy, orders)?;
+    let (wrapped, local) = read(&place.schema, policy, orders)?;
     let mut all = unwrap(keys, policy, &wrapped)?;
+    let documents = together(&local, orders, cold)?;
     // They come order by order.
     for rows in documents.chunk_by(|a, b| matches!((a.str(0), b.str(0)), (Ok(a), Ok(b)) if a == b)) {
         let Some(first) = rows.first() else { continue };
@@ -165,9 +181,10 @@ pub fn open(
                 version,
                 key_id,
             };
-            let key = archive.keys.iter().find(|(id, _)| **id == *key_id);
+            archive.named = archive.named.max(key_id.parse().unwrap_or(0));
+            let key = archive.key(key_id);
             let opened = match key {
-                Some((_, key)) => key
+                Some(key) => key
                     .open(&binding, row.bytes(4)?)
                     .ok()
                     .and_then(|plain| Document::decode(&plain).ok()),
@@ -191,7 +208,31 @@ pub fn open(
     Ok(all)
 }
 
-/// The wrapped data keys and the sealed documents of these orders, as they are stored.
+/// The documents of both places by order, table, record and version; each once.
+fn together<'a>(local: &'a [Row], orders: &[impl AsRef<str>], cold: &'a Cold) -> Result<Vec<&'a Row>> {
+    let mut rows: Vec<&Row> = if cold.alone { Vec::new() } else { local.iter().collect() };
+    if cold.is_empty() {
+        return Ok(rows);
+    }
+    rows.extend(orders.iter().flat_map(|order| cold.of(order.as_ref())));
+    let spot = |row: &&'a Row| -> Result<(&'a str, &'a str, &'a str, i64)> {
+        let row: &'a Row = row;
+        Ok((row.str(0)?, row.str(1)?, row.str(2)?, row.int(3)?))
+    };
+    let mut placed = rows.iter().map(|row| Ok((spot(row)?, *row))).collect::<Result<Vec<_>>>()?;
+    // Stable: of two under one place ours stays.
+    placed.sort_by(|a, b| a.0.cmp(&b.0));
+    placed.dedup_by(|later, first| later.0 == first.0);
+    Ok(placed.into_iter().map(|(_, row)| row).collect())
+}
+
+/// The data keys of one order.
+fn unwrap_keys(place: &Place, keys: &MasterKeys, policy: &str, order: &str) -> Result<OrderArchive> {
+    let (wrapped, _) = read(&place.schema, policy, &[order])?;
+    Ok(unwrap(keys, policy, &wrapped)?.remove(order).unwrap_or_default())
+}
+
+/// The wrapped data keys and the sealed documents of these orders, as they are stored here.
 fn read(schema: &Ident, policy: &str, orders: &[impl AsRef<str>]) -> Result<(Vec<Row>, Vec<Row>)> {
     on_keys(|| {
         // Dropped since the policy was applied, it may have been made anew by anybody.
@@ -355,7 +396,7 @@ pub fn store(
 /// The number of an order's next data key.
 fn next_generation(schema: &Ident, policy: &str, order: &str, known: &HashMap<String, OrderArchive>) -> Result<String> {
     let archive = known.get(order);
-    let destroyed = archive.map_or(0, |a| a.generation);
+    let destroyed = archive.map_or(0, |a| a.generation.max(a.named));
     if !archive.is_some_and(|a| a.keyless || !a.broken.is_empty()) {
         return Ok((destroyed + 1).to_string());
     }

@@ -1,4 +1,4 @@
-//! How long code of a table's owner may run in a cycle. A timer of our own: one of the server's own timeouts cannot be
+//! How long code of a table's owner may run in a cycle, and how long a foreign archive may take. A timer of our own: one of the server's own timeouts cannot be
 //! told from a cancel by its error.
 
 use std::cell::Cell;
@@ -98,8 +98,23 @@ impl Drop for Running {
 /// As `f`; the time is over.
 pub fn within<T>(f: impl FnOnce() -> Result<T>) -> Result<T> {
     let milliseconds = guc::statement_timeout();
+    if milliseconds == 0 || !LIMITED.get() {
+        return f();
+    }
+    bounded(milliseconds, Error::too_slow, f)
+}
+
+/// Runs an access to a foreign archive, by whomever, no longer than `amazon_pii.archive_timeout`.
+///
+/// # Errors
+/// As `f`; the time is over.
+pub fn for_archive<T>(over: impl FnOnce() -> Error, f: impl FnOnce() -> Result<T>) -> Result<T> {
+    bounded(guc::archive_timeout(), over, f)
+}
+
+fn bounded<T>(milliseconds: c_int, over: impl FnOnce() -> Error, f: impl FnOnce() -> Result<T>) -> Result<T> {
     // What runs inside of it shares the time of the outermost.
-    if milliseconds == 0 || !LIMITED.get() || RUNNING.get() {
+    if RUNNING.get() {
         return f();
     }
     let running = Running::start(milliseconds);
@@ -115,6 +130,6 @@ pub fn within<T>(f: impl FnOnce() -> Result<T>) -> Result<T> {
     });
     match result {
         Err(e) if !e.is_cancel() => Err(e),
-        _ => Err(Error::too_slow()),
+        _ => Err(over()),
     }
 }

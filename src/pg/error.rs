@@ -18,6 +18,8 @@ pub struct Error {
     hint: Option<String>,
     /// This session was canceled, or is being terminated.
     cancel: bool,
+    /// A foreign archive is at fault, as a whole.
+    unreachable: bool,
 }
 
 /// Result of anything that talks to the server.
@@ -33,6 +35,7 @@ impl Error {
             detail: None,
             hint: None,
             cancel: false,
+            unreachable: false,
         }
     }
 
@@ -115,6 +118,22 @@ impl Error {
     /// An archive that cannot be reached or opened.
     pub fn archive(what: impl Into<String>) -> Self {
         Self::ours(Code::ERRCODE_CONNECTION_FAILURE, what)
+    }
+
+    /// A foreign archive that does not answer, or refuses what we need; `why` is the SQLSTATE that came back, or words of ours.
+    pub fn unreachable(table: &str, why: &str) -> Self {
+        Self {
+            unreachable: true,
+            ..Self::archive(format!("the archive in {table} cannot be used: {why}")).hint(
+                "Nothing was overwritten. See that its server runs, that its table is there, and that the user mapping of the \
+                 extension's owner still has its rights; amazon_pii.check_archive() tries it.",
+            )
+        }
+    }
+
+    /// Whether it is [`unreachable`](Self::unreachable).
+    pub fn is_unreachable(&self) -> bool {
+        self.unreachable
     }
 
     /// An archived document that is not what was sealed.
@@ -335,6 +354,7 @@ impl Error {
                 detail: report.detail().map(str::to_owned),
                 hint: report.hint().map(str::to_owned),
                 cancel: says_cancel(report.sql_error_code()),
+                unreachable: false,
             },
             // The server's words may quote a row ("Key (email)=(…)"), a RAISE of the shop's code may say anything.
             CaughtError::PostgresError(report) => Self {
@@ -348,6 +368,7 @@ impl Error {
                 // its order's failure. A cancel of this session comes from one place, or through a trigger of ours.
                 cancel: says_cancel(report.sql_error_code())
                     && (report.function_name() == Some("ProcessInterrupts") || report.file() == file!()),
+                unreachable: false,
             },
             CaughtError::RustPanic { .. } => Self::internal("unexpected failure inside amazon_pii"),
         }

@@ -6,6 +6,7 @@ use std::time::Duration;
 use pgrx::{GucContext, GucFlags, GucRegistry, GucSetting};
 
 static ACTOR: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(None);
+static ARCHIVE_TIMEOUT: GucSetting<i32> = GucSetting::<i32>::new(30_000);
 static BATCH_PAUSE: GucSetting<i32> = GucSetting::<i32>::new(0);
 static BATCH_SIZE: GucSetting<i32> = GucSetting::<i32>::new(1000);
 static BATCH_TIME: GucSetting<i32> = GucSetting::<i32>::new(100);
@@ -28,6 +29,16 @@ pub fn register() {
         &ACTOR,
         GucContext::Userset,
         GucFlags::default(),
+    );
+    GucRegistry::define_int_guc(
+        c"amazon_pii.archive_timeout",
+        c"Longest time that one access to a foreign archive may take.",
+        c"Then it counts as not reachable. What the foreign data wrapper does outside of statements, such as connecting, has its own limits.",
+        &ARCHIVE_TIMEOUT,
+        100,
+        i32::MAX,
+        GucContext::Sighup,
+        GucFlags::UNIT_MS,
     );
     GucRegistry::define_int_guc(
         c"amazon_pii.batch_pause",
@@ -160,6 +171,11 @@ fn text(setting: &GucSetting<Option<CString>>) -> Option<String> {
 /// The application's own user, if it set one.
 pub fn actor() -> Option<String> {
     text(&ACTOR)
+}
+
+/// Milliseconds that one access to a foreign archive may take.
+pub fn archive_timeout() -> i32 {
+    ARCHIVE_TIMEOUT.get()
 }
 
 /// Pause between two batches.

@@ -77,6 +77,35 @@ pub fn subtransaction<T>(f: impl FnOnce() -> Result<T>) -> Result<T> {
     result
 }
 
+/// Catches what the end of a transaction raises. The caller begins the next one, or aborts what is left of this one.
+///
+/// # Errors
+/// The server's error without its words.
+pub(super) fn outside_subtransactions(end: impl FnOnce()) -> Result<()> {
+    // SAFETY: a backend-local variable; what is current now outlives the transaction: a worker's, or that of the
+    // procedure's own session.
+    let context = unsafe { pg_sys::CurrentMemoryContext };
+    let mut entry = pg_sys::ErrorContextCallback {
+        // SAFETY: a backend-local variable.
+        previous: unsafe { pg_sys::error_context_stack },
+        callback: Some(note_state),
+        arg: std::ptr::null_mut(),
+    };
+    let listening = Listening::begin(&mut entry);
+    let result = PgTryBuilder::new(AssertUnwindSafe(|| {
+        end();
+        Ok(())
+    }))
+    .catch_others(|e| Err(Error::caught(e, RAISED.get())))
+    .execute();
+    drop(listening);
+    if result.is_err() {
+        // SAFETY: as above. After success the server has chosen one itself.
+        unsafe { pg_sys::CurrentMemoryContext = context };
+    }
+    result
+}
+
 /// Runs `f` and rolls back whatever it did, keeping what it returned: for trials.
 ///
 /// # Errors

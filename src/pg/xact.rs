@@ -8,7 +8,7 @@ use super::error::{Error, Result};
 use super::ident::Ident;
 use super::identity::as_extension;
 use super::sql;
-use super::subxact::subtransaction;
+use super::subxact::{outside_subtransactions, subtransaction};
 use super::worker;
 
 /// Who owns the transactions that a cycle commits.
@@ -47,6 +47,33 @@ impl Boundary {
             pgrx::check_for_interrupts!();
         }
         Ok(())
+    }
+
+    /// [`Boundary::commit`] where COMMIT itself may fail: a foreign server has a part in it. Then the transaction is rolled back,
+    /// and the next one has begun all the same.
+    ///
+    /// # Errors
+    /// What COMMIT raised.
+    pub fn try_commit(self) -> Result<()> {
+        let committed = outside_subtransactions(|| match self {
+            // SAFETY: as in `commit`.
+            Self::Procedure => unsafe { pg_sys::SPI_commit() },
+            // SAFETY: as in `commit`; only what may fail is inside.
+            Self::Worker => unsafe { pg_sys::CommitTransactionCommand() },
+        });
+        // SAFETY: as in `commit`. After an error SPI has aborted and begun a transaction by itself.
+        unsafe {
+            if self == Self::Worker {
+                if committed.is_err() {
+                    pg_sys::AbortCurrentTransaction();
+                }
+                pg_sys::pgstat_report_stat(false);
+                pg_sys::SetCurrentStatementStartTimestamp();
+                pg_sys::StartTransactionCommand();
+            }
+            begin_read_committed();
+        }
+        committed
     }
 
     /// Reads the configuration again when the server was told to, so that a long cycle heeds it. Commits in that case.

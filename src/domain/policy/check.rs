@@ -2,7 +2,7 @@
 
 use super::document::suggestion;
 use super::{
-    Anchor, Linked, ManualOrders, Merge, Orders, Policy, PolicyError, QualifiedName, Redact, RetrieveOnInsert, Role,
+    Anchor, AssignCustomer, Linked, ManualOrders, Merge, Orders, Orphan, Policy, PolicyError, QualifiedName, Redact, RetrieveOnInsert, Role,
     Treatment,
 };
 
@@ -14,6 +14,18 @@ pub(super) fn consistent(policy: &Policy) -> Result<()> {
     parents(&policy.linked)?;
     anchors(&policy.orders, &policy.linked)?;
     customer(policy)?;
+    let at_once = |a: &AssignCustomer| a.orphan == Orphan::Now;
+    if policy.archive.foreign_table.is_some() && policy.orders.assign_customer.as_ref().is_some_and(at_once) {
+        let problem = "a row cannot go before its order where the archive is a foreign table";
+        return Err(PolicyError::new("orders.assign_customer.orphan", problem)
+            .with_hint("Write \"archive\", the default: the row goes with its order."));
+    }
+    let by_itself = policy.linked.iter().position(|l| l.retrieve_on_insert != RetrieveOnInsert::Never);
+    if let (Some(at), true) = (by_itself, policy.archive.foreign_table.is_some()) {
+        let problem = "an insert cannot wait for an archive that is a foreign table";
+        return Err(PolicyError::new(format!("linked[{at}].retrieve_on_insert"), problem)
+            .with_hint("Let the application call amazon_pii.retrieve() when it has inserted the row."));
+    }
     if !policy.retrieve_for.is_empty()
         && policy
             .linked

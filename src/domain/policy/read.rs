@@ -8,7 +8,7 @@ use super::document::{Node, Object, nearest, suggestion};
 use super::history::history;
 use super::moment::moment;
 use super::{
-    Anchor, Archive, AssignCustomer, ByAge, Export, Linked, OnRedact, Orders, Orphan, Policy, PolicyError,
+    Anchor, Archive, AssignCustomer, ByAge, Deadline, Export, Linked, OnRedact, Orders, Orphan, Policy, PolicyError,
     QualifiedName, Redact, RetrieveOnInsert, Role, Shared, Treatment, Window,
 };
 
@@ -105,9 +105,6 @@ pub(super) fn policy(root: &Node<'_>) -> Result<Policy> {
         .map(|node| zone(&node))
         .transpose()?
         .unwrap_or(Tz::UTC);
-    if let Some(deadline) = document.get("deadline") {
-        deadline_word(&deadline)?;
-    }
     let linked = match document.get("linked") {
         Some(node) => node
             .list("a list of tables")?
@@ -138,6 +135,7 @@ pub(super) fn policy(root: &Node<'_>) -> Result<Policy> {
         retrieved_for: document.text_or("retrieved_for", "30 days")?,
         files_within: document.text_or("files_within", "1 day")?,
         archive_for: document.text_or("archive_for", "10 years")?,
+        deadline: deadline(&document)?,
         archive: archive(document.get("archive").as_ref())?,
         window: document.get("window").map(|node| window(&node, timezone)).transpose()?,
         timezone: timezone.name().to_owned(),
@@ -525,30 +523,39 @@ fn paths(node: &Node<'_>, paths: Vec<String>) -> Result<Vec<String>> {
 }
 
 fn archive(node: Option<&Node<'_>>) -> Result<Archive> {
+    let schema = "amazon_pii_archive";
     let Some(node) = node else {
         return Ok(Archive {
-            schema: "amazon_pii_archive".to_owned(),
+            schema: schema.to_owned(),
+            foreign_table: None,
         });
     };
     let archive = node.object(ARCHIVE)?;
-    if let Some(node) = archive.get("foreign_table") {
-        return Err(node
-            .error("a foreign archive is not supported yet")
-            .with_hint("Name a local \"schema\"."));
-    }
     Ok(Archive {
-        schema: archive.text_or("schema", "amazon_pii_archive")?,
+        schema: archive.text_or("schema", schema)?,
+        foreign_table: archive.get("foreign_table").map(|node| foreign(&node)).transpose()?,
     })
 }
 
-/// What happens while the archive is down: there is one way so far.
-fn deadline_word(node: &Node<'_>) -> Result<()> {
-    if node.text()? == "spool" {
-        return Err(node
-            .error("\"spool\" is not supported yet")
-            .with_hint("Use \"wait\", or leave the key out."));
+fn foreign(node: &Node<'_>) -> Result<(String, String)> {
+    let name = QualifiedName::parse(&node.text()?)
+        .map_err(|e| node.error(e.problem).with_hint(e.hint.unwrap_or_else(|| "Write it as in SQL: cold.document.".to_owned())))?;
+    let schema = name.schema.ok_or_else(|| {
+        node.error("a foreign table's name needs its schema")
+            .with_hint("Write it as in SQL: cold.document.")
+    })?;
+    Ok((schema, name.name))
+}
+
+fn deadline(document: &Object<'_>) -> Result<Deadline> {
+    let deadline = document.word_or_default("deadline", &["wait", "spool"])?;
+    let foreign = document.get("archive").is_some_and(|node| node.value().get("foreign_table").is_some());
+    match document.get("deadline") {
+        Some(node) if deadline == Deadline::Spool && !foreign => Err(node
+            .error("\"spool\" needs a foreign archive")
+            .with_hint("An archive of this database is reached whenever its tables are; name a \"foreign_table\" in \"archive\".")),
+        _ => Ok(deadline),
     }
-    node.word::<String>(&["wait", "spool"]).map(drop)
 }
 
 fn window(node: &Node<'_>, default: Tz) -> Result<Window> {

@@ -42,7 +42,8 @@ fn write_all(plan: &Plan, orders: &[Order], number: &str) -> Result<Vec<Restored
     let master = keys::master_keys()?;
     follow_keys(plan, &master, orders)?;
     let order_keys: Vec<String> = orders.iter().map(|o| o.key.clone()).collect();
-    let archive = vault::open(&plan.archive_schema, &master, &plan.policy, &order_keys)?;
+    let cold = vault::fetch(&plan.archive, &plan.policy, &order_keys)?;
+    let archive = vault::open(&plan.archive, &master, &plan.policy, &order_keys, &cold)?;
     let mut out = Vec::new();
     for order in orders {
         out.extend(never_archived(order));

@@ -12,6 +12,7 @@ use crate::engine::former::Former;
 use crate::engine::orphan::{Place, Rows};
 use crate::engine::plan::Plan;
 use crate::engine::records::{self, Change, Fate, Stored};
+use crate::engine::vault::Cold;
 use crate::engine::{audit, files};
 use crate::pg::error::Result;
 use crate::pg::xact;
@@ -38,7 +39,7 @@ pub fn apart(
     rows: &Rows,
 ) -> Result<Outcome> {
     let stored = Stored::of(plan, batch)?;
-    let (mut live, archive) = look(plan, keys, batch, &stored)?;
+    let (mut live, archive) = look(plan, keys, batch, &stored, &Cold::default())?;
     live.records.retain(|r| rows.has(plan, &batch[r.order], r));
     let pii = live.records.iter().map(|r| r.pii(plan)).collect::<Result<Vec<_>>>()?;
     let (mut excluded, mut out) = (HashSet::new(), Redacted::default());

@@ -1,8 +1,8 @@
 //! Destroying what is archived of orders: keys and documents, so that neither can open the other's backup.
 
+use super::place::Place;
 use super::schema::refuse_foreign_hands;
 use crate::pg::error::{Error, Result};
-use crate::pg::ident::Ident;
 use crate::pg::identity::on_keys;
 use crate::pg::sql::{self, Arg};
 
@@ -18,7 +18,8 @@ pub struct Destroyed {
 ///
 /// # Errors
 /// The archive cannot be written.
-pub fn destroy(schema: &Ident, policy: &str, orders: &[impl AsRef<str>]) -> Result<Vec<Destroyed>> {
+pub fn destroy(place: &Place, policy: &str, orders: &[impl AsRef<str>]) -> Result<Vec<Destroyed>> {
+    let schema = &place.schema;
     let rows = on_keys(|| {
         refuse_foreign_hands(schema)?;
         sql::write(
@@ -43,7 +44,8 @@ pub fn destroy(schema: &Ident, policy: &str, orders: &[impl AsRef<str>]) -> Resu
             e.sqlstate()
         ))
     })?;
-    rows.iter()
+    let mut destroyed = rows
+        .iter()
         .map(|r| {
             Ok(Destroyed {
                 order_key: r.string(0)?,
@@ -51,5 +53,60 @@ pub fn destroy(schema: &Ident, policy: &str, orders: &[impl AsRef<str>]) -> Resu
                 generation: r.int(2)?,
             })
         })
-        .collect()
+        .collect::<Result<Vec<_>>>()?;
+    if place.foreign.is_some() {
+        // What a key opened that was lost is there all the same.
+        let lost: Vec<&str> = orders
+            .iter()
+            .map(AsRef::as_ref)
+            .filter(|order| destroyed.iter().all(|d| d.order_key != *order))
+            .collect();
+        destroyed.extend(lost.into_iter().map(|order| Destroyed {
+            order_key: order.to_owned(),
+            documents: 0,
+            generation: 1,
+        }));
+    }
+    let whole = |d: &Destroyed| Doomed {
+        order_key: d.order_key.clone(),
+        record: None,
+        key_upto: d.generation,
+    };
+    doom(place, policy, &destroyed.iter().map(whole).collect::<Vec<_>>())?;
+    Ok(destroyed)
+}
+
+/// What a foreign table is to delete: of an order, or of one record of it (table, key), under data keys up to a number.
+pub(super) struct Doomed {
+    pub order_key: String,
+    pub record: Option<(String, String)>,
+    pub key_upto: i64,
+}
+
+/// Notes what a foreign table is to delete. The next cycle that reaches it does; nothing there opens any more.
+pub(super) fn doom(place: &Place, policy: &str, doomed: &[Doomed]) -> Result<()> {
+    if place.foreign.is_none() || doomed.is_empty() {
+        return Ok(());
+    }
+    let schema = &place.schema;
+    let record = |d: &Doomed| d.record.clone().unwrap_or_default();
+    let (tables, records): (Vec<String>, Vec<String>) = doomed.iter().map(record).unzip();
+    on_keys(|| {
+        sql::execute(
+            &format!(
+                "INSERT INTO {schema}.doomed AS d (policy, order_key, table_name, record_key, key_upto) \
+                 SELECT $1, o, t, r, k FROM ROWS FROM (pg_catalog.unnest($2), pg_catalog.unnest($3), pg_catalog.unnest($4), pg_catalog.unnest($5)) \
+                    AS n (o, t, r, k) \
+                 ON CONFLICT (order_key, policy, table_name, record_key) DO UPDATE SET key_upto = GREATEST(d.key_upto, EXCLUDED.key_upto)"
+            ),
+            &[
+                Arg::Text(Some(policy)),
+                Arg::Texts(doomed.iter().map(|d| Some(d.order_key.as_str())).collect()),
+                Arg::texts(&tables),
+                Arg::texts(&records),
+                Arg::Ints(doomed.iter().map(|d| d.key_upto).collect()),
+            ],
+        )
+    })?;
+    Ok(())
 }

@@ -2,7 +2,10 @@
 
 use std::borrow::Cow;
 
-use super::{NewDocument, open, read, store, unwrap};
+use super::cold::Cold;
+use super::destroy::{Doomed, doom};
+use super::place::Place;
+use super::{NewDocument, open, read, store, together, unwrap};
 use crate::domain::document::Document;
 use crate::domain::vault::{Binding, MasterKeys};
 use crate::pg::error::{Error, Result};
@@ -19,10 +22,21 @@ pub struct Renames<'a> {
 /// Seals the documents of one order anew under the keys that its rows have now, and removes them under the old ones.
 /// Versions are kept as they are.
 ///
+/// Those that `cold` holds are sealed anew here, to be sent, and given up there.
+///
 /// # Errors
 /// A document cannot be opened, so it cannot be moved: nothing is removed then.
-pub fn reseal(schema: &Ident, keys: &MasterKeys, policy: &str, order: &str, renames: &Renames<'_>) -> Result<()> {
-    let moved: Vec<NewDocument<'_>> = open_versions(schema, keys, policy, order)?
+pub fn reseal(
+    place: &Place,
+    keys: &MasterKeys,
+    policy: &str,
+    order: &str,
+    renames: &Renames<'_>,
+    cold: &Cold,
+) -> Result<()> {
+    let schema = &place.schema;
+    let (documents, newest_key) = open_versions(place, keys, policy, order, cold)?;
+    let moved: Vec<NewDocument<'_>> = documents
         .into_iter()
         .filter(|d| {
             renames.order.is_some()
@@ -68,42 +82,55 @@ pub fn reseal(schema: &Ident, keys: &MasterKeys, policy: &str, order: &str, rena
         }
         Ok(())
     })?;
+    let record = renames.record.filter(|_| renames.order.is_none());
+    let given_up = Doomed {
+        order_key: order.to_owned(),
+        record: record.map(|(table, old, _)| (table.to_owned(), old.to_owned())),
+        key_upto: newest_key,
+    };
+    doom(place, policy, &[given_up])?;
     let target = renames.order.map_or(order, |(_, new)| new);
-    let known = open(schema, keys, policy, &[target])?;
+    let known = open(place, keys, policy, &[target], &Cold::default())?;
     store(schema, keys, policy, &known, &moved)
 }
 
-/// Every version of every document of one order, opened.
-fn open_versions<'a>(schema: &Ident, keys: &MasterKeys, policy: &str, order: &'a str) -> Result<Vec<NewDocument<'a>>> {
-    let (wrapped, documents) = read(schema, policy, &[order])?;
+/// Every version of every document of one order, opened, and the number of its newest data key.
+fn open_versions<'a>(
+    place: &Place,
+    keys: &MasterKeys,
+    policy: &str,
+    order: &'a str,
+    cold: &Cold,
+) -> Result<(Vec<NewDocument<'a>>, i64)> {
+    let (wrapped, local) = read(&place.schema, policy, &[order])?;
+    let documents = together(&local, &[order], cold)?;
     let archive = unwrap(keys, policy, &wrapped)?.remove(order).unwrap_or_default();
-    documents
-        .iter()
-        .map(|row| {
-            let (table, record_key, version) = (row.string(1)?, row.string(2)?, row.int(3)?);
-            let key_id = row.str(5)?;
-            let binding = Binding {
-                policy,
-                order_key: order,
-                table: &table,
-                record_key: &record_key,
-                version,
-                key_id,
-            };
-            let key = archive.keys.iter().find(|(id, _)| **id == *key_id);
-            let plain = key
-                .and_then(|(_, key)| key.open(&binding, row.bytes(4).ok()?).ok())
-                .filter(|plain| Document::decode(plain).is_ok())
-                .ok_or_else(|| {
-                    Error::damaged(format!("an archived document of a record of {table} cannot be opened"))
-                })?;
-            Ok(NewDocument {
-                order_key: Cow::Borrowed(order),
-                table: table.into(),
-                record_key: record_key.into(),
-                version,
-                plain,
-            })
-        })
-        .collect()
+    let mut newest_key = 0;
+    let mut out = Vec::with_capacity(documents.len());
+    for row in documents {
+        let (table, record_key, version) = (row.string(1)?, row.string(2)?, row.int(3)?);
+        let key_id = row.str(5)?;
+        newest_key = newest_key.max(key_id.parse().unwrap_or(0));
+        let binding = Binding {
+            policy,
+            order_key: order,
+            table: &table,
+            record_key: &record_key,
+            version,
+            key_id,
+        };
+        let plain = archive
+            .key(key_id)
+            .and_then(|key| key.open(&binding, row.bytes(4).ok()?).ok())
+            .filter(|plain| Document::decode(plain).is_ok())
+            .ok_or_else(|| Error::damaged(format!("an archived document of a record of {table} cannot be opened")))?;
+        out.push(NewDocument {
+            order_key: Cow::Borrowed(order),
+            table: table.into(),
+            record_key: record_key.into(),
+            version,
+            plain,
+        });
+    }
+    Ok((out, newest_key))
 }

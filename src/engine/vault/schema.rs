@@ -1,6 +1,7 @@
 //! Where the archive lies.
 
 use crate::pg::error::{Error, Result};
+use super::place::Place;
 use crate::pg::ident::Ident;
 use crate::pg::identity::as_extension;
 use crate::pg::sql::{self, Arg};
@@ -9,7 +10,8 @@ use crate::pg::sql::{self, Arg};
 ///
 /// # Errors
 /// A schema of that name that belongs to somebody else, or that holds other tables under our names.
-pub fn create(schema: &Ident) -> Result<()> {
+pub fn create(place: &Place) -> Result<()> {
+    let schema = &place.schema;
     as_extension(|| {
         refuse_foreign_hands(schema)?;
         let known = sql::read(
@@ -62,8 +64,32 @@ pub fn create(schema: &Ident) -> Result<()> {
             ),
             &[],
         )?;
+        if place.foreign.is_some() {
+            outbox(schema)?;
+        }
         Ok(())
     })
+}
+
+/// What is kept here beside a foreign table: which documents it has, and which it is to delete.
+fn outbox(schema: &Ident) -> Result<()> {
+    for statement in [
+        format!("ALTER TABLE {schema}.document ADD COLUMN IF NOT EXISTS sent_at timestamptz"),
+        format!("COMMENT ON COLUMN {schema}.document.sent_at IS 'When the foreign table was found to hold the same; NULL: not that we knew'"),
+        format!(
+            "CREATE TABLE IF NOT EXISTS {schema}.doomed (policy text COLLATE \"C\" NOT NULL, order_key text COLLATE \"C\" NOT NULL, \
+                table_name text COLLATE \"C\" NOT NULL DEFAULT '', record_key text COLLATE \"C\" NOT NULL DEFAULT '', key_upto bigint NOT NULL, \
+                doomed_at timestamptz NOT NULL DEFAULT pg_catalog.now(), PRIMARY KEY (order_key, policy, table_name, record_key))"
+        ),
+        format!("REVOKE ALL ON {schema}.doomed FROM PUBLIC"),
+        format!(
+            "COMMENT ON TABLE {schema}.doomed IS \
+                'Documents that the foreign table is still to delete: of an order, or of one record, under data keys up to a number'"
+        ),
+    ] {
+        sql::execute(&statement, &[])?;
+    }
+    Ok(())
 }
 
 /// Refuses a schema, or tables under our names in it, that anybody but the extension's owner or a superuser owns: what
@@ -77,7 +103,7 @@ pub(super) fn refuse_foreign_hands(schema: &Ident) -> Result<()> {
     let foreign = sql::read(
         "SELECT o.owner FROM (SELECT n.nspowner FROM pg_catalog.pg_namespace n WHERE n.nspname = $1 \
             UNION ALL SELECT c.relowner FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
-            WHERE n.nspname = $1 AND c.relname IN ('document', 'data_key')) AS o (owner), pg_catalog.pg_extension e \
+            WHERE n.nspname = $1 AND c.relname IN ('document', 'data_key', 'doomed')) AS o (owner), pg_catalog.pg_extension e \
          WHERE e.extname = 'amazon_pii' AND o.owner <> e.extowner \
            AND NOT (SELECT r.rolsuper FROM pg_catalog.pg_roles r WHERE r.oid = o.owner) LIMIT 1",
         &[Arg::Text(Some(name))],

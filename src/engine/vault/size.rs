@@ -1,9 +1,10 @@
 //! How much there is to open.
 
+use super::cold;
+use super::place::Place;
 use super::schema::refuse_foreign_hands;
 use super::unreadable;
 use crate::pg::error::{Error, Result};
-use crate::pg::ident::Ident;
 use crate::pg::identity::on_keys;
 use crate::pg::sql::{self, Arg};
 
@@ -11,7 +12,9 @@ use crate::pg::sql::{self, Arg};
 ///
 /// # Errors
 /// The archive cannot be read.
-pub fn sizes(schema: &Ident, policy: &str, orders: &[String]) -> Result<Vec<usize>> {
+pub fn sizes(place: &Place, policy: &str, orders: &[String]) -> Result<Vec<usize>> {
+    let schema = &place.schema;
+    let there = cold::sizes(place, policy, orders)?;
     let rows = on_keys(|| {
         refuse_foreign_hands(schema)?;
         sql::read(
@@ -25,6 +28,10 @@ pub fn sizes(schema: &Ident, policy: &str, orders: &[String]) -> Result<Vec<usiz
     })
     .map_err(|e| unreadable(schema, e))?;
     rows.iter()
-        .map(|r| usize::try_from(r.int(0)?).map_err(|_| Error::internal("a size is negative")))
+        .zip(orders)
+        .map(|(r, order)| {
+            let both = r.int(0)?.saturating_add(there.get(order).copied().unwrap_or(0));
+            usize::try_from(both).map_err(|_| Error::internal("a size is negative"))
+        })
         .collect()
 }

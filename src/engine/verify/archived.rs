@@ -66,14 +66,15 @@ pub(super) fn each(
     let mut after = after.map(str::to_owned);
     loop {
         let keys = page(plan, after.as_deref(), upto)?;
-        let sizes = vault::sizes(&plan.archive_schema, &plan.policy, &keys)?;
+        let sizes = vault::sizes(&plan.archive, &plan.policy, &keys)?;
         let mut rest = keys.as_slice();
         let mut sizes = sizes.as_slice();
         while !rest.is_empty() {
             let (now, later) = rest.split_at(together(sizes));
             sizes = &sizes[now.len()..];
             rest = later;
-            let archives = vault::open(&plan.archive_schema, master, &plan.policy, now)?;
+            let cold = vault::fetch(&plan.archive, &plan.policy, now)?;
+            let archives = vault::open(&plan.archive, master, &plan.policy, now, &cold)?;
             for key in now {
                 let Some(archive) = archives.get(key) else { continue };
                 if f(key, archive)?.is_break() {

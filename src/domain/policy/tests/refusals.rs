@@ -226,20 +226,33 @@ fn broken_json_and_duplicate_keys() {
 }
 
 #[test]
-fn not_supported_yet() {
-    let foreign = with("/archive", json!({"foreign_table": "cold.archive"}));
-    assert_refused(
-        &foreign,
-        "archive.foreign_table",
-        "a foreign archive is not supported yet",
-        "",
+fn foreign_archives() {
+    let foreign = |table: &str| with("/archive", json!({"foreign_table": table}));
+    let policy = Policy::parse(&foreign("Cold.\"Doc\"").to_string()).unwrap();
+    assert_eq!(
+        (policy.archive.foreign_table, policy.deadline),
+        (Some(("cold".to_owned(), "Doc".to_owned())), Deadline::Wait)
     );
+    assert_refused(&foreign("document"), "archive.foreign_table", "needs its schema", "cold.document");
+    assert_refused(&foreign("a.b.c"), "archive.foreign_table", "more than two parts", "schema.table");
     assert_refused(
         &with("/deadline", json!("spool")),
         "deadline",
-        "not supported yet",
-        "\"wait\"",
+        "needs a foreign archive",
+        "foreign_table",
     );
+    let mut spool = foreign("cold.document");
+    spool["deadline"] = json!("spool");
+    assert_eq!(Policy::parse(&spool.to_string()).unwrap().deadline, Deadline::Spool);
+    let mut by_itself = foreign("cold.document");
+    by_itself["linked"] = json!([link("returns", json!({"retrieve_on_insert": true}))]);
+    assert_refused(&by_itself, "linked[0].retrieve_on_insert", "foreign table", "amazon_pii.retrieve()");
+    let mut orphan = foreign("cold.document");
+    orphan["linked"] = json!([link("customers", json!({"role": "customer", "on": {"id": "customer_id"}}))]);
+    orphan["orders"]["assign_customer"] = json!({"column": "customer_id", "to": "1"});
+    assert!(Policy::parse(&orphan.to_string()).is_ok());
+    orphan["orders"]["assign_customer"]["orphan"] = json!("now");
+    assert_refused(&orphan, "orders.assign_customer.orphan", "foreign table", "with its order");
 }
 
 #[test]

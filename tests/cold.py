@@ -1,0 +1,178 @@
+"""A second, real PostgreSQL server that holds the archive: over TLS with a certificate that is checked, by a password, in a table
+made with what `archive_ddl` prints; and a wire in between that can be cut."""
+import contextlib
+import os
+import re
+import secrets
+import socket
+import threading
+
+import trustme
+from cluster import Cluster, wait_until
+
+HOST = "localhost"
+FOREIGN = {"foreign_table": "cold.document"}
+ROLE = "amazon_pii_archiver"
+DATABASE = "archive"
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Wire:
+    """A TCP proxy. `cut()` swallows what comes on connections that are open, and refuses new ones, without a reset."""
+
+    def __init__(self, target):
+        self.target = target
+        self.whole = threading.Event()
+        self.whole.set()
+        self.delay = 0
+        self._pairs = []
+        self._listener = None
+        self.port = free_port()
+        self.mend()
+
+    def mend(self):
+        if self._listener:
+            return
+        self._listener = socket.socket()
+        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._listener.bind(("127.0.0.1", self.port))
+        self._listener.listen(50)
+        self.whole.set()
+        threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()
+
+    def _accept(self, listener):
+        while True:
+            try:
+                near, _ = listener.accept()
+            except OSError:
+                return
+            try:
+                far = socket.create_connection(("127.0.0.1", self.target))
+            except OSError:
+                near.close()
+                continue
+            self._pairs.append((near, far))
+            for a, b in ((near, far), (far, near)):
+                threading.Thread(target=self._copy, args=(a, b), daemon=True).start()
+
+    def _copy(self, source, target):
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                if not self.whole.is_set():
+                    # Read, acknowledged, and gone.
+                    continue
+                if self.delay:
+                    threading.Event().wait(self.delay)
+                target.sendall(data)
+            if self.whole.is_set():
+                target.shutdown(socket.SHUT_WR)
+
+    def cut(self):
+        self.whole.clear()
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self._listener = None
+
+    def close(self):
+        if self._listener:
+            self._listener.close()
+        for pair in self._pairs:
+            for end in pair:
+                end.close()
+
+
+class ColdServer(Cluster):
+    """The server, its certificate, and the wire to it."""
+
+    def __init__(self, conf=()):
+        self.port_there = free_port()
+        super().__init__(key=False, conf=[
+            "listen_addresses = '127.0.0.1'", f"port = {self.port_there}", "ssl = on", "log_statement = 'all'", *conf,
+        ])
+        # The number of the socket's file, too.
+        self.port = self.port_there
+        self.password = secrets.token_hex(16)
+        authority = trustme.CA()
+        self.ca = self.base / "ca.pem"
+        authority.cert_pem.write_to_path(str(self.ca))
+        certificate = authority.issue_cert(HOST)
+        for path, blob in ((self.data / "server.key", certificate.private_key_pem), (self.data / "server.crt", certificate.cert_chain_pems[0])):
+            path.touch(mode=0o600)
+            path.write_bytes(blob.bytes())
+            os.chown(path, self.owner.pw_uid, self.owner.pw_gid)
+        self.ca.chmod(0o644)
+        self.base.chmod(0o755)
+        hba = self.data / "pg_hba.conf"
+        hba.write_text(f"local all all trust\nhostssl {DATABASE} {ROLE} 127.0.0.1/32 scram-sha-256\n")
+        self.wire = Wire(self.port_there)
+
+    def destroy(self):
+        self.wire.close()
+        super().destroy()
+
+    def documents(self, columns="order_key, table_name, record_key, version", where="true"):
+        return self.sql(f"SELECT {columns} FROM cold.document WHERE {where} ORDER BY 1, 2, 3, 4", dbname=DATABASE)
+
+    def count(self, where="true"):
+        return self.sql(f"SELECT count(*) FROM cold.document WHERE {where}", dbname=DATABASE)[0][0]
+
+    def places(self):
+        """How many documents, and how many different places they have."""
+        return self.sql(
+            "SELECT count(*), count(DISTINCT (policy, order_key, table_name, record_key, version)) FROM cold.document", dbname=DATABASE)[0]
+
+
+def cold_server(**options):
+    server = ColdServer(**options)
+    try:
+        server.start()
+        server.create_database(DATABASE)
+    except BaseException:
+        server.destroy()
+        raise
+    return server
+
+
+def join(db, cold, options=None, mapping=True):
+    """Runs what archive_ddl() prints, on both sides, with the blanks filled in."""
+    rows = db.sql("SELECT run_on, statement FROM amazon_pii.archive_ddl('cold.document', host => %s, database => %s, role => %s)",
+                  [HOST, DATABASE, ROLE], "pii_admin")
+    server_options = {"port": str(cold.wire.port), **(options or {})}
+    for place, statement in rows:
+        statement = statement.replace("password '…'", f"password '{cold.password}'").replace("PASSWORD '…'", f"PASSWORD '{cold.password}'")
+        statement = statement.replace("/etc/ssl/certs/ca-certificates.crt", str(cold.ca))
+        if place == "cold server":
+            if statement.startswith("CREATE ROLE") and cold.sql("SELECT 1 FROM pg_roles WHERE rolname = %s", [ROLE]):
+                continue
+            if cold.sql("SELECT to_regclass('cold.document')", dbname=DATABASE)[0][0] and re.match("CREATE (TABLE|SCHEMA)", statement):
+                continue
+            cold.sql(statement, dbname=DATABASE)
+        elif mapping or not statement.startswith("CREATE USER MAPPING"):
+            db.sql(statement)
+    for name, value in server_options.items():
+        known = db.value("SELECT count(*) FROM pg_foreign_server, pg_options_to_table(srvoptions) WHERE option_name = %s", [name])
+        db.sql(f"ALTER SERVER cold OPTIONS ({'SET' if known else 'ADD'} {name} '{value}')")
+    # Connections of sessions that are open know the old options.
+    return db
+
+
+def status(db):
+    """The row of archive_status by its columns' names."""
+    with db.session("pii_auditor").cursor() as cursor:
+        cursor.execute("SELECT * FROM amazon_pii.archive_status")
+        rows = cursor.fetchall()
+        assert len(rows) == 1, rows
+        return dict(zip((c.name for c in cursor.description), rows[0]))
+
+
+def back(cold):
+    """The server answers again."""
+    cold.wire.mend()
+    if not cold.pid:
+        cold.start()
+    wait_until(lambda: cold.sql("SELECT 1"), message="the cold server does not come back")
