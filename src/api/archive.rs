@@ -68,8 +68,11 @@ fn archive_status() -> TableIterator<
     ),
 > {
     let rows = or_raise(
-        require_role(&["amazon_pii_admin", "amazon_pii_auditor"], "see the state of the archives")
-            .and_then(|()| vault::standing()),
+        require_role(
+            &["amazon_pii_admin", "amazon_pii_auditor"],
+            "see the state of the archives",
+        )
+        .and_then(|()| vault::standing()),
     );
     TableIterator::new(rows.into_iter().map(|s| {
         (

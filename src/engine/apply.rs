@@ -219,7 +219,11 @@ fn places(plan: &Plan) -> Result<Vec<Problem>> {
         )
     })?;
     if let Some(former) = known.first().and_then(|row| Policy::parse(row.str(0).ok()?).ok()) {
-        out.extend(check::archive::left_behind(&plan.policy, &Place::of(&former), &plan.archive)?);
+        out.extend(check::archive::left_behind(
+            &plan.policy,
+            &Place::of(&former),
+            &plan.archive,
+        )?);
     }
     Ok(out)
 }

@@ -93,9 +93,7 @@ impl<'a> Way<'a> {
             failed,
             ..Shipped::default()
         };
-        let (proofs, unread) = self.each(mode, &sent, |orders| {
-            vault::prove(&plan.archive, &plan.policy, orders)
-        })?;
+        let (proofs, unread) = self.each(mode, &sent, |orders| vault::prove(&plan.archive, &plan.policy, orders))?;
         shipped.failed.extend(unread);
         for (cold, left) in proofs {
             shipped.cold.add(cold);
@@ -258,6 +256,10 @@ fn note(policy: &str, foreign: &str, down: Option<&Error>) -> Result<()> {
     if was_down == down.is_some() {
         return Ok(());
     }
-    let status = if down.is_some() { "archive_unreachable" } else { "archive_reachable" };
+    let status = if down.is_some() {
+        "archive_unreachable"
+    } else {
+        "archive_reachable"
+    };
     state::notify(&serde_json::json!({ "policy": policy, "status": status, "foreign_table": foreign }))
 }

@@ -219,7 +219,10 @@ fn together<'a>(local: &'a [Row], orders: &[impl AsRef<str>], cold: &'a Cold) ->
         let row: &'a Row = row;
         Ok((row.str(0)?, row.str(1)?, row.str(2)?, row.int(3)?))
     };
-    let mut placed = rows.iter().map(|row| Ok((spot(row)?, *row))).collect::<Result<Vec<_>>>()?;
+    let mut placed = rows
+        .iter()
+        .map(|row| Ok((spot(row)?, *row)))
+        .collect::<Result<Vec<_>>>()?;
     // Stable: of two under one place ours stays.
     placed.sort_by(|a, b| a.0.cmp(&b.0));
     placed.dedup_by(|later, first| later.0 == first.0);

@@ -2,8 +2,8 @@
 
 use super::document::suggestion;
 use super::{
-    Anchor, AssignCustomer, Linked, ManualOrders, Merge, Orders, Orphan, Policy, PolicyError, QualifiedName, Redact, RetrieveOnInsert, Role,
-    Treatment,
+    Anchor, AssignCustomer, Linked, ManualOrders, Merge, Orders, Orphan, Policy, PolicyError, QualifiedName, Redact,
+    RetrieveOnInsert, Role, Treatment,
 };
 
 type Result<T> = std::result::Result<T, PolicyError>;
@@ -20,7 +20,10 @@ pub(super) fn consistent(policy: &Policy) -> Result<()> {
         return Err(PolicyError::new("orders.assign_customer.orphan", problem)
             .with_hint("Write \"archive\", the default: the row goes with its order."));
     }
-    let by_itself = policy.linked.iter().position(|l| l.retrieve_on_insert != RetrieveOnInsert::Never);
+    let by_itself = policy
+        .linked
+        .iter()
+        .position(|l| l.retrieve_on_insert != RetrieveOnInsert::Never);
     if let (Some(at), true) = (by_itself, policy.archive.foreign_table.is_some()) {
         let problem = "an insert cannot wait for an archive that is a foreign table";
         return Err(PolicyError::new(format!("linked[{at}].retrieve_on_insert"), problem)

@@ -538,8 +538,12 @@ fn archive(node: Option<&Node<'_>>) -> Result<Archive> {
 }
 
 fn foreign(node: &Node<'_>) -> Result<(String, String)> {
-    let name = QualifiedName::parse(&node.text()?)
-        .map_err(|e| node.error(e.problem).with_hint(e.hint.unwrap_or_else(|| "Write it as in SQL: cold.document.".to_owned())))?;
+    let name = QualifiedName::parse(&node.text()?).map_err(|e| {
+        node.error(e.problem).with_hint(
+            e.hint
+                .unwrap_or_else(|| "Write it as in SQL: cold.document.".to_owned()),
+        )
+    })?;
     let schema = name.schema.ok_or_else(|| {
         node.error("a foreign table's name needs its schema")
             .with_hint("Write it as in SQL: cold.document.")
@@ -549,7 +553,9 @@ fn foreign(node: &Node<'_>) -> Result<(String, String)> {
 
 fn deadline(document: &Object<'_>) -> Result<Deadline> {
     let deadline = document.word_or_default("deadline", &["wait", "spool"])?;
-    let foreign = document.get("archive").is_some_and(|node| node.value().get("foreign_table").is_some());
+    let foreign = document
+        .get("archive")
+        .is_some_and(|node| node.value().get("foreign_table").is_some());
     match document.get("deadline") {
         Some(node) if deadline == Deadline::Spool && !foreign => Err(node
             .error("\"spool\" needs a foreign archive")

@@ -50,7 +50,8 @@ pub fn problems(foreign: &Foreign) -> Result<Vec<Problem>> {
     let mut out = Vec::new();
     let shown = foreign.shown();
     if let Some(flaw) = as_extension(|| foreign.flaw())? {
-        let hint = "amazon_pii.archive_ddl() prints what makes a right one; a superuser, or the extension's owner, runs it.";
+        let hint =
+            "amazon_pii.archive_ddl() prints what makes a right one; a superuser, or the extension's owner, runs it.";
         out.push(Problem::new(Severity::Error, &shown, flaw.words(), hint));
         return Ok(out);
     }
@@ -60,7 +61,10 @@ pub fn problems(foreign: &Foreign) -> Result<Vec<Problem>> {
         return Ok(out);
     }
     match vault::in_time(foreign, || trial(|| write_and_read(foreign))) {
-        Ok(Written { same: true, twice: false }) => {}
+        Ok(Written {
+            same: true,
+            twice: false,
+        }) => {}
         Ok(Written { same: false, .. }) => out.push(Problem::new(
             Severity::Error,
             &shown,
@@ -85,7 +89,10 @@ fn columns(foreign: &Foreign, out: &mut Vec<Problem>) -> Result<()> {
             "SELECT a.attname, pg_catalog.format_type(a.atttypid, NULL) FROM pg_catalog.pg_attribute a \
                 JOIN pg_catalog.pg_class c ON c.oid = a.attrelid JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
              WHERE n.nspname = $1 AND c.relname = $2 AND a.attnum > 0 AND NOT a.attisdropped",
-            &[Arg::Text(Some(foreign.schema.bare())), Arg::Text(Some(foreign.name.bare()))],
+            &[
+                Arg::Text(Some(foreign.schema.bare())),
+                Arg::Text(Some(foreign.name.bare())),
+            ],
         )
     })?;
     for (name, wanted) in COLUMNS {
@@ -125,7 +132,10 @@ fn connection(foreign: &Foreign, out: &mut Vec<Problem>) -> Result<()> {
                 LEFT JOIN LATERAL (SELECT x.option_name, x.option_value FROM pg_catalog.pg_options_to_table(s.srvoptions) AS x \
                     UNION ALL SELECT y.option_name, y.option_value FROM pg_catalog.pg_options_to_table(f.ftoptions) AS y) AS o (k, v) ON true \
              WHERE n.nspname = $1 AND c.relname = $2",
-            &[Arg::Text(Some(foreign.schema.bare())), Arg::Text(Some(foreign.name.bare()))],
+            &[
+                Arg::Text(Some(foreign.schema.bare())),
+                Arg::Text(Some(foreign.name.bare())),
+            ],
         )
     })?;
     let first = rows.first().ok_or_else(|| Error::internal("no row"))?;
@@ -136,7 +146,9 @@ fn connection(foreign: &Foreign, out: &mut Vec<Problem>) -> Result<()> {
         Some("2") => {}
         Some(_) => out.push(warn(
             "has a user mapping for everybody",
-            format!("Make one for \"{owner}\" alone, the extension's owner: whoever may use the server reaches the archive."),
+            format!(
+                "Make one for \"{owner}\" alone, the extension's owner: whoever may use the server reaches the archive."
+            ),
         )),
         None if postgres => out.push(Problem::new(
             Severity::Error,
@@ -325,7 +337,10 @@ pub fn ddl(wanted: &Wanted<'_>) -> Result<Vec<(&'static str, String)>> {
         (THERE, format!("ALTER ROLE {role} SET synchronous_commit = on;")),
         (THERE, format!("CREATE SCHEMA {schema};")),
         (THERE, format!("CREATE TABLE {foreign} (\n{there}\n);")),
-        (THERE, format!("ALTER TABLE {foreign} ALTER COLUMN sealed SET STORAGE EXTERNAL;")),
+        (
+            THERE,
+            format!("ALTER TABLE {foreign} ALTER COLUMN sealed SET STORAGE EXTERNAL;"),
+        ),
         (THERE, format!("REVOKE ALL ON SCHEMA {schema} FROM PUBLIC;")),
         (THERE, format!("GRANT USAGE ON SCHEMA {schema} TO {role};")),
         (THERE, format!("GRANT SELECT, INSERT, DELETE ON {foreign} TO {role};")),

@@ -44,6 +44,7 @@ pub fn fetch(place: &Place, policy: &str, orders: &[impl AsRef<str>]) -> Result<
     };
     let rows = on(foreign, || {
         sql::write_bytes(
+            // ident-ok: a foreign table quotes its name.
             &format!(
                 "SELECT d.order_key, d.table_name, d.record_key, d.version, d.sealed, d.key_id FROM {foreign} d \
                  WHERE d.policy = $1 AND d.order_key = ANY ($2)"
@@ -67,6 +68,7 @@ pub(super) fn sizes(place: &Place, policy: &str, orders: &[String]) -> Result<Ha
     };
     let rows = on(foreign, || {
         sql::read(
+            // ident-ok: a foreign table quotes its name.
             &format!(
                 "SELECT d.order_key, pg_catalog.sum(pg_catalog.octet_length(d.sealed)) FROM {foreign} d \
                  WHERE d.policy = $1 AND d.order_key = ANY ($2) GROUP BY d.order_key"

@@ -3,6 +3,7 @@
 use super::place::Place;
 use super::schema::refuse_foreign_hands;
 use crate::pg::error::{Error, Result};
+use crate::pg::ident::Ident;
 use crate::pg::identity::on_keys;
 use crate::pg::sql::{self, Arg};
 
@@ -19,7 +20,7 @@ pub struct Destroyed {
 /// # Errors
 /// The archive cannot be written.
 pub fn destroy(place: &Place, policy: &str, orders: &[impl AsRef<str>]) -> Result<Vec<Destroyed>> {
-    let schema = &place.schema;
+    let schema: &Ident = &place.schema;
     let rows = on_keys(|| {
         refuse_foreign_hands(schema)?;
         sql::write(
@@ -88,7 +89,7 @@ pub(super) fn doom(place: &Place, policy: &str, doomed: &[Doomed]) -> Result<()>
     if place.foreign.is_none() || doomed.is_empty() {
         return Ok(());
     }
-    let schema = &place.schema;
+    let schema: &Ident = &place.schema;
     let record = |d: &Doomed| d.record.clone().unwrap_or_default();
     let (tables, records): (Vec<String>, Vec<String>) = doomed.iter().map(record).unzip();
     on_keys(|| {

@@ -62,7 +62,9 @@ impl Flaw {
         match self {
             Self::Missing => "does not exist",
             Self::NotForeign => "is no foreign table",
-            Self::ForeignHands => "lies in a schema, or on a foreign server, of a role that is neither the extension's owner nor a superuser, or belongs to one",
+            Self::ForeignHands => {
+                "lies in a schema, or on a foreign server, of a role that is neither the extension's owner nor a superuser, or belongs to one"
+            }
             Self::OwnCode => "has triggers, constraints, or expressions of its own",
         }
     }

@@ -1,7 +1,7 @@
 //! Where the archive lies.
 
-use crate::pg::error::{Error, Result};
 use super::place::Place;
+use crate::pg::error::{Error, Result};
 use crate::pg::ident::Ident;
 use crate::pg::identity::as_extension;
 use crate::pg::sql::{self, Arg};
@@ -75,7 +75,9 @@ pub fn create(place: &Place) -> Result<()> {
 fn outbox(schema: &Ident) -> Result<()> {
     for statement in [
         format!("ALTER TABLE {schema}.document ADD COLUMN IF NOT EXISTS sent_at timestamptz"),
-        format!("COMMENT ON COLUMN {schema}.document.sent_at IS 'When the foreign table was found to hold the same; NULL: not that we knew'"),
+        format!(
+            "COMMENT ON COLUMN {schema}.document.sent_at IS 'When the foreign table was found to hold the same; NULL: not that we knew'"
+        ),
         format!(
             "CREATE TABLE IF NOT EXISTS {schema}.doomed (policy text COLLATE \"C\" NOT NULL, order_key text COLLATE \"C\" NOT NULL, \
                 table_name text COLLATE \"C\" NOT NULL DEFAULT '', record_key text COLLATE \"C\" NOT NULL DEFAULT '', key_upto bigint NOT NULL, \

@@ -10,6 +10,7 @@ use super::place::{Foreign, Place};
 use super::{NewDocument, store, unwrap_keys};
 use crate::domain::vault::{Binding, MasterKeys};
 use crate::pg::error::{Error, Result};
+use crate::pg::ident::Ident;
 use crate::pg::identity::on_keys;
 use crate::pg::sql::{self, Arg, Row};
 
@@ -24,7 +25,7 @@ pub fn unsent(place: &Place, policy: &str, after: Option<&str>, limit: i64) -> R
     if place.foreign.is_none() {
         return Ok(Vec::new());
     }
-    let schema = &place.schema;
+    let schema: &Ident = &place.schema;
     let rows = on_keys(|| {
         sql::read(
             &format!(
@@ -94,7 +95,7 @@ pub fn prove(place: &Place, policy: &str, orders: &[&str]) -> Result<(Cold, Hash
         return Ok((cold, HashSet::new()));
     }
     cold.alone = !place.spool;
-    let schema = &place.schema;
+    let schema: &Ident = &place.schema;
     let ours = of_orders(&waiting(place, policy, orders)?)?;
     if ours.is_empty() {
         return Ok((cold, HashSet::new()));
@@ -125,7 +126,7 @@ pub fn tidy(place: &Place, policy: &str) -> Result<u64> {
     if place.foreign.is_none() {
         return Ok(0);
     }
-    let schema = &place.schema;
+    let schema: &Ident = &place.schema;
     on_keys(|| {
         sql::execute(
             &format!(
@@ -139,7 +140,7 @@ pub fn tidy(place: &Place, policy: &str) -> Result<u64> {
 
 /// The documents of these orders that are not known to be there.
 fn waiting(place: &Place, policy: &str, orders: &[&str]) -> Result<Vec<Row>> {
-    let schema = &place.schema;
+    let schema: &Ident = &place.schema;
     on_keys(|| {
         sql::write_bytes(
             &format!(
@@ -203,7 +204,7 @@ fn insert(foreign: &Foreign, policy: &str, rows: &[&Row]) -> Result<()> {
 /// Where a document of ours has the place of another one there, which must have been sent from a copy of this database, or was
 /// changed there: ours is sealed anew behind all that is there. Whether there was any.
 fn move_on(place: &Place, keys: &MasterKeys, policy: &str, ours: &[Row], theirs: &Cold) -> Result<bool> {
-    let schema = &place.schema;
+    let schema: &Ident = &place.schema;
     let mut any = false;
     for row in ours {
         let of_order = theirs.of(row.str(0)?);
@@ -236,7 +237,12 @@ fn move_on(place: &Place, keys: &MasterKeys, policy: &str, ours: &[Row], theirs:
         let plain = known
             .key(key_id)
             .and_then(|key| key.open(&binding, row.bytes(4).ok()?).ok())
-            .ok_or_else(|| Error::damaged(format!("an archived document of a record of {} cannot be opened", mine.1)))?;
+            .ok_or_else(|| {
+                Error::damaged(format!(
+                    "an archived document of a record of {} cannot be opened",
+                    mine.1
+                ))
+            })?;
         on_keys(|| {
             sql::execute(
                 &format!(
@@ -259,14 +265,20 @@ fn move_on(place: &Place, keys: &MasterKeys, policy: &str, ours: &[Row], theirs:
             version: newest + 1,
             plain,
         };
-        store(schema, keys, policy, &HashMap::from([(order.to_owned(), known)]), &[moved])?;
+        store(
+            schema,
+            keys,
+            policy,
+            &HashMap::from([(order.to_owned(), known)]),
+            &[moved],
+        )?;
     }
     Ok(any)
 }
 
 /// What was destroyed here is deleted there: the documents under keys up to a number, of an order or of one record.
 fn delete(place: &Place, foreign: &Foreign, policy: &str, orders: &[&str]) -> Result<()> {
-    let schema = &place.schema;
+    let schema: &Ident = &place.schema;
     let rows = on_keys(|| {
         sql::write(
             &format!(
@@ -308,7 +320,9 @@ fn delete(place: &Place, foreign: &Foreign, policy: &str, orders: &[&str]) -> Re
         let keys: Vec<String> = (1..=upto).map(|k| k.to_string()).collect();
         on(foreign, || {
             sql::execute(
-                &format!("DELETE FROM {foreign} d WHERE d.policy = $1 AND d.order_key = ANY ($2) AND d.key_id = ANY ($3)"),
+                &format!(
+                    "DELETE FROM {foreign} d WHERE d.policy = $1 AND d.order_key = ANY ($2) AND d.key_id = ANY ($3)"
+                ),
                 &[Arg::Text(Some(policy)), Arg::texts(&orders), Arg::texts(&keys)],
             )
         })?;

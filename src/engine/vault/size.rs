@@ -5,6 +5,7 @@ use super::place::Place;
 use super::schema::refuse_foreign_hands;
 use super::unreadable;
 use crate::pg::error::{Error, Result};
+use crate::pg::ident::Ident;
 use crate::pg::identity::on_keys;
 use crate::pg::sql::{self, Arg};
 
@@ -13,7 +14,7 @@ use crate::pg::sql::{self, Arg};
 /// # Errors
 /// The archive cannot be read.
 pub fn sizes(place: &Place, policy: &str, orders: &[String]) -> Result<Vec<usize>> {
-    let schema = &place.schema;
+    let schema: &Ident = &place.schema;
     let there = cold::sizes(place, policy, orders)?;
     let rows = on_keys(|| {
         refuse_foreign_hands(schema)?;

@@ -6,6 +6,7 @@ use super::cold::on;
 use super::place::{Foreign, Place};
 use crate::domain::policy::Policy;
 use crate::pg::error::{Error, Result};
+use crate::pg::ident::Ident;
 use crate::pg::identity::as_extension;
 use crate::pg::sql::{self, Arg, Row};
 use crate::pg::xact;
@@ -47,20 +48,29 @@ pub struct Standing {
 /// # Errors
 /// Errors of the server.
 pub fn standing() -> Result<Vec<Standing>> {
-    let policies = as_extension(|| sql::read("SELECT p.policy, p.document FROM amazon_pii.policy p ORDER BY p.policy", &[]))?;
+    let policies = as_extension(|| {
+        sql::read(
+            "SELECT p.policy, p.document FROM amazon_pii.policy p ORDER BY p.policy",
+            &[],
+        )
+    })?;
     let mut out = Vec::new();
     for row in &policies {
-        let Ok(document) = Policy::parse(row.str(1)?) else { continue };
+        let Ok(document) = Policy::parse(row.str(1)?) else {
+            continue;
+        };
         let place = Place::of(&document);
         let Some(foreign) = &place.foreign else { continue };
-        let schema = &place.schema;
+        let schema: &Ident = &place.schema;
         let rows = as_extension(|| {
             sql::read(
                 &format!(
                     "SELECT d.n, {}, (SELECT pg_catalog.count(*) FROM {schema}.doomed x WHERE x.policy = $1), {}, {}, c.last_error \
                      FROM (SELECT pg_catalog.count(*), pg_catalog.min(t.archived_at) FROM {schema}.document t \
                         WHERE t.policy = $1 AND t.sent_at IS NULL) AS d (n, since) LEFT JOIN amazon_pii.cold_server c ON c.policy = $1",
-                    micros("d.since"), micros("c.up_at"), micros("c.down_since")
+                    micros("d.since"),
+                    micros("c.up_at"),
+                    micros("c.down_since")
                 ),
                 &[Arg::Text(row.text(0)?)],
             )

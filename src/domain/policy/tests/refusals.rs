@@ -233,8 +233,18 @@ fn foreign_archives() {
         (policy.archive.foreign_table, policy.deadline),
         (Some(("cold".to_owned(), "Doc".to_owned())), Deadline::Wait)
     );
-    assert_refused(&foreign("document"), "archive.foreign_table", "needs its schema", "cold.document");
-    assert_refused(&foreign("a.b.c"), "archive.foreign_table", "more than two parts", "schema.table");
+    assert_refused(
+        &foreign("document"),
+        "archive.foreign_table",
+        "needs its schema",
+        "cold.document",
+    );
+    assert_refused(
+        &foreign("a.b.c"),
+        "archive.foreign_table",
+        "more than two parts",
+        "schema.table",
+    );
     assert_refused(
         &with("/deadline", json!("spool")),
         "deadline",
@@ -246,13 +256,26 @@ fn foreign_archives() {
     assert_eq!(Policy::parse(&spool.to_string()).unwrap().deadline, Deadline::Spool);
     let mut by_itself = foreign("cold.document");
     by_itself["linked"] = json!([link("returns", json!({"retrieve_on_insert": true}))]);
-    assert_refused(&by_itself, "linked[0].retrieve_on_insert", "foreign table", "amazon_pii.retrieve()");
+    assert_refused(
+        &by_itself,
+        "linked[0].retrieve_on_insert",
+        "foreign table",
+        "amazon_pii.retrieve()",
+    );
     let mut orphan = foreign("cold.document");
-    orphan["linked"] = json!([link("customers", json!({"role": "customer", "on": {"id": "customer_id"}}))]);
+    orphan["linked"] = json!([link(
+        "customers",
+        json!({"role": "customer", "on": {"id": "customer_id"}})
+    )]);
     orphan["orders"]["assign_customer"] = json!({"column": "customer_id", "to": "1"});
     assert!(Policy::parse(&orphan.to_string()).is_ok());
     orphan["orders"]["assign_customer"]["orphan"] = json!("now");
-    assert_refused(&orphan, "orders.assign_customer.orphan", "foreign table", "with its order");
+    assert_refused(
+        &orphan,
+        "orders.assign_customer.orphan",
+        "foreign table",
+        "with its order",
+    );
 }
 
 #[test]
