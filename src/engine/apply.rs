@@ -95,6 +95,7 @@ fn intervals(policy: &Policy) -> Result<()> {
         ("redact_after", Some(&policy.redact_after)),
         ("retrieved_for", Some(&policy.retrieved_for)),
         ("archive_for", Some(&policy.archive_for)),
+        ("audit_for", Some(&policy.audit_for)),
         ("files_within", Some(&policy.files_within)),
         ("orders.stale_after", policy.orders.stale_after.as_ref()),
     ];
@@ -114,19 +115,23 @@ fn intervals(policy: &Policy) -> Result<()> {
             }
         }
     }
-    // Orders of any age are compared with it.
-    let counts = as_extension(|| {
-        let far = "SELECT pg_catalog.now() + '10000 years'::interval + $1::interval IS NOT NULL";
-        sql::read(far, &[Arg::Text(Some(&policy.archive_for))])
-    });
-    match counts {
-        Ok(_) => {}
-        Err(e) if e.is_cancel() => return Err(e),
-        Err(_) => {
-            return Err(Error::invalid("archive_for: too long")
-                .hint("Write how long the archive is kept, for example \"10 years\"."));
+    // Orders and entries of any age are compared with these.
+    let future = "SELECT pg_catalog.now() + '10000 years'::interval + $1::interval IS NOT NULL";
+    let past = "SELECT pg_catalog.now() - $1::interval IS NOT NULL";
+    for (name, what, text, far) in [
+        ("archive_for", "the archive", &policy.archive_for, future),
+        ("audit_for", "the audit log", &policy.audit_for, past),
+    ] {
+        match as_extension(|| sql::read(far, &[Arg::Text(Some(text))])) {
+            Ok(_) => {}
+            Err(e) if e.is_cancel() => return Err(e),
+            Err(_) => {
+                return Err(Error::invalid(format!("{name}: too long"))
+                    .hint(format!("Write how long {what} is kept, for example \"10 years\".")));
+            }
         }
     }
+    kept_for_a_year(&policy.audit_for)?;
     let ordered = as_extension(|| {
         let rows = sql::read(
             "SELECT $1::interval <= $2::interval",
@@ -142,6 +147,22 @@ fn intervals(policy: &Policy) -> Result<()> {
             .hint("Personal data is archived before it is redacted, by default 29 and 30 days after the anchor."));
     }
     loosening::of_policy(policy).map(|_| ())
+}
+
+/// Amazon wants the log of a year; from whatever month's beginning on.
+fn kept_for_a_year(audit_for: &str) -> Result<()> {
+    let rows = as_extension(|| {
+        sql::read(
+            "SELECT pg_catalog.bool_and(m.t + $1::interval >= m.t + '12 months'::interval) FROM pg_catalog.generate_series( \
+                '2026-01-01'::timestamp, '2029-12-01'::timestamp, '1 month'::interval) AS m (t)",
+            &[Arg::Text(Some(audit_for))],
+        )
+    })?;
+    if rows.first().ok_or_else(|| Error::internal("no row"))?.bool(0)? {
+        return Ok(());
+    }
+    Err(Error::invalid("audit_for: shorter than 12 months")
+        .hint("Amazon wants the audit log of 12 months at least: write \"1 year\", or more."))
 }
 
 /// Everything that is wrong with a document; applies nothing.

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use super::batch::{Batches, COME_BACK};
 use super::by_age;
+use super::chain;
 use super::check;
 use super::columns;
 use super::due::Clock;
@@ -37,10 +38,14 @@ use crate::pg::{deadline, guc, keys};
 use crate::worker::helper::Team;
 
 pub use help::{Task, help};
-use record::{announce_overdue, note_error, overdue};
+pub use record::note_error;
+use record::{announce_overdue, overdue};
 
 /// How often a long run says how far it is.
 const TELL_EVERY: Duration = Duration::from_secs(10);
+
+/// How often a long run seals the audit log; at its end it is sealed in any case.
+const SEAL_EVERY: Duration = Duration::from_secs(60);
 
 /// Rows of orphans that are handled together.
 const ORPHANS: i64 = 50;
@@ -108,6 +113,7 @@ pub fn run(policy: Option<&str>, sweep: bool, boundary: Boundary) -> Result<Coun
             }
         }
     }
+    chain::round(boundary)?;
     Ok(total)
 }
 
@@ -127,6 +133,8 @@ struct Run<'a> {
     trouble: Option<Error>,
     /// When the caller was last told how far it is.
     told: Instant,
+    /// When the audit log was last sealed.
+    sealed: Instant,
 }
 
 fn run_policy(policy: &str, sweep: bool, boundary: Boundary) -> Result<Counts> {
@@ -158,7 +166,7 @@ fn run_policy(policy: &str, sweep: bool, boundary: Boundary) -> Result<Counts> {
         let clock = clock(&plan)?;
         match subtransaction(|| by_age::count(&plan, &clock)) {
             Err(e) if e.is_cancel() => return Err(e),
-            Err(e) if !e.is_lock() => note_error(policy, &e)?,
+            Err(e) if !e.is_lock() => _ = note_error(policy, &e)?,
             _ => {}
         }
         boundary.commit()?;
@@ -177,6 +185,7 @@ fn run_policy(policy: &str, sweep: bool, boundary: Boundary) -> Result<Counts> {
         aged: 0,
         trouble: None,
         told: Instant::now(),
+        sealed: Instant::now(),
     };
     run.flag(sweep)?;
     // What flagging has just found due belongs to this cycle.
@@ -346,6 +355,7 @@ impl Run<'_> {
                 self.start()?;
                 self.batches.work(batch)?;
                 self.report()?;
+                self.seal()?;
                 if self.team.is_none() && !self.helped && self.batches.is_backlog() && guc::workers() > 1 {
                     self.call_help()?;
                 }
@@ -364,6 +374,20 @@ impl Run<'_> {
                 }
             }
         }
+    }
+
+    /// A long cycle seals its part of the audit log now and then.
+    fn seal(&mut self) -> Result<()> {
+        let mut more = self.sealed.elapsed() > SEAL_EVERY;
+        while more {
+            self.sealed = Instant::now();
+            more = false;
+            self.step(|run| {
+                more = chain::seal(&run.batches.keys)?.more;
+                Ok(())
+            })?;
+        }
+        Ok(())
     }
 
     /// Archives that are past their time, batch by batch.
