@@ -6,7 +6,7 @@ use super::audit::{self, AuditEntry};
 use super::check::{self, Problem, Severity};
 use super::columns;
 use super::plan::{Plan, require_ownership};
-use super::{assign, by_age, history, loosening, state, sweep, trigger_ddl, vault};
+use super::{assign, by_age, chain, history, loosening, state, sweep, trigger_ddl, vault};
 use crate::domain::policy::{Export, Policy, PolicyError, QualifiedName, ReasonRule};
 use crate::domain::preset;
 use crate::domain::reason::{self, ReasonError};
@@ -131,7 +131,7 @@ fn intervals(policy: &Policy) -> Result<()> {
             }
         }
     }
-    kept_for_a_year(&policy.audit_for)?;
+    chain::kept_long_enough(&policy.audit_for)?;
     let ordered = as_extension(|| {
         let rows = sql::read(
             "SELECT $1::interval <= $2::interval",
@@ -147,22 +147,6 @@ fn intervals(policy: &Policy) -> Result<()> {
             .hint("Personal data is archived before it is redacted, by default 29 and 30 days after the anchor."));
     }
     loosening::of_policy(policy).map(|_| ())
-}
-
-/// Amazon wants the log of a year; from whatever month's beginning on.
-fn kept_for_a_year(audit_for: &str) -> Result<()> {
-    let rows = as_extension(|| {
-        sql::read(
-            "SELECT pg_catalog.bool_and(m.t + $1::interval >= m.t + '12 months'::interval) FROM pg_catalog.generate_series( \
-                '2026-01-01'::timestamp, '2029-12-01'::timestamp, '1 month'::interval) AS m (t)",
-            &[Arg::Text(Some(audit_for))],
-        )
-    })?;
-    if rows.first().ok_or_else(|| Error::internal("no row"))?.bool(0)? {
-        return Ok(());
-    }
-    Err(Error::invalid("audit_for: shorter than 12 months")
-        .hint("Amazon wants the audit log of 12 months at least: write \"1 year\", or more."))
 }
 
 /// Everything that is wrong with a document; applies nothing.

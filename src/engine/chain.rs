@@ -22,7 +22,7 @@ use crate::pg::{keys, worker};
 
 pub use end::{resign, signed_by};
 pub use seal::step as seal;
-pub use trim::DEFAULT as KEPT_FOR;
+pub use trim::{DEFAULT as KEPT_FOR, kept_long_enough};
 pub use verify::{Kept, verify};
 
 /// Entries that are looked at together, and the bytes of theirs beyond which there are fewer.
@@ -43,7 +43,10 @@ pub fn refuse_change(call: &TriggerCall) -> Result<()> {
 /// The right to change links, heads and checkpoints.
 fn lock() -> Result<Own> {
     let class = as_extension(|| {
-        let rows = sql::read("SELECT 'amazon_pii.audit_chain'::pg_catalog.regclass::pg_catalog.oid", &[])?;
+        let rows = sql::read(
+            "SELECT 'amazon_pii.audit_chain'::pg_catalog.regclass::pg_catalog.oid",
+            &[],
+        )?;
         rows.first().ok_or_else(|| Error::internal("no row"))?.oid(0)
     })?;
     Ok(Own {
@@ -52,6 +55,11 @@ fn lock() -> Result<Own> {
         kind: 0,
     })
 }
+
+/// Whether there is anything to link, or to look for that may be past its time: for those who are at another statement anyway.
+pub const WAITS: &str = "(EXISTS (SELECT FROM amazon_pii.audit_pending) \
+    OR EXISTS (SELECT FROM amazon_pii.policy AS y WHERE NOT EXISTS (SELECT FROM amazon_pii.audit_chain AS h WHERE h.chain = y.policy)) \
+    OR EXISTS (SELECT FROM amazon_pii.audit_chain AS h WHERE h.next_trim_at <= pg_catalog.now()))";
 
 /// The chains that have something to link, and those of which the beginning may be past its time.
 fn waiting() -> Result<(BTreeSet<String>, BTreeSet<String>)> {

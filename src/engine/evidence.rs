@@ -197,15 +197,17 @@ fn keys() -> Result<Value> {
 /// The results of `verify` and `verify_audit_log`, the newest first.
 fn verification(args: &[Arg<'_>]) -> Result<Value> {
     let mut out = Map::new();
-    for (name, action) in [
-        ("personal_data", "verify_result"),
-        ("audit_log", "verify_audit_log"),
-    ] {
+    for (name, action) in [("personal_data", "verify_result"), ("audit_log", "verify_audit_log")] {
         let rows = as_extension(|| {
             sql::read(
                 "SELECT a.at, a.\"user\", a.actor, a.detail FROM amazon_pii.audit_entry AS a WHERE a.policy = $1 AND a.action = $4 \
                  AND a.at >= $2::timestamptz AND a.at < $3::timestamptz ORDER BY a.audit_id DESC LIMIT 100",
-                &[args[0].clone(), args[1].clone(), args[2].clone(), Arg::Text(Some(action))],
+                &[
+                    args[0].clone(),
+                    args[1].clone(),
+                    args[2].clone(),
+                    Arg::Text(Some(action)),
+                ],
             )
         })?;
         let mut results = Vec::new();

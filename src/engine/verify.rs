@@ -110,9 +110,10 @@ pub fn verify(policy: &str, scope: &str) -> Result<Vec<Finding>> {
 /// cannot be.
 fn note(plan: &Plan, scope: &str, findings: &[Finding]) -> Result<()> {
     let (found, not_searched): (Vec<_>, Vec<_>) = findings.iter().partition(|f| f.problem.starts_with(FOUND));
-    let listed = found.iter().take(NOTED).map(|f| {
-        serde_json::json!({ "table": f.table, "column": f.column, "orders": f.orders })
-    });
+    let listed = found
+        .iter()
+        .take(NOTED)
+        .map(|f| serde_json::json!({ "table": f.table, "column": f.column, "orders": f.orders }));
     let detail = serde_json::json!({
         "scope": scope,
         "columns_with_personal_data": found.len(),

@@ -319,7 +319,8 @@ impl Own {
     pub fn try_take(self) -> Result<bool> {
         subtransaction(|| {
             // SAFETY: inside a transaction, with which the lock is released; a complete tag.
-            let got = unsafe { pg_sys::LockAcquire(&self.tag(), pg_sys::ExclusiveLock as pg_sys::LOCKMODE, false, true) };
+            let got =
+                unsafe { pg_sys::LockAcquire(&self.tag(), pg_sys::ExclusiveLock as pg_sys::LOCKMODE, false, true) };
             Ok(got != pg_sys::LockAcquireResult::LOCKACQUIRE_NOT_AVAIL)
         })
     }

@@ -16,7 +16,7 @@ pub enum Found<T> {
     /// Its code does not fit.
     Changed,
     /// Signed by the master key of this id, which is not at hand.
-    NoKey(String),
+    NoKey(String, T),
 }
 
 /// Where a chain ends: its last link. A chain without links has position 0 and no code.
@@ -57,7 +57,8 @@ impl Head {
             sealed_at: row.string(2)?,
         };
         let mac = bytes(row, 4)?;
-        Ok(judged(keys, row.str(3)?, &mac, |key| head.mac(key, chain)).map(|()| head))
+        let right = keys.get(row.str(3)?).map(|key| head.mac(key, chain) == mac[..]);
+        Ok(Found::judged(head, right, row.str(3)?))
     }
 
     /// Writes it: whoever does has the lock of the sealer.
@@ -137,7 +138,8 @@ impl Checkpoint {
             made_at: row.string(4)?,
         };
         let mac = bytes(row, 6)?;
-        Ok(judged(keys, row.str(5)?, &mac, |key| checkpoint.mac(key, chain)).map(|()| checkpoint))
+        let right = keys.get(row.str(5)?).map(|key| checkpoint.mac(key, chain) == mac[..]);
+        Ok(Found::judged(checkpoint, right, row.str(5)?))
     }
 
     /// Writes it, as [`Head::write`] does.
@@ -183,21 +185,13 @@ impl Checkpoint {
 }
 
 impl<T> Found<T> {
-    fn map<U>(self, f: impl FnOnce(T) -> U) -> Found<U> {
-        match self {
-            Self::Missing => Found::Missing,
-            Self::Sound(value) => Found::Sound(f(value)),
-            Self::Changed => Found::Changed,
-            Self::NoKey(id) => Found::NoKey(id),
+    /// By whether its code is right, which takes the master key of this id.
+    fn judged(value: T, right: Option<bool>, key_id: &str) -> Self {
+        match right {
+            None => Self::NoKey(key_id.to_owned(), value),
+            Some(true) => Self::Sound(value),
+            Some(false) => Self::Changed,
         }
-    }
-}
-
-fn judged(keys: &MasterKeys, key_id: &str, mac: &[u8], right: impl FnOnce(&MasterKey) -> [u8; 32]) -> Found<()> {
-    match keys.get(key_id) {
-        None => Found::NoKey(key_id.to_owned()),
-        Some(key) if right(key) == mac => Found::Sound(()),
-        Some(_) => Found::Changed,
     }
 }
 

@@ -42,7 +42,7 @@ pub fn step(keys: &MasterKeys) -> Result<Sealed> {
 fn one(keys: &MasterKeys, chain: &str) -> Result<bool> {
     let head = match Head::find(keys, chain)? {
         Found::Sound(head) => head,
-        Found::NoKey(id) => {
+        Found::NoKey(id, _) => {
             return Err(Error::no_key(format!(
                 "the audit log of policy \"{chain}\" ends with a code of master key {id}, which is not configured"
             )));
@@ -61,7 +61,15 @@ fn one(keys: &MasterKeys, chain: &str) -> Result<bool> {
             continue;
         }
         position += 1;
-        code = link_code(keys.current(), chain, position, audit_id, &code, Stored::read(row)?.as_ref()).to_vec();
+        code = link_code(
+            keys.current(),
+            chain,
+            position,
+            audit_id,
+            &code,
+            Stored::read(row)?.as_ref(),
+        )
+        .to_vec();
         positions.push(position);
         ids.push(audit_id);
         codes.push(code.clone());

@@ -36,13 +36,13 @@ pub fn step(keys: &MasterKeys, chain: &str) -> Result<bool> {
         Found::Sound(head) => head.position,
         // The sealer has a word for it.
         Found::Missing | Found::Changed => return Ok(false),
-        Found::NoKey(id) => return Err(missing(&id)),
+        Found::NoKey(id, _) => return Err(missing(&id)),
     };
     let (from, start, removed) = match Checkpoint::find(keys, chain)? {
         Found::Sound(c) => (c.position, c.code, c.entries),
         Found::Missing => (0, Vec::new(), 0),
         Found::Changed => return Err(changed("its checkpoint was changed")),
-        Found::NoKey(id) => return Err(missing(&id)),
+        Found::NoKey(id, _) => return Err(missing(&id)),
     };
     let (mut position, mut code) = (from, start);
     let page = links(chain, position, Some(&horizon))?;
@@ -68,7 +68,11 @@ pub fn step(keys: &MasterKeys, chain: &str) -> Result<bool> {
     if !old.is_empty() {
         let removed = removed + old.len() as i64;
         remove(chain, position, &old)?;
-        let newest = old.iter().rev().find_map(|l| l.entry.as_ref()).map(|e| e.at().to_owned());
+        let newest = old
+            .iter()
+            .rev()
+            .find_map(|l| l.entry.as_ref())
+            .map(|e| e.at().to_owned());
         Checkpoint::write(keys, chain, position, &code, removed, newest)?;
         audit::insert_under(
             Some(keys),
@@ -102,7 +106,10 @@ fn remove(chain: &str, upto: i64, old: &[Link]) -> Result<()> {
         )?;
         let tables = tables.first().ok_or_else(|| Error::internal("no row"))?;
         let _ours = EngineWrite::begin(&[tables.oid(0)?, tables.oid(1)?]);
-        sql::execute("DELETE FROM amazon_pii.audit_entry WHERE audit_id = ANY ($1)", &[Arg::Ints(ids)])?;
+        sql::execute(
+            "DELETE FROM amazon_pii.audit_entry WHERE audit_id = ANY ($1)",
+            &[Arg::Ints(ids)],
+        )?;
         sql::execute(
             "DELETE FROM amazon_pii.audit_link WHERE chain = $1 AND position <= $2",
             &[Arg::Text(Some(chain)), Arg::Int(upto)],
@@ -123,4 +130,23 @@ fn horizon(chain: &str) -> Result<String> {
         )
     })?;
     rows.first().ok_or_else(|| Error::internal("no row"))?.string(0)
+}
+
+/// Amazon wants the log of a year, from whatever month's beginning on.
+///
+/// # Errors
+/// It is shorter.
+pub fn kept_long_enough(audit_for: &str) -> Result<()> {
+    let rows = as_extension(|| {
+        sql::read(
+            "SELECT pg_catalog.bool_and(m.t + $1::interval >= m.t + '12 months'::interval) FROM pg_catalog.generate_series( \
+                '2026-01-01'::timestamp, '2029-12-01'::timestamp, '1 month'::interval) AS m (t)",
+            &[Arg::Text(Some(audit_for))],
+        )
+    })?;
+    if rows.first().ok_or_else(|| Error::internal("no row"))?.bool(0)? {
+        return Ok(());
+    }
+    Err(Error::invalid("audit_for: shorter than 12 months")
+        .hint("Amazon wants the audit log of 12 months at least: write \"1 year\", or more."))
 }

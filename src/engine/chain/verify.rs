@@ -46,10 +46,7 @@ pub struct Kept<'a> {
 /// # Errors
 /// No such chain, no master key, an end without its chain.
 pub fn verify(chain: Option<&str>, kept: Option<Kept<'_>>) -> Result<Vec<Finding>> {
-    require_role(
-        &["amazon_pii_admin", "amazon_pii_auditor"],
-        "verify the audit log",
-    )?;
+    require_role(&["amazon_pii_admin", "amazon_pii_auditor"], "verify the audit log")?;
     if kept.is_some() && chain.is_none() {
         return Err(Error::invalid("a head belongs to one chain").hint("Name its policy, too."));
     }
@@ -59,8 +56,10 @@ pub fn verify(chain: Option<&str>, kept: Option<Kept<'_>>) -> Result<Vec<Finding
         None => known.into_iter().collect(),
         Some(name) if known.contains(name) => vec![name.to_owned()],
         Some(name) => {
-            return Err(Error::undefined(format!("there is no audit log of a policy \"{name}\""))
-                .hint("'' stands for the entries that have no policy."));
+            return Err(
+                Error::undefined(format!("there is no audit log of a policy \"{name}\""))
+                    .hint("'' stands for the entries that have no policy."),
+            );
         }
     };
     let mut out = Vec::new();
@@ -245,34 +244,52 @@ impl<'a> Check<'a> {
             self.without_code,
         );
         for (id, count) in std::mem::take(&mut self.keyless) {
-            self.count("error", format!("codes could not be checked: master key {id} is not configured"), count);
+            self.count(
+                "error",
+                format!("codes could not be checked: master key {id} is not configured"),
+                count,
+            );
         }
         Ok(())
     }
 
     /// Where the chain begins: at its first link, or where a checkpoint says.
     fn beginning(&mut self) -> Result<()> {
-        match Checkpoint::find(self.keys, self.chain)? {
-            Found::Missing => {}
-            Found::Changed => self.error("the checkpoint was changed", None, None),
-            Found::NoKey(id) => *self.keyless.entry(id).or_default() += 1,
-            Found::Sound(c) => {
-                self.position = c.position;
-                self.say(
-                    "info",
-                    format!("audit_for is over for the first entries, up to {}", c.last_at.as_deref().unwrap_or("?")),
-                    Some(c.position),
-                    None,
-                );
-                if let Some(last) = self.found.last_mut() {
-                    last.entries = Some(c.entries);
-                    last.code = Some(hex::encode(&c.code));
-                }
-                self.pass(c.position, &c.code);
-                self.code = c.code;
-            }
+        let found = Checkpoint::find(self.keys, self.chain)?;
+        let Some(c) = self.end(found, "checkpoint") else {
+            return Ok(());
+        };
+        self.position = c.position;
+        let upto = c.last_at.as_deref().unwrap_or("?");
+        self.say(
+            "info",
+            format!("audit_for is over for the first entries, up to {upto}"),
+            Some(c.position),
+            None,
+        );
+        if let Some(last) = self.found.last_mut() {
+            last.entries = Some(c.entries);
+            last.code = Some(hex::encode(&c.code));
         }
+        self.pass(c.position, &c.code);
+        self.code = c.code;
         Ok(())
+    }
+
+    /// An end of the chain, unless it is not to be believed.
+    fn end<T>(&mut self, found: Found<T>, what: &str) -> Option<T> {
+        match found {
+            Found::Sound(end) => Some(end),
+            Found::NoKey(id, end) => {
+                *self.keyless.entry(id).or_default() += 1;
+                Some(end)
+            }
+            Found::Changed => {
+                self.error(format!("the {what} was changed"), None, None);
+                None
+            }
+            Found::Missing => None,
+        }
     }
 
     /// Remembers the code at the place that was kept.
@@ -308,7 +325,11 @@ impl<'a> Check<'a> {
                     self.last_at = Some(self.last_at.map_or(written, |t| t.max(written)));
                 }
                 let own = self.own(entry);
-                let holds = if gap { Some(true) } else { link.holds(self.keys, self.chain, &self.code) };
+                let holds = if gap {
+                    Some(true)
+                } else {
+                    link.holds(self.keys, self.chain, &self.code)
+                };
                 match (own, holds) {
                     (false, _) | (_, Some(false)) => self.error("the entry or its link was changed, or moved", at, id),
                     (true, Some(true)) => {}
@@ -353,22 +374,25 @@ impl<'a> Check<'a> {
     }
 
     fn ending(&mut self) -> Result<()> {
-        match Head::find(self.keys, self.chain)? {
-            Found::Missing if self.position > 0 => self.error("the head is missing", None, None),
-            Found::Missing => {}
-            Found::Changed => self.error("the head was changed", None, None),
-            Found::NoKey(id) => *self.keyless.entry(id).or_default() += 1,
-            Found::Sound(head) => {
-                if head.position > self.position {
-                    self.gap(self.position + 1, head.position);
-                } else if head.position < self.position {
-                    self.error("links come after the head", Some(head.position + 1), None);
-                } else if head.code != self.code {
-                    self.error("the last link is not the one that the head knows", Some(head.position), None);
-                }
-                self.head = Some(head);
-            }
+        let found = Head::find(self.keys, self.chain)?;
+        if matches!(found, Found::Missing) && self.position > 0 {
+            self.error("the head is missing", None, None);
         }
+        let Some(head) = self.end(found, "head") else {
+            return Ok(());
+        };
+        if head.position > self.position {
+            self.gap(self.position + 1, head.position);
+        } else if head.position < self.position {
+            self.error("links come after the head", Some(head.position + 1), None);
+        } else if head.code != self.code {
+            self.error(
+                "the last link is not the one that the head knows",
+                Some(head.position),
+                None,
+            );
+        }
+        self.head = Some(head);
         Ok(())
     }
 
@@ -410,7 +434,11 @@ impl<'a> Check<'a> {
                 } else if entry.links_before().is_some_and(|before| before > end) {
                     self.error("links before it were removed", None, id);
                 } else if !none_yet && !row.bool(WIDTH)? {
-                    self.error("the entry has no link: it was made up, or its link was removed", None, id);
+                    self.error(
+                        "the entry has no link: it was made up, or its link was removed",
+                        None,
+                        id,
+                    );
                 } else {
                     self.pending += 1;
                 }
@@ -443,8 +471,14 @@ impl<'a> Check<'a> {
             // A chain without links has no code.
             _ if kept.position == 0 => {}
             Some(code) if hex::encode(code).eq_ignore_ascii_case(kept.code.trim()) => {}
-            Some(_) => self.error("the link is not the one that was kept: the chain was cut off and grew again", at, None),
-            None if kept.position > end => self.error("the chain ends before the link that was kept: it was cut off", at, None),
+            Some(_) => self.error(
+                "the link is not the one that was kept: the chain was cut off and grew again",
+                at,
+                None,
+            ),
+            None if kept.position > end => {
+                self.error("the chain ends before the link that was kept: it was cut off", at, None)
+            }
             None if kept.position < begun => self.say(
                 "warning",
                 "the link that was kept is gone with audit_for, and cannot be compared",
