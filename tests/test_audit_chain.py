@@ -303,6 +303,33 @@ def test_a_head_that_was_kept(shop):
     assert errors(shop, position=early[0], code=early[1]) == []
 
 
+def test_a_link_of_another_history(shop):
+    """Breaks when a link does not depend on those before it: one that the extension itself made, in a state that was put back since,
+    could take the place of another."""
+    end = head(shop)[0]
+    seal(shop)
+    kept = ("entry", "link", "chain", "pending")
+    for table in kept:
+        shop.sql(f"CREATE TABLE public.{table} AS SELECT * FROM amazon_pii.audit_{table}")
+
+    def history(*reasons):
+        for reason in reasons:
+            shop.sql("SELECT amazon_pii.peek(%s, %s)", [number(2), reason], "pii_operator")
+            seal(shop)
+
+    place = last(shop) + 1
+    history("first", "second", "third")
+    shop.sql(f"CREATE TABLE public.other_link AS SELECT * FROM amazon_pii.audit_link WHERE chain = 'shop' AND position = {place}; "
+             "CREATE TABLE public.other_entry AS SELECT * FROM amazon_pii.audit_entry WHERE audit_id = (SELECT audit_id FROM public.other_link)")
+    tamper(shop, *(f"DELETE FROM amazon_pii.audit_{t}" for t in kept),
+           *(f"INSERT INTO amazon_pii.audit_{t} {'OVERRIDING SYSTEM VALUE' if t == 'entry' else ''} SELECT * FROM public.{t}" for t in kept))
+    history("really", "second", "third")
+    assert place > end and errors(shop) == []
+    tamper(shop, f"DELETE FROM amazon_pii.audit_entry WHERE audit_id = {at(shop, place)}", f"DELETE FROM amazon_pii.audit_link WHERE chain = 'shop' AND position = {place}",
+           "INSERT INTO amazon_pii.audit_entry OVERRIDING SYSTEM VALUE SELECT * FROM public.other_entry", "INSERT INTO amazon_pii.audit_link SELECT * FROM public.other_link")
+    assert errors(shop) == [(CHANGED, place + 1)]
+
+
 # Writers and the sealer
 
 
