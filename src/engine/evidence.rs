@@ -115,8 +115,9 @@ pub fn of(policy: &str, from: Option<&str>, to: Option<&str>) -> Result<Value> {
     require_role(&["amazon_pii_admin", "amazon_pii_auditor"], "ask for evidence")?;
     let period = as_extension(|| {
         sql::read(
-            "SELECT COALESCE($2::timestamptz, '-infinity'), COALESCE($3::timestamptz, pg_catalog.now()), \
-                COALESCE($2::timestamptz, '-infinity') < COALESCE($3::timestamptz, pg_catalog.now()), pg_catalog.now() \
+            // Times as JSON has them, in all parts alike.
+            "SELECT pg_catalog.to_jsonb(t.begun) #>> '{}', pg_catalog.to_jsonb(t.ended) #>> '{}', t.begun < t.ended, pg_catalog.to_jsonb(pg_catalog.now()) #>> '{}' \
+             FROM (SELECT COALESCE($2::timestamptz, '-infinity') AS begun, COALESCE($3::timestamptz, pg_catalog.now()) AS ended) AS t \
              WHERE EXISTS (SELECT FROM amazon_pii.policy_version AS v WHERE v.policy = $1)",
             &[Arg::Text(Some(policy)), Arg::Text(from), Arg::Text(to)],
         )
@@ -200,7 +201,7 @@ fn verification(args: &[Arg<'_>]) -> Result<Value> {
     for (name, action) in [("personal_data", "verify_result"), ("audit_log", "verify_audit_log")] {
         let rows = as_extension(|| {
             sql::read(
-                "SELECT a.at, a.\"user\", a.actor, a.detail FROM amazon_pii.audit_entry AS a WHERE a.policy = $1 AND a.action = $4 \
+                "SELECT pg_catalog.to_jsonb(a.at) #>> '{}', a.\"user\", a.actor, a.detail FROM amazon_pii.audit_entry AS a WHERE a.policy = $1 AND a.action = $4 \
                  AND a.at >= $2::timestamptz AND a.at < $3::timestamptz ORDER BY a.audit_id DESC LIMIT 100",
                 &[
                     args[0].clone(),
