@@ -125,6 +125,7 @@ CREATE TABLE amazon_pii.order_state (
     purged_at       timestamptz,
     key_generation  bigint,
     follows         text        COLLATE "C",
+    redacted_first_at timestamptz,
     -- The order's key first: it alone finds a row, whatever the server believes of the number of policies.
     PRIMARY KEY (order_key, policy)
 );
@@ -138,6 +139,7 @@ COMMENT ON COLUMN amazon_pii.order_state.asked IS 'What was asked for: erase or 
 COMMENT ON COLUMN amazon_pii.order_state.purged_at IS 'When its archive was destroyed; NULL while there may be one. Views show such an order as purged';
 COMMENT ON COLUMN amazon_pii.order_state.key_generation IS 'The newest of its data keys that were destroyed: the next one is another';
 COMMENT ON COLUMN amazon_pii.order_state.follows IS 'The retrieved order that it replaces: it is redacted when that retrieval ends';
+COMMENT ON COLUMN amazon_pii.order_state.redacted_first_at IS 'When it was redacted for the first time, whatever came back since';
 CREATE INDEX order_state_follows ON amazon_pii.order_state (follows, policy) WHERE follows IS NOT NULL;
 -- Partial: an import of orders that are not dispatched yet does not touch it.
 CREATE INDEX order_state_due ON amazon_pii.order_state (policy, next_due_at) WHERE next_due_at IS NOT NULL;
@@ -358,11 +360,60 @@ CREATE TABLE amazon_pii.audit_entry (
     detail          text,
     key_id          text,
     mac             bytea,
-    lines           text
+    lines           text,
+    links_before    bigint
 );
 COMMENT ON TABLE amazon_pii.audit_entry IS 'Who did what to which order, under which policy version, why and when; append-only';
+COMMENT ON COLUMN amazon_pii.audit_entry.links_before IS 'Links that its chain had when it was written; its own link comes later';
 COMMENT ON COLUMN amazon_pii.audit_entry.lines IS 'Where one entry speaks of a batch: JSON array of [order key, order number, detail]';
 CREATE INDEX audit_entry_order ON amazon_pii.audit_entry (policy, order_key);
+
+-- The chains of the audit log, one a policy. Beside the entries, so that whoever writes one waits for nobody: a sealer links them
+-- when they are committed. A chain is named by its policy, and by '' where its entries have none.
+CREATE TABLE amazon_pii.audit_pending (
+    chain           text        COLLATE "C" NOT NULL,
+    audit_id        bigint      NOT NULL,
+    PRIMARY KEY (chain, audit_id)
+);
+COMMENT ON TABLE amazon_pii.audit_pending IS 'Entries of the audit log that are not linked into their chain yet';
+
+CREATE TABLE amazon_pii.audit_link (
+    chain           text        COLLATE "C" NOT NULL,
+    position        bigint      NOT NULL,
+    audit_id        bigint      NOT NULL UNIQUE,
+    key_id          text        NOT NULL,
+    code            bytea       NOT NULL,
+    PRIMARY KEY (chain, position)
+);
+COMMENT ON TABLE amazon_pii.audit_link IS 'The order of the entries of a chain; append-only but for what audit_for ends';
+COMMENT ON COLUMN amazon_pii.audit_link.code IS 'Under the master key, over the place, the whole entry and the code of the link before it';
+
+CREATE TABLE amazon_pii.audit_chain (
+    chain           text        COLLATE "C" PRIMARY KEY,
+    position        bigint      NOT NULL,
+    code            bytea       NOT NULL,
+    sealed_at       timestamptz NOT NULL,
+    key_id          text        NOT NULL,
+    mac             bytea       NOT NULL,
+    next_trim_at    timestamptz NOT NULL DEFAULT pg_catalog.now() + '1 day'::interval
+);
+COMMENT ON TABLE amazon_pii.audit_chain IS 'The head of each chain: place and code of its last link, under a code of its own';
+COMMENT ON COLUMN amazon_pii.audit_chain.next_trim_at IS 'When entries that are past audit_for are looked for again';
+
+CREATE TABLE amazon_pii.audit_checkpoint (
+    chain           text        COLLATE "C" PRIMARY KEY,
+    position        bigint      NOT NULL,
+    code            bytea       NOT NULL,
+    entries         bigint      NOT NULL,
+    last_at         timestamptz,
+    made_at         timestamptz NOT NULL,
+    key_id          text        NOT NULL,
+    mac             bytea       NOT NULL
+);
+COMMENT ON TABLE amazon_pii.audit_checkpoint IS 'What stands for the beginning of a chain that audit_for has ended';
+COMMENT ON COLUMN amazon_pii.audit_checkpoint.position IS 'The last link that was removed';
+COMMENT ON COLUMN amazon_pii.audit_checkpoint.entries IS 'How many were removed, all in all';
+COMMENT ON COLUMN amazon_pii.audit_checkpoint.last_at IS 'When the newest of them was written';
 
 -- Survive a dump: everything but the triggers' notes of the moment and the sweep's sums, which are made anew. Call by call, since each updates one row.
 DO $$
@@ -370,7 +421,7 @@ DECLARE
     kept text;
 BEGIN
     FOREACH kept IN ARRAY ARRAY['policy', 'policy_version', 'policy_table', 'policy_column', 'order_state', 'record_state', 'renamed', 'aged_table', 'aged_row',
-            'file_outbox', 'own_row', 'orphan', 'run', 'audit_entry'] LOOP
+            'file_outbox', 'own_row', 'orphan', 'run', 'audit_entry', 'audit_pending', 'audit_link', 'audit_chain', 'audit_checkpoint'] LOOP
         PERFORM pg_extension_config_dump(('amazon_pii.' || kept)::regclass, '');
     END LOOP;
     PERFORM pg_extension_config_dump(pg_get_serial_sequence('amazon_pii.renamed', 'renamed_id')::regclass, '');

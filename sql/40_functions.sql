@@ -160,6 +160,18 @@ CREATE FUNCTION amazon_pii.verify(policy text, scope text DEFAULT 'linked')
 COMMENT ON FUNCTION amazon_pii.verify(text, text) IS
     'Looks for archived values of redacted orders in the tables of the policy (linked), of their schemas (schema) or of the database: counts by column, never a value; and what it could not search. Logged like an access. Needs amazon_pii_admin or amazon_pii_auditor';
 
+CREATE FUNCTION amazon_pii.verify_audit_log(policy text DEFAULT NULL, head_position bigint DEFAULT NULL, head_code text DEFAULT NULL)
+    RETURNS TABLE (chain text, severity text, finding text, link_position bigint, audit_id bigint, entries bigint,
+                   first_at timestamptz, last_at timestamptz, code text)
+    LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'verify_audit_log_wrapper';
+COMMENT ON FUNCTION amazon_pii.verify_audit_log(text, bigint, text) IS
+    'Checks the chain of a policy''s audit log, or all of them: a line a chain with its head, and a line for each entry that was changed, removed, moved or made up. An earlier head, kept elsewhere, shows whether the chain was cut off and grew again. The chain of entries without a policy is ''''. Needs amazon_pii_admin or amazon_pii_auditor';
+
+CREATE FUNCTION amazon_pii.evidence(policy text, "from" timestamptz DEFAULT NULL, "to" timestamptz DEFAULT NULL) RETURNS jsonb
+    LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'evidence_wrapper';
+COMMENT ON FUNCTION amazon_pii.evidence(text, timestamptz, timestamptz) IS
+    'For an assessor: orders by state and by days until archived and redacted, what is overdue and why, what is kept longer, retrievals by user and reason, keys, versions of the policy, results of verify and verify_audit_log; from a moment until before another. No personal data; changes nothing. Needs amazon_pii_admin or amazon_pii_auditor';
+
 CREATE FUNCTION amazon_pii.files_due(policy text DEFAULT NULL, max bigint DEFAULT 100)
     RETURNS TABLE (file_id bigint, policy_name text, order_key text, table_name text, record_key text, path text, due_since timestamptz)
     LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'files_due_wrapper';
@@ -202,15 +214,15 @@ CREATE FUNCTION amazon_pii.on_reimport() RETURNS trigger
     LANGUAGE c AS 'MODULE_PATHNAME', 'on_reimport_wrapper';
 COMMENT ON FUNCTION amazon_pii.on_reimport() IS 'Keeps redacted cells as they are when they are written again; made and dropped by the extension';
 
-CREATE FUNCTION amazon_pii.refuse_change() RETURNS trigger LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
-BEGIN
-    RAISE EXCEPTION 'the audit log is append-only' USING ERRCODE = 'insufficient_privilege';
-END
-$$;
+CREATE FUNCTION amazon_pii.refuse_change() RETURNS trigger
+    LANGUAGE c AS 'MODULE_PATHNAME', 'refuse_change_wrapper';
 COMMENT ON FUNCTION amazon_pii.refuse_change() IS 'Keeps the audit log append-only, for superusers too';
 CREATE TRIGGER append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON amazon_pii.audit_entry
     FOR EACH STATEMENT EXECUTE FUNCTION amazon_pii.refuse_change();
 ALTER TABLE amazon_pii.audit_entry ENABLE ALWAYS TRIGGER append_only;
+CREATE TRIGGER append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON amazon_pii.audit_link
+    FOR EACH STATEMENT EXECUTE FUNCTION amazon_pii.refuse_change();
+ALTER TABLE amazon_pii.audit_link ENABLE ALWAYS TRIGGER append_only;
 
 -- New partitions get their triggers with the command that makes or attaches them.
 CREATE FUNCTION amazon_pii.on_ddl() RETURNS event_trigger

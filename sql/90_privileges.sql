@@ -19,7 +19,8 @@ GRANT EXECUTE ON FUNCTION amazon_pii.retrieve(text, text, text, text), amazon_pi
 GRANT EXECUTE ON FUNCTION amazon_pii.files_due(text, bigint), amazon_pii.ack_file(bigint) TO amazon_pii_operator, amazon_pii_files;
 GRANT EXECUTE ON FUNCTION amazon_pii.find_orders(text), amazon_pii.find_duplicates(text),
     amazon_pii.assert_mergeable(text, text, text) TO amazon_pii_admin, amazon_pii_operator;
-GRANT EXECUTE ON FUNCTION amazon_pii.verify(text, text), amazon_pii.certificate(text, text, text) TO amazon_pii_admin, amazon_pii_auditor;
+GRANT EXECUTE ON FUNCTION amazon_pii.verify(text, text), amazon_pii.certificate(text, text, text),
+    amazon_pii.verify_audit_log(text, bigint, text), amazon_pii.evidence(text, timestamptz, timestamptz) TO amazon_pii_admin, amazon_pii_auditor;
 GRANT EXECUTE ON FUNCTION amazon_pii.preview(text, timestamptz), amazon_pii.explain_order(text)
     TO amazon_pii_admin, amazon_pii_operator, amazon_pii_auditor;
 

@@ -40,6 +40,8 @@ FUNCTIONS = {
     "files_due(text,bigint)": ("SELECT amazon_pii.files_due('nothing')", {OPERATOR}),
     "ack_file(bigint)": ("SELECT amazon_pii.ack_file(1)", {OPERATOR}),
     "preset(text)": ("SELECT amazon_pii.preset('nothing')", {ADMIN}),
+    "verify_audit_log(text,bigint,text)": ("SELECT amazon_pii.verify_audit_log('nothing')", {ADMIN, AUDITOR}),
+    "evidence(text,timestamp with time zone,timestamp with time zone)": ("SELECT amazon_pii.evidence('nothing')", {ADMIN, AUDITOR}),
     "verify(text,text)": ("SELECT amazon_pii.verify('nothing')", {ADMIN, AUDITOR}),
     # Triggers cannot be called; making one of them needs EXECUTE.
     "on_change()": ("CREATE TRIGGER mine AFTER INSERT ON pg_temp.mine EXECUTE FUNCTION amazon_pii.on_change()", set()),

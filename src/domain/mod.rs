@@ -7,6 +7,7 @@ pub mod filter;
 pub mod json_merge;
 pub mod json_text;
 pub mod lag;
+pub mod message;
 pub mod number;
 pub mod pace;
 pub mod policy;

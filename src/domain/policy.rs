@@ -45,6 +45,8 @@ pub struct Policy {
     pub files_within: String,
     /// How long the archive keeps a document, as the text of a PostgreSQL interval.
     pub archive_for: String,
+    /// How long the audit log keeps an entry, as the text of a PostgreSQL interval; a year at least.
+    pub audit_for: String,
     /// Where archived documents go.
     pub archive: Archive,
     /// What happens on the deadline while the archive cannot be reached.

@@ -7,7 +7,7 @@ use super::check::{self, Problem, Severity};
 use super::columns;
 use super::plan::{Plan, require_ownership};
 use super::vault::Place;
-use super::{assign, by_age, history, loosening, state, sweep, trigger_ddl, vault};
+use super::{assign, by_age, chain, history, loosening, state, sweep, trigger_ddl, vault};
 use crate::domain::policy::{Export, Policy, PolicyError, QualifiedName, ReasonRule};
 use crate::domain::preset;
 use crate::domain::reason::{self, ReasonError};
@@ -96,6 +96,7 @@ fn intervals(policy: &Policy) -> Result<()> {
         ("redact_after", Some(&policy.redact_after)),
         ("retrieved_for", Some(&policy.retrieved_for)),
         ("archive_for", Some(&policy.archive_for)),
+        ("audit_for", Some(&policy.audit_for)),
         ("files_within", Some(&policy.files_within)),
         ("orders.stale_after", policy.orders.stale_after.as_ref()),
     ];
@@ -115,19 +116,23 @@ fn intervals(policy: &Policy) -> Result<()> {
             }
         }
     }
-    // Orders of any age are compared with it.
-    let counts = as_extension(|| {
-        let far = "SELECT pg_catalog.now() + '10000 years'::interval + $1::interval IS NOT NULL";
-        sql::read(far, &[Arg::Text(Some(&policy.archive_for))])
-    });
-    match counts {
-        Ok(_) => {}
-        Err(e) if e.is_cancel() => return Err(e),
-        Err(_) => {
-            return Err(Error::invalid("archive_for: too long")
-                .hint("Write how long the archive is kept, for example \"10 years\"."));
+    // Orders and entries of any age are compared with these.
+    let future = "SELECT pg_catalog.now() + '10000 years'::interval + $1::interval IS NOT NULL";
+    let past = "SELECT pg_catalog.now() - $1::interval IS NOT NULL";
+    for (name, what, text, far) in [
+        ("archive_for", "the archive", &policy.archive_for, future),
+        ("audit_for", "the audit log", &policy.audit_for, past),
+    ] {
+        match as_extension(|| sql::read(far, &[Arg::Text(Some(text))])) {
+            Ok(_) => {}
+            Err(e) if e.is_cancel() => return Err(e),
+            Err(_) => {
+                return Err(Error::invalid(format!("{name}: too long"))
+                    .hint(format!("Write how long {what} is kept, for example \"10 years\".")));
+            }
         }
     }
+    chain::kept_long_enough(&policy.audit_for)?;
     let ordered = as_extension(|| {
         let rows = sql::read(
             "SELECT $1::interval <= $2::interval",

@@ -4,10 +4,11 @@
 use serde::{Deserialize, Serialize};
 
 use super::plan::Plan;
+use crate::domain::message::Message;
 use crate::domain::vault::MasterKeys;
 use crate::pg::error::Result;
 use crate::pg::identity::as_extension;
-use crate::pg::sql::{self, Arg};
+use crate::pg::sql::{self, Arg, Row};
 use crate::pg::{guc, identity, keys};
 
 /// One entry. Times are the server's.
@@ -59,13 +60,10 @@ impl AuditEntry {
         (!lines.is_empty()).then(|| serde_json::to_string(&lines).unwrap_or_default())
     }
 
-    /// What the entry's code covers, each part with its length, so that no two entries read the same.
-    fn message(&self, id: i64, at: &str) -> Vec<u8> {
+    /// What the entry's own code covers, and the kind of message that this is.
+    fn message(&self, id: i64, at: &str, links_before: Option<i64>) -> (&'static [u8], Message) {
         let version = self.policy_version.map(|v| v.to_string());
-        let id = id.to_string();
-        let mut out = Vec::new();
         let parts = [
-            Some(id.as_str()),
             Some(at),
             Some(self.user.as_str()),
             self.actor.as_deref(),
@@ -84,21 +82,137 @@ impl AuditEntry {
                 Some(l.detail.as_str()),
             ]
         });
-        for part in parts.into_iter().chain(lines) {
-            match part {
-                None => out.push(0),
-                Some(text) => {
-                    out.push(1);
-                    out.extend((text.len() as u64).to_be_bytes());
-                    out.extend(text.as_bytes());
-                }
-            }
-        }
-        out
+        let (kind, message): (&[u8], _) = match links_before {
+            // Written by a version that knew no chains.
+            None => (b"amazon_pii audit entry", Message::default()),
+            Some(links) => (b"amazon_pii audit entry of a chain", Message::default().number(links)),
+        };
+        let message = message.number(id);
+        (kind, parts.into_iter().chain(lines).fold(message, Message::text))
     }
 }
 
-/// Appends entries, each with its own code under the current master key; without a key, without a code.
+/// An entry as it is stored.
+pub struct Stored {
+    pub id: i64,
+    entry: AuditEntry,
+    at: String,
+    links_before: Option<i64>,
+    key_id: Option<String>,
+    mac: Option<Vec<u8>>,
+    /// Its columns as texts: what a link seals.
+    columns: Vec<Option<String>>,
+}
+
+/// The columns that [`Stored::read`] reads.
+pub const COLUMNS: &str = "e.audit_id, e.at, e.\"user\", e.actor, e.action, e.policy, e.policy_version, e.order_key, e.order_number, \
+    e.reason, e.detail, e.key_id, pg_catalog.encode(e.mac, 'hex'), e.lines, e.links_before";
+
+/// How many these are.
+pub const WIDTH: usize = 15;
+
+const LINES: usize = 13;
+
+/// Whether an entry is what was written.
+#[derive(Debug, PartialEq, Eq)]
+pub enum OwnCode {
+    /// It has no code: no master key was to be had.
+    Missing,
+    Holds,
+    Wrong,
+    /// By the master key of this id, which is not at hand.
+    NoKey(String),
+}
+
+impl Stored {
+    /// From the first [`WIDTH`] columns of a row; `None` where there is no entry.
+    ///
+    /// # Errors
+    /// Other columns than [`COLUMNS`].
+    pub fn read(row: &Row) -> Result<Option<Self>> {
+        let columns = row.texts(0..WIDTH)?;
+        if columns[0].is_none() {
+            return Ok(None);
+        }
+        let number = |i: usize| columns[i].as_deref().and_then(|t| t.parse::<i64>().ok());
+        let text = |i: usize| columns[i].clone();
+        type Lines = Vec<(String, Option<String>, String)>;
+        let lines = columns[LINES].as_deref().map(serde_json::from_str::<Lines>);
+        let lines = lines.and_then(std::result::Result::ok).unwrap_or_default();
+        Ok(Some(Self {
+            id: number(0).unwrap_or_default(),
+            at: text(1).unwrap_or_default(),
+            entry: AuditEntry {
+                user: text(2).unwrap_or_default(),
+                actor: text(3),
+                action: text(4).unwrap_or_default(),
+                policy: text(5),
+                policy_version: number(6),
+                order_key: text(7),
+                order_number: text(8),
+                reason: text(9),
+                detail: text(10),
+                lines: lines
+                    .into_iter()
+                    .map(|(order_key, order_number, detail)| Line {
+                        order_key,
+                        order_number,
+                        detail,
+                    })
+                    .collect(),
+            },
+            key_id: text(11),
+            mac: columns[12].as_deref().and_then(|t| hex::decode(t).ok()),
+            links_before: number(14),
+            columns,
+        }))
+    }
+
+    /// What was done.
+    pub fn action(&self) -> &str {
+        &self.entry.action
+    }
+
+    /// When it was written, as text.
+    pub fn at(&self) -> &str {
+        &self.at
+    }
+
+    pub fn detail(&self) -> Option<&str> {
+        self.entry.detail.as_deref()
+    }
+
+    /// How many links its chain had when it was written; `None` where it had no chain.
+    pub fn links_before(&self) -> Option<i64> {
+        self.links_before
+    }
+
+    /// Adds all of it, as it is stored.
+    pub fn add_to(&self, message: Message) -> Message {
+        self.columns.iter().map(Option::as_deref).fold(message, Message::text)
+    }
+
+    /// Whether its own code holds.
+    pub fn own_code(&self, keys: &MasterKeys) -> OwnCode {
+        let (Some(key_id), Some(mac)) = (&self.key_id, &self.mac) else {
+            return OwnCode::Missing;
+        };
+        let Some(key) = keys.get(key_id) else {
+            return OwnCode::NoKey(key_id.clone());
+        };
+        let (kind, message) = self.entry.message(self.id, &self.at, self.links_before);
+        // The code is over the lines, not over how they are written: nobody wrote them otherwise.
+        let lines = self.entry.lines_text();
+        if lines == self.columns[LINES] && key.mac(kind, message.as_bytes()) == mac[..] {
+            OwnCode::Holds
+        } else {
+            OwnCode::Wrong
+        }
+    }
+}
+
+/// Appends entries, each with its own code under the current master key; without a key, without a code. A sealer links them
+/// into their chain when they are committed.
 ///
 /// # Errors
 /// Errors of the server.
@@ -118,22 +232,27 @@ pub fn insert_under(keys: Option<&MasterKeys>, entries: &[AuditEntry]) -> Result
         return Ok(());
     }
     as_extension(|| {
-        // Number and time first, since the code covers them.
+        // Number, time and what the chain has so far come first, since the code covers them.
         let rows = sql::write(
+            // The head of its chain is read, not locked: whoever writes an entry waits for nobody.
             "SELECT pg_catalog.nextval(pg_catalog.pg_get_serial_sequence('amazon_pii.audit_entry', 'audit_id')), \
-                    pg_catalog.clock_timestamp() FROM pg_catalog.generate_series(1, $1)",
-            &[Arg::Int(entries.len() as i64)],
+                    pg_catalog.clock_timestamp(), COALESCE((SELECT c.position FROM amazon_pii.audit_chain AS c \
+                        WHERE c.chain = COALESCE(n.policy, '')), 0) FROM pg_catalog.unnest($1) AS n (policy)",
+            &[Arg::Texts(entries.iter().map(|e| e.policy.as_deref()).collect())],
         )?;
         let mut ids = Vec::new();
         let mut times = Vec::new();
+        let mut links = Vec::new();
         let mut codes = Vec::new();
         for (row, entry) in rows.iter().zip(entries) {
-            let (id, at) = (row.int(0)?, row.string(1)?);
+            let (id, at, before) = (row.int(0)?, row.string(1)?, row.int(2)?);
             if let Some(keys) = keys {
-                codes.push(keys.current().mac(b"amazon_pii audit entry", &entry.message(id, &at)));
+                let (kind, message) = entry.message(id, &at, Some(before));
+                codes.push(keys.current().mac(kind, message.as_bytes()));
             }
             ids.push(id);
             times.push(at);
+            links.push(before);
         }
         let key_id = keys.map(|k| k.current().id().to_owned());
         let column = |f: fn(&AuditEntry) -> Option<&str>| Arg::Texts(entries.iter().map(f).collect());
@@ -143,13 +262,16 @@ pub fn insert_under(keys: Option<&MasterKeys>, entries: &[AuditEntry]) -> Result
             .collect();
         let lines: Vec<Option<String>> = entries.iter().map(AuditEntry::lines_text).collect();
         sql::execute(
-            "INSERT INTO amazon_pii.audit_entry (audit_id, at, \"user\", actor, action, policy, policy_version, order_key, \
-                    order_number, reason, detail, mac, key_id, lines) OVERRIDING SYSTEM VALUE \
-             SELECT id, at::timestamptz, u, actor, action, policy, version::int, okey, number, reason, detail, mac, $13, lines \
+            "WITH entry AS (INSERT INTO amazon_pii.audit_entry (audit_id, at, \"user\", actor, action, policy, policy_version, order_key, \
+                    order_number, reason, detail, mac, key_id, lines, links_before) OVERRIDING SYSTEM VALUE \
+             SELECT id, at::timestamptz, u, actor, action, policy, version::int, okey, number, reason, detail, mac, $13, lines, links \
              FROM ROWS FROM (pg_catalog.unnest($1), pg_catalog.unnest($2), pg_catalog.unnest($3), pg_catalog.unnest($4), \
                   pg_catalog.unnest($5), pg_catalog.unnest($6), pg_catalog.unnest($7), pg_catalog.unnest($8), \
                   pg_catalog.unnest($9), pg_catalog.unnest($10), pg_catalog.unnest($11), pg_catalog.unnest($12), \
-                  pg_catalog.unnest($14)) AS e (id, at, u, actor, action, policy, version, okey, number, reason, detail, mac, lines)",
+                  pg_catalog.unnest($14), pg_catalog.unnest($15)) \
+                  AS e (id, at, u, actor, action, policy, version, okey, number, reason, detail, mac, lines, links) \
+             RETURNING audit_id, policy) \
+             INSERT INTO amazon_pii.audit_pending (chain, audit_id) SELECT COALESCE(policy, ''), audit_id FROM entry",
             &[
                 Arg::Ints(ids),
                 Arg::texts(&times),
@@ -165,6 +287,7 @@ pub fn insert_under(keys: Option<&MasterKeys>, entries: &[AuditEntry]) -> Result
                 Arg::ByteArrays(codes.iter().map(|c| c.as_slice()).collect()),
                 Arg::Text(key_id.as_deref()),
                 Arg::opt_texts(&lines),
+                Arg::Ints(links),
             ],
         )?;
         Ok(())

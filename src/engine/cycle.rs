@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use super::batch::{Batches, COME_BACK};
 use super::by_age;
+use super::chain;
 use super::check;
 use super::columns;
 use super::due::Clock;
@@ -29,7 +30,7 @@ use super::trigger_ddl;
 use super::turn;
 use crate::domain::clock::horizons;
 use crate::pg::error::{Error, Result};
-use crate::pg::identity::as_extension;
+use crate::pg::identity::on_keys;
 use crate::pg::sql::{self, Arg};
 use crate::pg::subxact::subtransaction;
 use crate::pg::xact::{self, Boundary, Mode};
@@ -37,10 +38,14 @@ use crate::pg::{deadline, guc, keys};
 use crate::worker::helper::Team;
 
 pub use help::{Task, help};
-use record::{announce_overdue, note_error, overdue};
+pub use record::note_error;
+use record::{announce_overdue, overdue};
 
 /// How often a long run says how far it is.
 const TELL_EVERY: Duration = Duration::from_secs(10);
+
+/// How often a long run seals the audit log; at its end it is sealed in any case.
+const SEAL_EVERY: Duration = Duration::from_secs(60);
 
 /// Rows of orphans that are handled together.
 const ORPHANS: i64 = 50;
@@ -76,21 +81,28 @@ pub fn run(policy: Option<&str>, sweep: bool, boundary: Boundary) -> Result<Coun
     let _limited = deadline::limit();
     // The caller's snapshot may be older than what was committed since: begin anew, in our own isolation.
     boundary.commit()?;
-    let names = as_extension(|| {
-        let rows = sql::read(
-            "SELECT p.policy FROM amazon_pii.policy p WHERE $1 IS NULL OR p.policy = $1 ORDER BY p.policy",
+    let rows = on_keys(|| {
+        sql::read(
+            &format!(
+                "SELECT p.policy, {} FROM amazon_pii.policy p WHERE $1 IS NULL OR p.policy = $1 ORDER BY p.policy", // ident-ok: a constant
+                chain::WAITS
+            ),
             &[Arg::Text(policy)],
-        )?;
-        rows.iter().map(|r| r.string(0)).collect::<Result<Vec<_>>>()
+        )
     })?;
+    let names = rows.iter().map(|r| r.string(0)).collect::<Result<Vec<_>>>()?;
     if let (Some(name), true) = (policy, names.is_empty()) {
         return Err(Error::undefined(format!("policy \"{name}\" does not exist"))
             .hint("The view amazon_pii.policies lists the policies."));
     }
+    // A cycle with nothing to do asks nothing more of the audit log.
+    let mut to_seal = rows.first().map_or(Ok(true), |r| r.bool(1))?;
     let mut total = Counts::default();
     for name in names {
-        match run_policy(&name, sweep, boundary) {
-            Ok(counts) => total.add(counts),
+        let outcome = run_policy(&name, sweep, boundary);
+        to_seal |= !matches!(outcome, Ok(None));
+        match outcome {
+            Ok(counts) => total.add(counts.unwrap_or_default()),
             Err(e) if e.is_cancel() => return Err(e),
             // Another cycle works on this policy for long; it is in good hands.
             Err(e) if e.is_lock() && policy.is_none() => {
@@ -107,6 +119,9 @@ pub fn run(policy: Option<&str>, sweep: bool, boundary: Boundary) -> Result<Coun
                 }
             }
         }
+    }
+    if to_seal {
+        chain::round(boundary)?;
     }
     Ok(total)
 }
@@ -127,12 +142,15 @@ struct Run<'a> {
     trouble: Option<Error>,
     /// When the caller was last told how far it is.
     told: Instant,
+    /// When the audit log was last sealed.
+    sealed: Instant,
 }
 
-fn run_policy(policy: &str, sweep: bool, boundary: Boundary) -> Result<Counts> {
+/// `None` where there was nothing to do.
+fn run_policy(policy: &str, sweep: bool, boundary: Boundary) -> Result<Option<Counts>> {
     if !sweep && idle::ends(policy)? {
         boundary.commit()?;
-        return Ok(Counts::default());
+        return Ok(None);
     }
     match subtransaction(|| news::announce(policy)) {
         Err(e) if e.is_cancel() => return Err(e),
@@ -158,11 +176,11 @@ fn run_policy(policy: &str, sweep: bool, boundary: Boundary) -> Result<Counts> {
         let clock = clock(&plan)?;
         match subtransaction(|| by_age::count(&plan, &clock)) {
             Err(e) if e.is_cancel() => return Err(e),
-            Err(e) if !e.is_lock() => note_error(policy, &e)?,
+            Err(e) if !e.is_lock() => _ = note_error(policy, &e)?,
             _ => {}
         }
         boundary.commit()?;
-        return Ok(counts);
+        return Ok(Some(counts));
     }
     let keys = Keyring::load(policy)?;
     let clock = clock(&plan)?;
@@ -177,6 +195,7 @@ fn run_policy(policy: &str, sweep: bool, boundary: Boundary) -> Result<Counts> {
         aged: 0,
         trouble: None,
         told: Instant::now(),
+        sealed: Instant::now(),
     };
     run.flag(sweep)?;
     // What flagging has just found due belongs to this cycle.
@@ -197,7 +216,7 @@ fn run_policy(policy: &str, sweep: bool, boundary: Boundary) -> Result<Counts> {
     }
     run.finish(structure.as_deref())?;
     boundary.commit()?;
-    Ok(run.batches.counts)
+    Ok(Some(run.batches.counts))
 }
 
 /// The instants of a cycle that begins now.
@@ -394,6 +413,7 @@ impl Run<'_> {
                     done => done?,
                 }
                 self.report()?;
+                self.seal()?;
                 if self.team.is_none() && !self.helped && self.batches.is_backlog() && guc::workers() > 1 {
                     self.call_help()?;
                 }
@@ -412,6 +432,20 @@ impl Run<'_> {
                 }
             }
         }
+    }
+
+    /// A long cycle seals its part of the audit log now and then.
+    fn seal(&mut self) -> Result<()> {
+        let mut more = self.sealed.elapsed() > SEAL_EVERY;
+        while more {
+            self.sealed = Instant::now();
+            more = false;
+            self.step(|run| {
+                more = chain::seal(&run.batches.keys)?.more;
+                Ok(())
+            })?;
+        }
+        Ok(())
     }
 
     /// Archives that are past their time, batch by batch.

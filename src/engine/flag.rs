@@ -288,6 +288,7 @@ fn known(again: &str, dated: bool) -> String {
                 archived_at = CASE WHEN o.status = 'gone' THEN NULL ELSE o.archived_at END, \
                 redacted_version = CASE WHEN o.status <> 'gone' OR o.order_number IS NOT DISTINCT FROM EXCLUDED.order_number THEN o.redacted_version END, \
                 redacted_at = CASE WHEN o.status = 'gone' THEN NULL ELSE o.redacted_at END, \
+                redacted_first_at = CASE WHEN o.status = 'gone' THEN NULL ELSE o.redacted_first_at END, \
                 purged_at = CASE WHEN o.status = 'gone' THEN NULL ELSE o.purged_at END, \
                 next_due_at = CASE WHEN o.status IN ('flagged', 'scheduled') AND o.archived_at IS NULL AND o.asked IS NULL OR o.status = 'gone' THEN EXCLUDED.next_due_at \
                     {next_due}WHEN o.status = 'redacted' AND {again} THEN pg_catalog.now() ELSE o.next_due_at END \

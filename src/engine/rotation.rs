@@ -6,6 +6,7 @@ use std::ops::Deref;
 use std::time::{Duration, Instant};
 
 use super::audit::{self, AuditEntry};
+use super::chain;
 use super::files;
 use super::turn;
 use super::vault;
@@ -135,6 +136,8 @@ pub fn rotate(boundary: Boundary) -> Result<Rotated> {
         done(rewrapped, &mut out)?;
         at = next;
     }
+    chain::resign(&keys)?;
+    boundary.commit()?;
     let others = used()?.into_iter().filter(|(id, _)| *id != current);
     out.remaining = others.map(|(_, used)| used.data_keys + used.files).sum();
     if out.remaining > 0 {
@@ -165,8 +168,10 @@ pub struct Used {
     pub data_keys: i64,
     /// Keys of files that are still to be deleted.
     pub files: i64,
-    /// Entries of the audit log that it signed.
+    /// Entries of the audit log that it signed, by themselves or in their chain.
     pub audit_entries: i64,
+    /// Heads and checkpoints of chains that it signed.
+    audit_ends: i64,
 }
 
 /// By the id of the master key.
@@ -187,6 +192,11 @@ fn used() -> Result<BTreeMap<String, Used>> {
     for row in &count(entries)? {
         out.entry(row.string(0)?).or_default().audit_entries = row.int(1)?;
     }
+    for (id, ends, links) in chain::signed_by()? {
+        let used = out.entry(id).or_default();
+        used.audit_ends = ends;
+        used.audit_entries += links;
+    }
     Ok(out)
 }
 
@@ -200,9 +210,10 @@ pub struct Status {
 }
 
 impl Status {
-    /// Whether nothing can be opened with it alone.
+    /// Whether nothing can be opened with it alone, and no chain of the audit log goes on from what it signed.
     pub fn may_retire(&self) -> bool {
-        self.is_current == Some(false) && self.used.data_keys == 0 && self.used.files == 0
+        let used = &self.used;
+        self.is_current == Some(false) && used.data_keys == 0 && used.files == 0 && used.audit_ends == 0
     }
 }
 

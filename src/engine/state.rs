@@ -133,6 +133,7 @@ pub fn redacted(plan: &Plan, batch: &[&Due]) -> Result<()> {
     on_keys(|| {
         sql::execute(
             "UPDATE amazon_pii.order_state o SET status = 'redacted', redacted_at = pg_catalog.now(), redacted_version = $3, \
+                redacted_first_at = COALESCE(redacted_first_at, redacted_at, pg_catalog.now()), \
                 archived_at = COALESCE(archived_at, pg_catalog.now()), records = n.r, \
                 retrieved_until = NULL, held_until = NULL, asked = NULLIF(asked, 'erase'), attempts = 0, \
                 next_attempt_at = NULL, last_error = NULL, next_due_at = NULL \

@@ -36,6 +36,12 @@ const ENTRIES_EACH: usize = 32;
 /// A filter that small costs nothing, in bytes: a few orders may have many values.
 const SMALL: usize = 8 << 20;
 
+/// How a problem begins that is personal data.
+const FOUND: &str = "personal data found";
+
+/// Columns that the log lists.
+const NOTED: usize = 100;
+
 /// How far the search goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Scope {
@@ -95,7 +101,39 @@ pub fn verify(policy: &str, scope: &str) -> Result<Vec<Finding>> {
     while let Some(upto) = search.pass(after.as_deref())? {
         after = Some(upto);
     }
-    Ok(search.findings())
+    let found = search.findings();
+    note(&plan, word, &found)?;
+    Ok(found)
+}
+
+/// The result goes into the log, too: counts by column, for whoever asks for evidence later. The search is not lost where that
+/// cannot be.
+fn note(plan: &Plan, scope: &str, findings: &[Finding]) -> Result<()> {
+    let (found, not_searched): (Vec<_>, Vec<_>) = findings.iter().partition(|f| f.problem.starts_with(FOUND));
+    let listed = found
+        .iter()
+        .take(NOTED)
+        .map(|f| serde_json::json!({ "table": f.table, "column": f.column, "orders": f.orders }));
+    let detail = serde_json::json!({
+        "scope": scope,
+        "columns_with_personal_data": found.len(),
+        "columns": listed.collect::<Vec<_>>(),
+        "not_searched": not_searched.len(),
+    });
+    let noted = evidence::record(&AuditEntry {
+        policy: Some(plan.policy.clone()),
+        policy_version: Some(plan.version),
+        detail: Some(detail.to_string()),
+        ..AuditEntry::new("verify_result")?
+    });
+    match noted {
+        Err(e) if e.is_cancel() => Err(e),
+        Err(e) => {
+            pgrx::warning!("the result could not be recorded: {}", e.stored());
+            Ok(())
+        }
+        Ok(()) => Ok(()),
+    }
 }
 
 /// A column that is searched, over all passes.
@@ -277,7 +315,7 @@ impl<'a> Search<'a> {
                 let name = Some(column.name.bare());
                 match (c.orders, c.cut) {
                     (0, _) => {}
-                    (n, false) => found.push(finding(name, "personal data found", Some(n))),
+                    (n, false) => found.push(finding(name, FOUND, Some(n))),
                     (n, true) => found.push(finding(
                         name,
                         "personal data found, of more orders than counted",

@@ -143,6 +143,11 @@ impl Error {
         )
     }
 
+    /// An audit log that is not what was written.
+    pub fn damaged_log(what: impl Into<String>) -> Self {
+        Self::ours(Code::ERRCODE_DATA_CORRUPTED, what).hint("amazon_pii.verify_audit_log() says more.")
+    }
+
     /// No master key.
     pub fn no_key(what: impl Into<String>) -> Self {
         Self::ours(Code::ERRCODE_CONFIG_FILE_ERROR, what).hint(

@@ -339,6 +339,19 @@ impl Own {
         })
     }
 
+    /// Takes it until the transaction ends, unless somebody has it. Whether it did.
+    ///
+    /// # Errors
+    /// Never in practice.
+    pub fn try_take(self) -> Result<bool> {
+        subtransaction(|| {
+            // SAFETY: inside a transaction, with which the lock is released; a complete tag.
+            let got =
+                unsafe { pg_sys::LockAcquire(&self.tag(), pg_sys::ExclusiveLock as pg_sys::LOCKMODE, false, true) };
+            Ok(got != pg_sys::LockAcquireResult::LOCKACQUIRE_NOT_AVAIL)
+        })
+    }
+
     /// Takes it for several transactions: until [`Own::release`], or until one of them is rolled back.
     ///
     /// # Errors

@@ -103,8 +103,9 @@ fn defaults() {
         &policy.redact_after,
         &policy.retrieved_for,
         &policy.archive_for,
+        &policy.audit_for,
     ];
-    assert_eq!(times, ["29 days", "30 days", "30 days", "10 years"]);
+    assert_eq!(times, ["29 days", "30 days", "30 days", "10 years", "10 years"]);
     assert_eq!(
         (policy.archive.schema.as_str(), policy.timezone.as_str()),
         ("amazon_pii_archive", "UTC")

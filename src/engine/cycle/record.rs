@@ -8,15 +8,22 @@ use crate::pg::error::{Error, Result};
 use crate::pg::identity::{as_extension, session_user};
 use crate::pg::sql::{self, Arg};
 
-/// What is wrong with a policy as a whole, for `status`.
-pub(super) fn note_error(policy: &str, error: &Error) -> Result<()> {
+/// What is wrong with a policy as a whole, for `status`. Whether there is such a policy.
+///
+/// # Errors
+/// Errors of the server.
+pub fn note_error(policy: &str, error: &Error) -> Result<bool> {
     as_extension(|| {
+        let known = sql::read(
+            "SELECT true FROM amazon_pii.policy WHERE policy = $1",
+            &[Arg::Text(Some(policy))],
+        )?;
         sql::execute(
             "UPDATE amazon_pii.policy SET last_error = $2 WHERE policy = $1 AND last_error IS DISTINCT FROM $2",
             &[Arg::Text(Some(policy)), Arg::Text(Some(&error.stored()))],
-        )
-    })?;
-    Ok(())
+        )?;
+        Ok(!known.is_empty())
+    })
 }
 
 impl Run<'_> {
