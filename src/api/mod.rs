@@ -1,6 +1,7 @@
 //! What SQL calls. Wrappers only; declared in `sql/40_functions.sql`.
 
 mod access;
+mod canary;
 mod customers;
 mod cycle;
 mod ending;

@@ -11,6 +11,7 @@ pub mod number;
 pub mod pace;
 pub mod policy;
 pub mod preset;
+pub mod quota;
 pub mod reason;
 pub mod sample;
 pub mod scrub;

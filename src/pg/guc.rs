@@ -157,9 +157,9 @@ fn text(setting: &GucSetting<Option<CString>>) -> Option<String> {
         .filter(|s| !s.is_empty())
 }
 
-/// The application's own user, if it set one.
+/// The application's own user, if it set one; blanks are none.
 pub fn actor() -> Option<String> {
-    text(&ACTOR)
+    text(&ACTOR).filter(|actor| !actor.trim().is_empty())
 }
 
 /// Pause between two batches.
