@@ -356,7 +356,7 @@ def test_a_caller_that_goes_away_meanwhile(shop, how):
         caller.result()
     lock.rollback()
     lock.close()
-    at_work = "SELECT FROM pg_stat_activity WHERE datname = current_database() AND backend_type = 'amazon_pii evidence'"
+    at_work = "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND backend_type = 'amazon_pii evidence'"
     wait_until(lambda: shop.sql(at_work) == [])
     # It was on its way already: recorded and counted, though nothing was handed out.
     assert actions(shop) == ["peek"] and counts(shop)["user", OPERATOR] == (1, 0, 0)
@@ -374,7 +374,7 @@ def test_a_recorder_that_is_ended_meanwhile(shop):
     through = None
     try:
         wait_until(lambda: not caller.is_alive() or shop.sql(
-            "SELECT FROM pg_stat_activity WHERE datname = current_database() AND backend_type = 'amazon_pii evidence' AND wait_event_type = 'Lock'"))
+            "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND backend_type = 'amazon_pii evidence' AND wait_event_type = 'Lock'"))
     finally:
         lock.rollback()
         lock.close()

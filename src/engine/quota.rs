@@ -25,7 +25,8 @@ const LONGEST_NAME: usize = 200;
 pub struct Access {
     entries: Vec<AuditEntry>,
     limits: Limits,
-    timezone: String,
+    /// Which day it is where the policy is.
+    day: String,
     /// A statement of the shop's brings them back: it is not to fail.
     automatic: bool,
 }
@@ -54,32 +55,38 @@ pub fn require_actor(plan: &Plan) -> Result<()> {
 /// # Errors
 /// Over the quota, which is on record, too; it could not be recorded.
 pub fn pass(plan: &Plan, entries: Vec<AuditEntry>, automatic: bool) -> Result<()> {
+    let zone = plan.document.timezone.parse();
+    let zone: chrono_tz::Tz = zone.map_err(|_| Error::internal("a time zone is not known"))?;
+    let today = quota::day(zone, xact::now()?);
     let access = Access {
         entries,
         limits: plan.document.limits,
-        timezone: plan.document.timezone.clone(),
+        day: today.to_string(),
         automatic,
     };
     match evidence::access(&access)? {
         None => Ok(()),
-        Some(refusal) => Err(over(plan, &refusal)?),
+        Some(refusal) => {
+            let again = quota::next_day(zone, today).with_timezone(&zone);
+            Err(over(plan, &refusal, &again.format("%Y-%m-%d %H:%M:%S %Z").to_string()))
+        }
     }
 }
 
-fn over(plan: &Plan, refusal: &Refusal) -> Result<Error> {
-    let zone = zone(&plan.document.timezone)?;
-    let again = quota::next_day(zone, quota::day(zone, xact::now()?)).with_timezone(&zone);
+fn over(plan: &Plan, refusal: &Refusal, again: &str) -> Error {
     let (whose, key) = whose(refusal.who);
-    Ok(Error::over_quota(&format!("the quota of {} orders a day of this {whose} is used up", refusal.limit))
+    Error::over_quota(&format!(
+        "the quota of {} orders a day of this {whose} is used up",
+        refusal.limit
+    ))
         .detail(format!(
             "{} were retrieved or peeked at today, {} more were asked for.",
             refusal.had, refusal.asked
         ))
         .hint(format!(
-            "It begins anew at {}. \"{key}\" in policy \"{}\" says how many; an amazon_pii_admin can apply another number.",
-            again.format("%Y-%m-%d %H:%M:%S %Z"),
+            "It begins anew at {again}. \"{key}\" in policy \"{}\" says how many; an amazon_pii_admin can apply another number.",
             plan.policy
-        )))
+        ))
 }
 
 /// Whose quota it is, and the policy's key for it.
@@ -89,10 +96,6 @@ fn whose(who: Who) -> (&'static str, &'static str) {
         Who::Person => ("user", "retrievals_per_day"),
         Who::User => ("database user", "user_retrievals_per_day"),
     }
-}
-
-fn zone(name: &str) -> Result<chrono_tz::Tz> {
-    name.parse().map_err(|_| Error::internal("a time zone is not known"))
 }
 
 impl Access {
@@ -229,12 +232,11 @@ fn line(alarm: &AuditEntry) -> String {
 
 /// Counts an access for its person, and for its database user.
 fn count(access: &Access, first: &AuditEntry, policy: &str) -> Result<Decision> {
-    let zone = zone(&access.timezone)?;
-    let today = quota::day(zone, xact::now()?).to_string();
+    let today = &access.day;
     let counters = access.counters(first);
     let kinds = Arg::Texts(counters.iter().map(|c| Some(c.0)).collect());
     let names = Arg::Texts(counters.iter().map(|c| Some(c.1.as_str())).collect());
-    let place = [Arg::Text(Some(policy)), Arg::Text(Some(&today)), kinds, names];
+    let place = [Arg::Text(Some(policy)), Arg::Text(Some(today)), kinds, names];
     as_extension(|| {
         let new = sql::execute(
             "INSERT INTO amazon_pii.access_count (policy, day, counted_by, name) \
@@ -264,7 +266,7 @@ fn count(access: &Access, first: &AuditEntry, policy: &str) -> Result<Decision> 
                  WHERE a.policy = $1 AND a.day = $2::date AND a.counted_by = $3 AND a.name = $4",
                 &[
                     Arg::Text(Some(policy)),
-                    Arg::Text(Some(&today)),
+                    Arg::Text(Some(today)),
                     Arg::Text(Some(kind)),
                     Arg::Text(Some(name)),
                     Arg::Int(count.orders),
@@ -278,7 +280,7 @@ fn count(access: &Access, first: &AuditEntry, policy: &str) -> Result<Decision> 
                 "DELETE FROM amazon_pii.access_count a USING (SELECT o.policy, o.day, o.counted_by, o.name FROM amazon_pii.access_count o \
                     WHERE o.policy = $1 AND o.day < $2::date - $3::int FOR UPDATE SKIP LOCKED) AS o \
                  WHERE a.policy = o.policy AND a.day = o.day AND a.counted_by = o.counted_by AND a.name = o.name",
-                &[Arg::Text(Some(policy)), Arg::Text(Some(&today)), Arg::Int(KEPT)],
+                &[Arg::Text(Some(policy)), Arg::Text(Some(today)), Arg::Int(KEPT)],
             )?;
         }
         Ok(decision)
