@@ -203,7 +203,10 @@ mod tests {
     fn the_quota_is_used_up_and_not_passed() {
         let limits = Limits::new(Some(3), None, Some(1000));
         let last = decide(&limits, count(2, 0, 0), count(20, 0, 0), 1, false);
-        assert_eq!((last.refused, last.person, last.user), (None, count(3, 0, 0), count(21, 0, 0)));
+        assert_eq!(
+            (last.refused, last.person, last.user),
+            (None, count(3, 0, 0), count(21, 0, 0))
+        );
         let over = decide(&limits, last.person, last.user, 1, false);
         let refusal = Refusal {
             who: Who::Person,
@@ -271,7 +274,10 @@ mod tests {
         }
         assert_eq!(raised, [5, 9, 17, 33]);
         assert_eq!(decide(&limits, FREE, FREE, i64::MAX, false).unusual.len(), 1);
-        assert_eq!(decide(&limits, count(i64::MAX, 1, 0), FREE, 1, false).person.orders, i64::MAX);
+        assert_eq!(
+            decide(&limits, count(i64::MAX, 1, 0), FREE, 1, false).person.orders,
+            i64::MAX
+        );
     }
 
     #[test]

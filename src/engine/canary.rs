@@ -52,8 +52,10 @@ fn take_back(number: &str, policy: Option<&str>) -> Result<String> {
     policies.sort();
     match policies.as_slice() {
         [policy] => Ok(policy.clone()),
-        [] => Err(Error::no_row(format!("order \"{number}\" is no canary"))
-            .hint("The view amazon_pii.canaries lists them.")),
+        [] => {
+            Err(Error::no_row(format!("order \"{number}\" is no canary"))
+                .hint("The view amazon_pii.canaries lists them."))
+        }
         // The error undoes it.
         _ => Err(Error::ambiguous_order(number, &policies)),
     }

@@ -65,7 +65,8 @@ fn ask(request: &impl Serialize) -> Result<Option<Refusal>> {
                 .hint("Connect to the primary server."),
         );
     }
-    let request = serde_json::to_vec(request).map_err(|_| Error::internal("an audit entry cannot be written as JSON"))?;
+    let request =
+        serde_json::to_vec(request).map_err(|_| Error::internal("an audit entry cannot be written as JSON"))?;
     let segment = Segment::create(&request).ok_or_else(refused)?;
     let database = worker::current_database();
     let mut answer = Answer::None;
