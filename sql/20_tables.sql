@@ -414,6 +414,31 @@ COMMENT ON TABLE amazon_pii.audit_checkpoint IS 'What stands for the beginning o
 COMMENT ON COLUMN amazon_pii.audit_checkpoint.position IS 'The last link that was removed';
 COMMENT ON COLUMN amazon_pii.audit_checkpoint.entries IS 'How many were removed, all in all';
 COMMENT ON COLUMN amazon_pii.audit_checkpoint.last_at IS 'When the newest of them was written';
+CREATE TABLE amazon_pii.access_count (
+    policy          text        COLLATE "C" NOT NULL,
+    day             date        NOT NULL,
+    counted_by      text        COLLATE "C" NOT NULL CHECK (counted_by IN ('actor', 'user', 'user_in_all')),
+    name            text        COLLATE "C" NOT NULL,
+    orders          bigint      NOT NULL DEFAULT 0,
+    automatic       bigint      NOT NULL DEFAULT 0,
+    refused         bigint      NOT NULL DEFAULT 0,
+    PRIMARY KEY (policy, day, counted_by, name)
+);
+COMMENT ON TABLE amazon_pii.access_count IS 'How many orders somebody has had opened in a day: what quotas and alarms go by';
+COMMENT ON COLUMN amazon_pii.access_count.day IS 'In the policy''s time zone';
+COMMENT ON COLUMN amazon_pii.access_count.counted_by IS 'actor: whom the application named; user: a database user, where it named nobody; user_in_all: a database user, whomever it named';
+COMMENT ON COLUMN amazon_pii.access_count.name IS 'The actor or user; where that is very long, its SHA-256';
+COMMENT ON COLUMN amazon_pii.access_count.automatic IS 'Orders that came back with a return or a credit: no quota stops these';
+COMMENT ON COLUMN amazon_pii.access_count.refused IS 'Calls over the quota';
+
+CREATE TABLE amazon_pii.canary (
+    policy          text        COLLATE "C" NOT NULL,
+    order_number    text        COLLATE "C" NOT NULL,
+    set_at          timestamptz NOT NULL DEFAULT pg_catalog.now(),
+    set_by          name        NOT NULL,
+    PRIMARY KEY (policy, order_number)
+);
+COMMENT ON TABLE amazon_pii.canary IS 'Orders that nobody has a reason to open: whoever does raises the alarm';
 
 -- Survive a dump: everything but the triggers' notes of the moment and the sweep's sums, which are made anew. Call by call, since each updates one row.
 DO $$
@@ -421,7 +446,8 @@ DECLARE
     kept text;
 BEGIN
     FOREACH kept IN ARRAY ARRAY['policy', 'policy_version', 'policy_table', 'policy_column', 'order_state', 'record_state', 'renamed', 'aged_table', 'aged_row',
-            'file_outbox', 'own_row', 'orphan', 'run', 'audit_entry', 'audit_pending', 'audit_link', 'audit_chain', 'audit_checkpoint'] LOOP
+            'file_outbox', 'own_row', 'orphan', 'run', 'audit_entry', 'audit_pending', 'audit_link', 'audit_chain', 'audit_checkpoint',
+            'access_count', 'canary'] LOOP
         PERFORM pg_extension_config_dump(('amazon_pii.' || kept)::regclass, '');
     END LOOP;
     PERFORM pg_extension_config_dump(pg_get_serial_sequence('amazon_pii.renamed', 'renamed_id')::regclass, '');

@@ -95,7 +95,7 @@ CREATE FUNCTION amazon_pii.retrieve(order_number text, reason text DEFAULT NULL,
     RETURNS TABLE (order_key text, table_name text, records bigint, cells bigint, kept bigint)
     LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'retrieve_wrapper';
 COMMENT ON FUNCTION amazon_pii.retrieve(text, text, text, text) IS
-    'Writes the archived personal data of a redacted order back, read-only, for the policy''s retrieved_for; kept counts cells that no longer held what redaction left. Logged before anything is opened, even if rolled back. Needs amazon_pii_operator. P0002 unknown, P0003 ambiguous, 55000 not redacted, 55006 already retrieved, 42704 purged, 22023 bad reason, 08006 archive unreachable';
+    'Writes the archived personal data of a redacted order back, read-only, for the policy''s retrieved_for; kept counts cells that no longer held what redaction left. Logged before anything is opened, even if rolled back. Needs amazon_pii_operator. P0002 unknown, P0003 ambiguous, 55000 not redacted, 55006 already retrieved, 42704 purged, 22023 bad reason or no actor, 53400 over the quota, 08006 archive unreachable';
 
 CREATE FUNCTION amazon_pii.end_retrieval(order_number text, policy text DEFAULT NULL, key text DEFAULT NULL) RETURNS void
     LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'end_retrieval_wrapper';
@@ -105,7 +105,12 @@ COMMENT ON FUNCTION amazon_pii.end_retrieval(text, text, text) IS
 CREATE FUNCTION amazon_pii.peek(order_number text, reason text DEFAULT NULL, policy text DEFAULT NULL, key text DEFAULT NULL)
     RETURNS jsonb LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'peek_wrapper';
 COMMENT ON FUNCTION amazon_pii.peek(text, text, text, text) IS
-    'Gives the archived personal data of an order to the caller alone, without writing it back. Logged before anything is opened, even if rolled back. Needs amazon_pii_operator';
+    'Gives the archived personal data of an order to the caller alone, without writing it back. Logged and counted before anything is opened, even if rolled back. Needs amazon_pii_operator. 53400 over the quota';
+
+CREATE FUNCTION amazon_pii.set_canary(order_number text, canary boolean DEFAULT true, policy text DEFAULT NULL) RETURNS void
+    LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'set_canary_wrapper';
+COMMENT ON FUNCTION amazon_pii.set_canary(text, boolean, text) IS
+    'Makes an order a canary, which raises the alarm when somebody opens it, or an ordinary order again. Needs amazon_pii_admin. P0002 unknown or no canary, P0003 ambiguous';
 
 CREATE FUNCTION amazon_pii.find_orders(search text)
     RETURNS TABLE (policy text, order_key text, order_number text, status text, matched_by text)

@@ -8,7 +8,7 @@ GRANT USAGE ON SCHEMA amazon_pii TO amazon_pii_admin, amazon_pii_operator, amazo
 
 GRANT EXECUTE ON FUNCTION amazon_pii.apply_policy(jsonb), amazon_pii.check_policy(jsonb), amazon_pii.preset(text), amazon_pii.enable_policy(text),
     amazon_pii.disable_policy(text, text), amazon_pii.drop_policy(text), amazon_pii.unflag(text, text, text, text),
-    amazon_pii.mark_exported(text, timestamptz, boolean),
+    amazon_pii.mark_exported(text, timestamptz, boolean), amazon_pii.set_canary(text, boolean, text),
     amazon_pii.erase(text, text, text, text), amazon_pii.shred(text, text, text, text), amazon_pii.forget(text, text, text, text)
     TO amazon_pii_admin;
 GRANT EXECUTE ON PROCEDURE amazon_pii.run_cycle(text, boolean, bigint, bigint, bigint, bigint, bigint) TO amazon_pii_admin;
@@ -36,4 +36,6 @@ GRANT SELECT ON amazon_pii.status, amazon_pii.unclassified, amazon_pii.runs, ama
     TO amazon_pii_admin, amazon_pii_operator, amazon_pii_auditor;
 GRANT SELECT ON amazon_pii.orders, amazon_pii.records, amazon_pii.overdue, amazon_pii.upcoming
     TO amazon_pii_admin, amazon_pii_operator;
-GRANT SELECT ON amazon_pii.audit_log TO amazon_pii_auditor;
+-- Of which operators see their own entries.
+GRANT SELECT ON amazon_pii.audit_log TO amazon_pii_admin, amazon_pii_operator, amazon_pii_auditor;
+GRANT SELECT ON amazon_pii.canaries TO amazon_pii_admin, amazon_pii_auditor;

@@ -37,6 +37,7 @@ FUNCTIONS = {
     "preview(text,timestamp with time zone)": ("SELECT amazon_pii.preview('nothing')", set(EVERYBODY)),
     "explain_order(text)": ("SELECT amazon_pii.explain_order('nothing')", set(EVERYBODY)),
     "mark_exported(text,timestamp with time zone,boolean)": ("SELECT amazon_pii.mark_exported('nothing', now())", {ADMIN}),
+    "set_canary(text,boolean,text)": ("SELECT amazon_pii.set_canary('nothing')", {ADMIN}),
     "files_due(text,bigint)": ("SELECT amazon_pii.files_due('nothing')", {OPERATOR}),
     "ack_file(bigint)": ("SELECT amazon_pii.ack_file(1)", {OPERATOR}),
     "preset(text)": ("SELECT amazon_pii.preset('nothing')", {ADMIN}),
@@ -50,7 +51,7 @@ FUNCTIONS = {
     "on_ddl()": ("SELECT amazon_pii.on_ddl()", set()),
 }
 VIEWS = {
-    "audit_log": {AUDITOR}, "runs": set(EVERYBODY), "status": set(EVERYBODY), "policies": {ADMIN, AUDITOR},
+    "audit_log": set(EVERYBODY), "canaries": {ADMIN, AUDITOR}, "runs": set(EVERYBODY), "status": set(EVERYBODY), "policies": {ADMIN, AUDITOR},
     "unclassified": set(EVERYBODY), "by_age": set(EVERYBODY), "files": set(EVERYBODY),
     "key_status": {ADMIN, AUDITOR}, "archive_status": {ADMIN, AUDITOR},
     "orders": {ADMIN, OPERATOR}, "records": {ADMIN, OPERATOR}, "overdue": {ADMIN, OPERATOR}, "upcoming": {ADMIN, OPERATOR},

@@ -75,6 +75,7 @@ def test_nobody_else_gets_anything(db):
     "SELECT amazon_pii.mark_exported('x', now())", "SELECT amazon_pii.find_duplicates('x')", "SELECT amazon_pii.assert_mergeable('x', '1', '2')",
     "SELECT amazon_pii.archive_ddl()", "SELECT amazon_pii.check_archive('x.y')", "SELECT amazon_pii.archive_status()",
     "CALL amazon_pii.rotate_key()", "SELECT amazon_pii.key_status()", "SELECT amazon_pii.verify_audit_log()", "SELECT amazon_pii.evidence('x')",
+    "SELECT amazon_pii.set_canary('x')",
 ])
 def test_a_grant_on_a_function_is_no_capability(db, call):
     # A careless GRANT EXECUTE … TO PUBLIC would otherwise open the archive to everybody.

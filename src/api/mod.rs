@@ -2,6 +2,7 @@
 
 mod access;
 mod archive;
+mod canary;
 mod customers;
 mod cycle;
 mod ending;

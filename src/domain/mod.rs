@@ -12,6 +12,7 @@ pub mod number;
 pub mod pace;
 pub mod policy;
 pub mod preset;
+pub mod quota;
 pub mod reason;
 pub mod sample;
 pub mod scrub;

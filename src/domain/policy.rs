@@ -3,6 +3,7 @@
 //! What needs the server (do the tables exist, are the intervals intervals, do the treatments fit) is checked when the
 //! policy is applied.
 
+mod access;
 mod check;
 mod columns;
 mod document;
@@ -17,6 +18,7 @@ use chrono::{DateTime, NaiveTime, Utc};
 use chrono_tz::Tz;
 use serde::Deserialize;
 
+use super::quota::Limits;
 pub use history::{Access, History, Source, Template};
 pub use name::QualifiedName;
 
@@ -75,6 +77,10 @@ pub struct Policy {
     pub history: Option<History>,
     /// Roles that need not be operators for `retrieve_on_insert`.
     pub retrieve_for: Vec<String>,
+    /// How many orders somebody may have opened in a day.
+    pub limits: Limits,
+    /// Whether calls by order number need `amazon_pii.actor`.
+    pub require_actor: bool,
 }
 
 /// The archive of a policy.

@@ -11,6 +11,7 @@ use super::files;
 use super::history;
 use super::orphan;
 use super::plan::Plan;
+use super::quota;
 use super::records::RecordList;
 use super::rekey;
 use super::replacement;
@@ -25,7 +26,6 @@ use crate::pg::ident::Ident;
 use crate::pg::identity::{as_extension, require_role};
 use crate::pg::sql::{self, Arg};
 use crate::pg::{keys, xact};
-use crate::worker::evidence;
 pub use automatic::inserted;
 pub use restore::Restored;
 use restore::{marks, write_back};
@@ -126,8 +126,9 @@ pub(super) fn resolve_only(target: &Target<'_>) -> Result<(Rc<Plan>, Vec<Order>)
     resolve(target, Lock::None)
 }
 
-/// A reason as it is stored, or why it cannot be.
+/// A reason as it is stored, or why it cannot be; and whether it is known who asks.
 pub(super) fn checked(plan: &Plan, given: Option<&str>) -> Result<Option<String>> {
+    quota::require_actor(plan)?;
     reason::check(given, plan.document.reason)
         .map(|r| Some(r).filter(|r| !r.is_empty()))
         .map_err(|e| Error::invalid(e.to_string()).hint(e.hint()))
@@ -160,19 +161,17 @@ fn follow_keys(plan: &Plan, master: &MasterKeys, orders: &[Order]) -> Result<()>
     }
 }
 
-/// Records an access in a transaction of another process, before anything is opened.
+/// Records and counts an access in a transaction of another process, before anything is opened.
 fn witness(plan: &Plan, action: &str, orders: &[Order], number: &str, reason: Option<&str>) -> Result<()> {
-    for order in orders {
-        evidence::record(&entry(plan, action, order, number, reason)?)?;
-    }
-    Ok(())
+    let entries = orders.iter().map(|order| entry(plan, action, order, number, reason));
+    quota::pass(plan, entries.collect::<Result<_>>()?, false)
 }
 
 /// Writes the archived PII of a redacted order back, for `retrieved_for`.
 ///
 /// # Errors
-/// Unknown, ambiguous, not redacted, already retrieved, purged, bad reason, no evidence worker, archive unreachable or
-/// damaged: nothing is written then.
+/// Unknown, ambiguous, not redacted, already retrieved, purged, bad reason, no actor, over the quota, no evidence worker, archive
+/// unreachable or damaged: nothing is written then.
 pub fn retrieve(target: &Target<'_>, reason: Option<&str>) -> Result<Vec<Restored>> {
     require_role(&["amazon_pii_operator"], "retrieve the personal data of an order")?;
     let (plan, orders) = resolve(target, Lock::Taken)?;
@@ -484,7 +483,10 @@ fn change(
     let takes_reason = reason.is_some();
     let reason = match reason {
         Some(given) => checked(&plan, given)?,
-        None => None,
+        None => {
+            quota::require_actor(&plan)?;
+            None
+        }
     };
     if !orders.iter().all(fits) {
         return Err(Error::wrong_state(format!("order \"{}\" {}", target.number, otherwise.0)).hint(otherwise.1));

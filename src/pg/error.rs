@@ -115,6 +115,20 @@ impl Error {
         .hint("It was shredded, or is past its retention; nothing can bring it back.")
     }
 
+    /// More orders than somebody may have opened in a day; the hint says when the next day begins, and who sets the number.
+    pub fn over_quota(what: &str) -> Self {
+        Self::ours(Code::ERRCODE_CONFIGURATION_LIMIT_EXCEEDED, what)
+    }
+
+    /// A call that does not say for whom the application makes it.
+    pub fn no_actor(policy: &str) -> Self {
+        Self::ours(
+            Code::ERRCODE_INVALID_PARAMETER_VALUE,
+            format!("policy \"{policy}\" wants to know who asks: amazon_pii.actor is not set"),
+        )
+        .hint("SET amazon_pii.actor = '…' to the application's own user before the call.")
+    }
+
     /// An archive that cannot be reached or opened.
     pub fn archive(what: impl Into<String>) -> Self {
         Self::ours(Code::ERRCODE_CONNECTION_FAILURE, what)

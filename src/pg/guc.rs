@@ -168,9 +168,9 @@ fn text(setting: &GucSetting<Option<CString>>) -> Option<String> {
         .filter(|s| !s.is_empty())
 }
 
-/// The application's own user, if it set one.
+/// The application's own user, if it set one; blanks are none.
 pub fn actor() -> Option<String> {
-    text(&ACTOR)
+    text(&ACTOR).filter(|actor| !actor.trim().is_empty())
 }
 
 /// Milliseconds that one access to a foreign archive may take.

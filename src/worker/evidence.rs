@@ -4,8 +4,11 @@
 use std::time::{Duration, Instant};
 
 use pgrx::prelude::*;
+use serde::{Deserialize, Serialize};
 
+use crate::domain::quota::Refusal;
 use crate::engine::audit::{self, AuditEntry};
+use crate::engine::quota::{self, Access};
 use crate::pg::error::{Error, Result};
 use crate::pg::worker::desk;
 use crate::pg::worker::segment::{Answer, Segment};
@@ -30,11 +33,31 @@ const PATIENCE: Duration = Duration::from_secs(2);
 /// The slot of a worker that has just ended is free when the postmaster has noticed.
 const BRIEFLY: Duration = Duration::from_millis(50);
 
-/// Records an access for good, whatever becomes of the caller's transaction.
+/// What the other process is told to record; `E` and `A` are borrowed by whoever asks.
+#[derive(Debug, Serialize, Deserialize)]
+enum Request<E = AuditEntry, A = Access> {
+    Entry(E),
+    /// Counted, and perhaps refused.
+    Access(A),
+}
+
+/// Records an access that is not counted for good, whatever becomes of the caller's transaction.
 ///
 /// # Errors
 /// It could not be recorded, so the access must not happen. A cancel while waiting unwinds.
 pub fn record(entry: &AuditEntry) -> Result<()> {
+    ask(&Request::<_, &Access>::Entry(entry)).map(drop)
+}
+
+/// Records and counts an access for good, whatever becomes of the caller's transaction. A refusal is recorded, too.
+///
+/// # Errors
+/// As [`record`].
+pub fn access(access: &Access) -> Result<Option<Refusal>> {
+    ask(&Request::<&AuditEntry, _>::Access(access))
+}
+
+fn ask(request: &impl Serialize) -> Result<Option<Refusal>> {
     if xact::in_recovery() {
         // No worker of ours starts here: the caller would wait for one until the server is promoted.
         return Err(
@@ -42,7 +65,8 @@ pub fn record(entry: &AuditEntry) -> Result<()> {
                 .hint("Connect to the primary server."),
         );
     }
-    let request = serde_json::to_vec(entry).map_err(|_| Error::internal("an audit entry cannot be written as JSON"))?;
+    let request =
+        serde_json::to_vec(request).map_err(|_| Error::internal("an audit entry cannot be written as JSON"))?;
     let segment = Segment::create(&request).ok_or_else(refused)?;
     let database = worker::current_database();
     let mut answer = Answer::None;
@@ -59,7 +83,11 @@ pub fn record(entry: &AuditEntry) -> Result<()> {
         answer = wait(&segment, || started.stopped());
     }
     match answer {
-        Answer::Done => Ok(()),
+        Answer::Done => Ok(None),
+        Answer::Refused(why) => match serde_json::from_str(&why) {
+            Ok(refusal) => Ok(Some(refusal)),
+            Err(_) => Err(Error::internal("a refusal cannot be read")),
+        },
         Answer::Failed(words) => Err(Error::resources("the access could not be recorded, so it is refused")
             .detail(format!("The recording worker reported \"{words}\"."))),
         Answer::None => Err(refused()),
@@ -123,15 +151,25 @@ pub extern "C-unwind" fn amazon_pii_evidence_main(argument: pg_sys::Datum) {
 fn serve(segment: Segment) {
     worker::report_running("amazon_pii: recording an access");
     let answer = match write(&segment.request()) {
-        Ok(()) => Answer::Done,
+        Ok(None) => Answer::Done,
+        Ok(Some(refusal)) => Answer::Refused(serde_json::to_string(&refusal).unwrap_or_default()),
         Err(e) => Answer::Failed(e.stored()),
     };
     worker::report_idle();
     segment.answer(&answer);
 }
 
-fn write(request: &[u8]) -> Result<()> {
-    let entry: AuditEntry =
+fn write(request: &[u8]) -> Result<Option<Refusal>> {
+    let request: Request =
         serde_json::from_slice(request).map_err(|_| Error::internal("an audit entry cannot be read"))?;
-    worker::transaction(|| audit::insert(&[entry]))
+    match request {
+        Request::Entry(entry) => worker::transaction(|| audit::insert(&[entry])).map(|()| None),
+        Request::Access(access) => {
+            let recorded = worker::transaction(|| quota::record(&access))?;
+            for alarm in recorded.alarms {
+                pgrx::warning!("{alarm}");
+            }
+            Ok(recorded.refused)
+        }
+    }
 }

@@ -4,6 +4,7 @@ use chrono::NaiveTime;
 use chrono_tz::Tz;
 use serde_json::Value;
 
+use super::access::limits;
 use super::document::{Node, Object, nearest, suggestion};
 use super::history::history;
 use super::moment::moment;
@@ -41,6 +42,10 @@ const POLICY: &[&str] = &[
     "loosened",
     "history",
     "retrieve_for",
+    "retrievals_per_day",
+    "user_retrievals_per_day",
+    "alarm_per_day",
+    "require_actor",
 ];
 const ORDERS: &[&str] = &[
     "table",
@@ -141,11 +146,7 @@ pub(super) fn policy(root: &Node<'_>) -> Result<Policy> {
         archive: archive(document.get("archive").as_ref())?,
         window: document.get("window").map(|node| window(&node, timezone)).transpose()?,
         timezone: timezone.name().to_owned(),
-        enabled: document
-            .get("enabled")
-            .map(|node| node.boolean())
-            .transpose()?
-            .unwrap_or(false),
+        enabled: flag(&document, "enabled")?,
         effective_from: document
             .get("effective_from")
             .map(|node| moment(&node, timezone))
@@ -167,7 +168,15 @@ pub(super) fn policy(root: &Node<'_>) -> Result<Policy> {
             None => Vec::new(),
         },
         history: document.get("history").map(|node| history(&node)).transpose()?,
+        limits: limits(&document)?,
+        require_actor: flag(&document, "require_actor")?,
     })
+}
+
+/// True or false; false if left out.
+fn flag(object: &Object<'_>, key: &str) -> Result<bool> {
+    let flag = object.get(key).map(|node| node.boolean()).transpose()?;
+    Ok(flag.unwrap_or(false))
 }
 
 fn policy_name(node: &Node<'_>) -> Result<String> {

@@ -5,6 +5,7 @@ use super::{Order, history, state_retrieved, write_back};
 use crate::engine::audit::{self, AuditEntry, Line};
 use crate::engine::news;
 use crate::engine::plan::Plan;
+use crate::engine::quota;
 use crate::engine::records::RecordList;
 use crate::engine::triggers::orders_of_rows;
 use crate::engine::walk;
@@ -15,7 +16,6 @@ use crate::pg::sql::{self, Arg};
 use crate::pg::subxact::subtransaction;
 use crate::pg::trigger::TriggerCall;
 use crate::pg::xact;
-use crate::worker::evidence;
 
 /// The longest reason, in characters.
 const LONGEST: usize = 50;
@@ -129,8 +129,8 @@ fn retrieve(plan: &Plan, wanted: &[Order], reason: &str) -> Result<()> {
     if orders.is_empty() {
         return Ok(());
     }
-    // The other process needs none of the locks that this transaction has: it only adds a line to the log.
-    evidence::record(&entry(plan, "retrieve", &orders, reason, "")?)?;
+    // The other process needs none of the locks that this transaction has: it only adds a line to the log, and counts.
+    quota::pass(plan, vec![entry(plan, "retrieve", &orders, reason, "")?], true)?;
     write_back(plan, &orders, "")?;
     if let Some(history) = &plan.history {
         // Each has a number of its own; what is deferred is looked at once for all.

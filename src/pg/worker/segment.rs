@@ -34,10 +34,13 @@ pub enum Answer {
     Done,
     /// It failed, in words that may be shown.
     Failed(String),
+    /// It did what it was asked, and the answer is no; why, in a form that both sides know.
+    Refused(String),
 }
 
 const DONE: u32 = 1;
 const FAILED: u32 = 2;
+const REFUSED: u32 = 3;
 
 /// A mapped segment; unmapped when dropped, and gone when nobody maps it any more.
 #[derive(Debug)]
@@ -136,6 +139,7 @@ impl Segment {
             Answer::None => return,
             Answer::Done => (DONE, ""),
             Answer::Failed(words) => (FAILED, words.as_str()),
+            Answer::Refused(why) => (REFUSED, why.as_str()),
         };
         let length = words.floor_char_boundary(ANSWER_ROOM);
         // SAFETY: only the worker writes the answer, and the backend reads it after it has seen the state.
@@ -156,10 +160,15 @@ impl Segment {
         unsafe {
             match (*header).state.load(Ordering::Acquire) {
                 DONE => Answer::Done,
-                FAILED => {
+                state @ (FAILED | REFUSED) => {
                     let length = ((*header).answer_length.load(Ordering::Relaxed) as usize).min(ANSWER_ROOM);
                     let words = std::slice::from_raw_parts((&raw const (*header).answer).cast::<u8>(), length);
-                    Answer::Failed(String::from_utf8_lossy(words).into_owned())
+                    let words = String::from_utf8_lossy(words).into_owned();
+                    if state == FAILED {
+                        Answer::Failed(words)
+                    } else {
+                        Answer::Refused(words)
+                    }
                 }
                 _ => Answer::None,
             }

@@ -254,3 +254,44 @@ fn what_identifies_is_not_redacted() {
     ]);
     assert_refused(&document, "linked[0].on.mail", "redacted in linked[1]", "");
 }
+
+#[test]
+fn quotas() {
+    let policy = parse(&small()).unwrap();
+    assert_eq!(
+        (policy.limits, policy.require_actor),
+        (Limits::new(None, None, None), false)
+    );
+    let mut document = with("/retrievals_per_day", json!(50));
+    document["user_retrievals_per_day"] = json!(400);
+    document["alarm_per_day"] = json!(30);
+    document["require_actor"] = json!(true);
+    let policy = parse(&document).unwrap();
+    assert_eq!(policy.limits, Limits::new(Some(50), Some(400), Some(30)));
+    assert!(policy.require_actor);
+    document["user_retrievals_per_day"] = json!(49);
+    assert_refused(
+        &document,
+        "user_retrievals_per_day",
+        "lower than \"retrievals_per_day\"",
+        "higher",
+    );
+    for key in ["retrievals_per_day", "user_retrievals_per_day", "alarm_per_day"] {
+        for wrong in [json!(0), json!(-1), json!(1.5)] {
+            assert_refused(&with(&format!("/{key}"), wrong), key, "whole number, 1 or more", "");
+        }
+        assert_refused(
+            &with(&format!("/{key}"), json!("50")),
+            key,
+            "must be a number, not a text",
+            "",
+        );
+    }
+    assert_refused(&with("/require_actor", json!(1)), "require_actor", "true or false", "");
+    assert_refused(
+        &with("/retrieval_per_day", json!(1)),
+        "retrieval_per_day",
+        "unknown key",
+        "retrievals_per_day",
+    );
+}
