@@ -28,7 +28,8 @@ CREATE TABLE amazon_pii.policy (
     loosened        text,
     disabled_at     timestamptz,
     disabled_reason text,
-    keys_changed_at timestamptz
+    keys_changed_at timestamptz,
+    home            text
 );
 COMMENT ON TABLE amazon_pii.policy IS 'One row a policy: the document in force';
 COMMENT ON COLUMN amazon_pii.policy.search_path IS 'The path under which expressions and code of the tables'' owners run';
@@ -41,6 +42,7 @@ COMMENT ON COLUMN amazon_pii.policy.export_looked_at IS 'When orders that are no
 COMMENT ON COLUMN amazon_pii.policy.loosened IS 'How long personal data is kept, and why, where that is more than 30 days';
 COMMENT ON COLUMN amazon_pii.policy.disabled_reason IS 'Why it was switched off; NULL where it never was on';
 COMMENT ON COLUMN amazon_pii.policy.keys_changed_at IS 'When a rotation began: cycles under way read the master keys anew';
+COMMENT ON COLUMN amazon_pii.policy.home IS 'The database in which it is at work, as system identifier and number; NULL: the one of the next cycle';
 COMMENT ON COLUMN amazon_pii.policy.recheck_page IS 'Page of order_state from which redacted orders are looked at again';
 COMMENT ON COLUMN amazon_pii.policy.recheck_left IS 'Pages that are left of today''s share';
 COMMENT ON COLUMN amazon_pii.policy.structure IS 'What the last cycle saw of the catalog; while that stays, a cycle with nothing due does nothing';

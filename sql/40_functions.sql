@@ -57,6 +57,11 @@ CREATE VIEW amazon_pii.key_status WITH (security_barrier) AS SELECT * FROM amazo
 COMMENT ON VIEW amazon_pii.key_status IS
     'The master keys by their ids: whether configured, how many data keys and keys of files each wraps, how many audit entries it signed; may_retire: nothing needs it to be opened';
 
+CREATE FUNCTION amazon_pii.adopt_copy(policy text DEFAULT NULL) RETURNS bigint
+    LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'adopt_copy_wrapper';
+COMMENT ON FUNCTION amazon_pii.adopt_copy(text) IS
+    'Says that this database, a copy of the one in which policies were applied, takes its place: the worker''s cycles, and those that write to a cold server, are refused before. Never while the original is at work. Returns how many policies were adopted; NULL: all. Needs amazon_pii_admin';
+
 CREATE FUNCTION amazon_pii.archive_ddl(foreign_table text DEFAULT 'cold.document', server text DEFAULT 'cold', host text DEFAULT 'cold.example.com',
         database text DEFAULT 'archive', role text DEFAULT 'amazon_pii_archiver')
     RETURNS TABLE (run_on text, statement text)

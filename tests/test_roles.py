@@ -17,6 +17,7 @@ FUNCTIONS = {
     "drop_policy(text)": ("SELECT amazon_pii.drop_policy('nothing')", {ADMIN}),
     "run_cycle(text,boolean,bigint,bigint,bigint,bigint,bigint)": ("CALL amazon_pii.run_cycle('nothing')", {ADMIN}),
     "rotate_key(bigint,bigint)": ("CALL amazon_pii.rotate_key()", {ADMIN}),
+    "adopt_copy(text)": ("SELECT amazon_pii.adopt_copy()", {ADMIN}),
     "archive_ddl(text,text,text,text,text)": ("SELECT * FROM amazon_pii.archive_ddl()", {ADMIN}),
     "check_archive(text)": ("SELECT * FROM amazon_pii.check_archive('nothing.at_all')", {ADMIN}),
     "archive_status()": ("SELECT * FROM amazon_pii.archive_status()", {ADMIN, AUDITOR}),

@@ -2,6 +2,7 @@ use pgrx::prelude::*;
 
 use crate::engine::apply;
 use crate::engine::export;
+use crate::engine::home;
 use crate::engine::inspect;
 use crate::pg::error::{Error, or_raise};
 
@@ -56,6 +57,11 @@ fn disable_policy(policy: Option<&str>, reason: Option<&str>) {
 #[pg_extern(sql = false)]
 fn drop_policy(policy: &str) {
     or_raise(apply::drop(policy));
+}
+
+#[pg_extern(sql = false)]
+fn adopt_copy(policy: Option<&str>) -> i64 {
+    or_raise(home::adopt(policy))
 }
 
 #[pg_extern(sql = false)]

@@ -14,7 +14,7 @@ use crate::domain::reason::{self, ReasonError};
 use crate::pg::error::{Error, Result};
 use crate::pg::identity::{as_extension, require_role, session_user};
 use crate::pg::sql::{self, Arg};
-use crate::pg::xact::timestamp_text;
+use crate::pg::xact::{this_database, timestamp_text};
 use crate::pg::{catalog, identity, invalidation, keys};
 
 /// Parses a document and makes it ready in the caller's name, checking that the caller owns every table.
@@ -266,8 +266,8 @@ fn store(plan: &Plan, document: &str) -> Result<(i64, bool)> {
         )?;
         let schemas = schemas.first().ok_or_else(|| Error::internal("no row"))?.string(0)?;
         sql::execute(
-            "INSERT INTO amazon_pii.policy AS p (policy, version, document, enabled, search_path, applied_by, report_only_until, export, path_schemas, loosened) \
-             VALUES ($1, $2, $3, $4, $5, $6, $7::timestamptz, $8, $9, $10) ON CONFLICT (policy) DO UPDATE SET version = EXCLUDED.version, \
+            "INSERT INTO amazon_pii.policy AS p (policy, version, document, enabled, search_path, applied_by, report_only_until, export, path_schemas, loosened, home) \
+             VALUES ($1, $2, $3, $4, $5, $6, $7::timestamptz, $8, $9, $10, $11) ON CONFLICT (policy) DO UPDATE SET version = EXCLUDED.version, \
                 document = EXCLUDED.document, search_path = EXCLUDED.search_path, applied_at = pg_catalog.now(), \
                 applied_by = EXCLUDED.applied_by, \
                 report_only_until = EXCLUDED.report_only_until, path_schemas = EXCLUDED.path_schemas, export = EXCLUDED.export, loosened = EXCLUDED.loosened, export_looked_at = NULL, suspended = NULL, last_error = NULL",
@@ -285,6 +285,8 @@ fn store(plan: &Plan, document: &str) -> Result<(i64, bool)> {
                 })),
                 Arg::Text(Some(&schemas)),
                 Arg::Text(loosening::of_policy(&plan.document)?.as_deref()),
+                // Of a new policy: a copy is not adopted in passing.
+                Arg::Text(Some(&this_database())),
             ],
         )?;
         if new {

@@ -14,6 +14,7 @@ use super::check;
 use super::columns;
 use super::due::Clock;
 use super::export;
+use super::home;
 use super::idle;
 use super::news;
 use super::orphan;
@@ -182,6 +183,7 @@ fn run_policy(policy: &str, sweep: bool, boundary: Boundary) -> Result<Option<Co
         boundary.commit()?;
         return Ok(Some(counts));
     }
+    home::refuse_elsewhere(&plan, boundary)?;
     let keys = Keyring::load(policy)?;
     let clock = clock(&plan)?;
     boundary.commit()?;

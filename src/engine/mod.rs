@@ -30,6 +30,7 @@ pub mod gather;
 pub mod gone;
 pub mod guard;
 pub mod history;
+pub mod home;
 pub mod idle;
 pub mod inspect;
 pub mod loosening;

@@ -1,0 +1,124 @@
+"""A copy of a database is not the original: nothing happens there by itself, and nothing that is the original's is touched."""
+import pytest
+from cluster import wait_until
+from cold import DATABASE, FOREIGN, cold_server, join, status
+from conftest import Database, add_extension, new_database, server_with
+from support import fill, open_shop, order_number, refused, run_cycle, shop_policy, states
+
+HOME = "SELECT home FROM amazon_pii.policy"
+
+
+@pytest.fixture(scope="module")
+def cold():
+    server = cold_server()
+    yield server
+    server.destroy()
+
+
+def copy_of(db):
+    """Whoever is connected stays away for that moment, a worker included."""
+    name = f"{db.name}_copy"
+    db.cluster.sql(f"ALTER DATABASE {db.name} ALLOW_CONNECTIONS false")
+    db.cluster.sql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", [db.name])
+    for user in list(db._sessions):
+        db._sessions.pop(user).close()
+    db.cluster.create_database(name, db.name)
+    db.cluster.sql(f"ALTER DATABASE {db.name} ALLOW_CONNECTIONS true")
+    return Database(db.cluster, name)
+
+
+def test_the_worker_leaves_a_copy_alone_until_it_is_adopted(preloaded):
+    # Breaks when a staging database redacts by itself, or an adopted one does not.
+    db = new_database(preloaded, "template0")
+    add_extension(preloaded, db.name)
+    open_shop(db).apply_policy(shop_policy(enabled=False))
+    fill(db, 4)
+    copy = copy_of(db)
+    try:
+        copy.sql("SELECT amazon_pii.enable_policy('shop')", user="pii_admin")
+        said = "SELECT last_error FROM amazon_pii.status"
+        wait_until(lambda: "this one is a copy" in (copy.value(said, user="pii_auditor") or ""))
+        assert set(states(copy).values()) == {"original"}
+        assert copy.value("SELECT overdue FROM amazon_pii.status", user="pii_auditor") == 4
+        assert copy.value("SELECT amazon_pii.adopt_copy()", user="pii_admin") == 1
+        wait_until(lambda: set(states(copy).values()) == {"redacted"})
+        assert copy.value(said, user="pii_auditor") is None
+        assert copy.value("SELECT amazon_pii.adopt_copy('shop')", user="pii_admin") == 0
+        assert copy.value("SELECT count(*) FROM amazon_pii.audit_log WHERE action = 'adopt_copy'", user="pii_auditor") == 1
+        with refused("42704", "does not exist"):
+            copy.sql("SELECT amazon_pii.adopt_copy('nothing')", user="pii_admin")
+        # The original is where it was.
+        assert set(states(db).values()) == {"original"} and db.value(HOME) != copy.value(HOME)
+    finally:
+        copy.drop()
+        db.drop()
+
+
+def test_applying_a_policy_in_a_copy_adopts_nothing(cluster):
+    db = new_database(cluster)
+    open_shop(db)
+    db.apply_policy(shop_policy())
+    copy = copy_of(db)
+    try:
+        copy.apply_policy(shop_policy(placeholder="[gone]"))
+        assert copy.value(HOME) == db.value(HOME)
+        # A cycle that somebody asks for does what it is told: the archive is a copy, too.
+        fill(copy, 2)
+        assert run_cycle(copy)["redacted"] == 2
+        # A policy from before there were homes takes the first it finds.
+        copy.sql("UPDATE amazon_pii.policy SET home = NULL")
+        fill(copy, 3, first=3)
+        run_cycle(copy)
+        assert copy.value(HOME) not in (None, db.value(HOME))
+    finally:
+        copy.drop()
+        db.drop()
+
+
+def test_a_copy_writes_nothing_to_the_cold_server(cluster, cold):
+    # Breaks when a staging database deletes what the original still needs, or sends its own.
+    db = new_database(cluster)
+    db.need_contrib("postgres_fdw")
+    join(open_shop(db), cold)
+    fill(db, 3)
+    db.apply_policy(shop_policy(archive=FOREIGN))
+    run_cycle(db)
+    before = cold.documents("order_key, table_name, record_key, sealed")
+    copy = copy_of(db)
+    try:
+        copy.sql("SELECT amazon_pii.shred(%s, 'try it')", [order_number(2)], "pii_admin")
+        fill(copy, 5, first=4)
+        for _ in range(2):
+            with refused("55000", "this one is a copy"):
+                run_cycle(copy, "shop")
+        assert cold.documents("order_key, table_name, record_key, sealed") == before
+        assert status(copy)["to_delete"] == 1 and states(copy)[4] == "original"
+        assert "'Gift 2'" in str(db.value("SELECT amazon_pii.peek(%s, 'test')", [order_number(2)], "pii_operator"))
+        copy.sql("SELECT amazon_pii.adopt_copy()", user="pii_admin")
+        assert run_cycle(copy, "shop")["redacted"] == 2
+        assert cold.count("""order_key = '["2"]'""") == 0
+    finally:
+        copy.drop()
+        db.drop()
+        cold.sql("DROP SCHEMA cold CASCADE", dbname=DATABASE)
+
+
+def test_a_restored_dump_is_a_copy(cold):
+    # Breaks when another cluster with the same database number takes the policy for its own.
+    here, there = server_with(), server_with()
+    try:
+        db = new_database(here, "template0")
+        add_extension(here, db.name)
+        fill(open_shop(db), 3)
+        db.apply_policy(shop_policy())
+        run_cycle(db)
+        dump = here.client("pg_dump", "-d", db.name).stdout
+        restored = new_database(there, "template0")
+        restored.psql(dump)
+        assert restored.value(HOME) == db.value(HOME)
+        (there.base / "key").write_text((here.base / "key").read_text())
+        assert restored.value("SELECT amazon_pii.adopt_copy()", user="pii_admin") == 1
+        assert "'Gift 2'" in str(restored.value("SELECT amazon_pii.peek(%s, 'test')", [order_number(2)], "pii_operator"))
+    finally:
+        here.destroy()
+        there.destroy()
