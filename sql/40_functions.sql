@@ -75,6 +75,12 @@ CREATE FUNCTION amazon_pii.check_archive(foreign_table text)
 COMMENT ON FUNCTION amazon_pii.check_archive(text) IS
     'What keeps a foreign table from holding an archive: its columns, owners, user mapping and options, and a document that is written, read back and rolled back on its server. No row: nothing. Needs amazon_pii_admin';
 
+CREATE FUNCTION amazon_pii.backup_check()
+    RETURNS TABLE (severity text, object text, problem text, hint text)
+    LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'backup_check_wrapper';
+COMMENT ON FUNCTION amazon_pii.backup_check() IS
+    'Whether a dump of this database holds what is needed to open the archive: error: something is missing, or a dump leaves it out; info: what belongs to a backup and is elsewhere. Reads all states. Needs amazon_pii_admin or amazon_pii_auditor';
+
 CREATE FUNCTION amazon_pii.archive_status()
     RETURNS TABLE (policy text, foreign_table text, deadline text, unsent bigint, unsent_since timestamptz, to_delete bigint,
         up_at timestamptz, down_since timestamptz, last_error text)

@@ -3,6 +3,7 @@
 
 use pgrx::prelude::*;
 
+use crate::engine::backup;
 use crate::engine::check::archive::{self, Wanted};
 use crate::engine::vault;
 use crate::pg::error::or_raise;
@@ -24,6 +25,24 @@ fn check_archive(
         require_role(&["amazon_pii_admin"], "check an archive")
             .and_then(|()| archive::problems(&archive::named(foreign_table)?)),
     );
+    TableIterator::new(
+        problems
+            .into_iter()
+            .map(|p| (p.severity.word().to_owned(), p.object, p.problem, p.hint)),
+    )
+}
+
+#[pg_extern(sql = false)]
+fn backup_check() -> TableIterator<
+    'static,
+    (
+        name!(severity, String),
+        name!(object, String),
+        name!(problem, String),
+        name!(hint, String),
+    ),
+> {
+    let problems = or_raise(backup::check());
     TableIterator::new(
         problems
             .into_iter()

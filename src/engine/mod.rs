@@ -7,6 +7,7 @@ pub mod apply;
 pub mod archive;
 pub mod assign;
 pub mod audit;
+pub mod backup;
 pub mod batch;
 pub mod by_age;
 pub mod canary;
