@@ -43,6 +43,13 @@ CREATE PROCEDURE amazon_pii.run_cycle(
 COMMENT ON PROCEDURE amazon_pii.run_cycle(text, boolean, bigint, bigint, bigint, bigint, bigint) IS
     'One cycle now, of one policy or of all, committing batch by batch; sweep => true also looks at every order. Not inside a transaction block (25001). Needs amazon_pii_admin';
 
+CREATE PROCEDURE amazon_pii.sanitize_copy(policy text,
+    INOUT flagged bigint DEFAULT 0, INOUT archived bigint DEFAULT 0, INOUT redacted bigint DEFAULT 0,
+    INOUT failed bigint DEFAULT 0, INOUT overdue bigint DEFAULT 0)
+    LANGUAGE c AS 'MODULE_PATHNAME', 'sanitize_copy_wrapper';
+COMMENT ON PROCEDURE amazon_pii.sanitize_copy(text, bigint, bigint, bigint, bigint, bigint) IS
+    'In a copy of the database in which the policy was applied: redacts every order that it finds, at once and without a copy, and destroys what came along of the archive, committing batch by batch. Refused where the policy is at work (55000), and inside a transaction block (25001). Needs amazon_pii_admin';
+
 CREATE PROCEDURE amazon_pii.rotate_key(INOUT rewrapped bigint DEFAULT 0, INOUT remaining bigint DEFAULT 0)
     LANGUAGE c AS 'MODULE_PATHNAME', 'rotate_key_wrapper';
 COMMENT ON PROCEDURE amazon_pii.rotate_key(bigint, bigint) IS

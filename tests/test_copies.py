@@ -122,3 +122,46 @@ def test_a_restored_dump_is_a_copy(cold):
     finally:
         here.destroy()
         there.destroy()
+
+
+def test_a_sanitized_copy_holds_no_buyer(cluster, cold):
+    # Breaks when an order of any state keeps its personal data, or the original or its cold server are touched.
+    db = new_database(cluster)
+    db.need_contrib("postgres_fdw")
+    join(open_shop(db), cold)
+    db.apply_policy(shop_policy(archive=FOREIGN))
+    fill(db, 4)
+    run_cycle(db)
+    fill(db, 8, first=5, age="1 day")
+    fill(db, 9, first=9, channel="shop")
+    db.sql("SELECT amazon_pii.retrieve(%s, 'return')", [order_number(2)], "pii_operator")
+    db.sql("SELECT amazon_pii.hold(%s, 'dispute', now() + interval '9 days')", [order_number(5)], "pii_operator")
+    db.sql("UPDATE shop.orders SET shipped_at = NULL WHERE id = 6", user="shop_owner")
+    there = cold.documents("order_key, table_name, record_key, sealed")
+    with refused("55000", "is no copy"):
+        db.sql("CALL amazon_pii.sanitize_copy('shop')", user="pii_admin")
+    before = states(db)
+    copy = copy_of(db)
+    try:
+        copy.sql("ALTER TABLE shop.orders DISABLE TRIGGER ALL")
+        fill(copy, 12, first=10, age="3 days")
+        copy.sql("ALTER TABLE shop.orders ENABLE TRIGGER ALL")
+        counts = copy.sql("CALL amazon_pii.sanitize_copy('shop')", user="pii_admin")[0]
+        assert (counts[0], counts[1], counts[3]) == (3, 0, 0)
+        assert states(copy) == {**dict.fromkeys(range(1, 13), "redacted"), 9: "original"}
+        assert copy.value("SELECT count(*) FROM shop.customers WHERE email <> '[Redacted]'") == 1
+        assert copy.value("SELECT (SELECT count(*) FROM amazon_pii_archive.document) + (SELECT count(*) FROM amazon_pii_archive.data_key)") == 0
+        with refused("42704"):
+            copy.sql("SELECT amazon_pii.peek(%s, 'test')", [order_number(1)], "pii_operator")
+        # What is imported later goes the same way when it is called again.
+        copy.sql("UPDATE shop.orders SET gift_message = 'Again' WHERE id = 1", user="shop_owner")
+        fill(copy, 13, first=13, age="1 day")
+        copy.sql("CALL amazon_pii.sanitize_copy('shop')", user="pii_admin")
+        assert copy.value("SELECT gift_message FROM shop.orders WHERE id = 1") == "[Redacted]" and states(copy)[13] == "redacted"
+        assert cold.documents("order_key, table_name, record_key, sealed") == there and states(db) == before
+        with refused("25001"), copy.connect("pii_admin", autocommit=False) as session, session.cursor() as cursor:
+            cursor.execute("CALL amazon_pii.sanitize_copy('shop')")
+    finally:
+        copy.drop()
+        db.drop()
+        cold.sql("DROP SCHEMA cold CASCADE", dbname=DATABASE)

@@ -20,6 +20,7 @@ FUNCTIONS = {
     "adopt_copy(text)": ("SELECT amazon_pii.adopt_copy()", {ADMIN}),
     "archive_ddl(text,text,text,text,text)": ("SELECT * FROM amazon_pii.archive_ddl()", {ADMIN}),
     "check_archive(text)": ("SELECT * FROM amazon_pii.check_archive('nothing.at_all')", {ADMIN}),
+    "sanitize_copy(text,bigint,bigint,bigint,bigint,bigint)": ("CALL amazon_pii.sanitize_copy('nothing')", {ADMIN}),
     "backup_check()": ("SELECT * FROM amazon_pii.backup_check()", {ADMIN, AUDITOR}),
     "archive_status()": ("SELECT * FROM amazon_pii.archive_status()", {ADMIN, AUDITOR}),
     "key_status()": ("SELECT * FROM amazon_pii.key_status()", {ADMIN, AUDITOR}),

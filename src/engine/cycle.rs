@@ -1,8 +1,10 @@
 //! One pass over what is due: flag, archive, redact, batch by batch, each batch two transactions. The same code
 //! serves the worker, `CALL run_cycle()` and the tests.
 
+mod cold;
 mod help;
 mod record;
+mod sanitize;
 
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
@@ -21,10 +23,8 @@ use super::orphan;
 use super::pace::Pace;
 use super::plan::{Aged, Plan};
 use super::purge;
-use super::rekey;
 use super::report;
 use super::rotation::Keyring;
-use super::state;
 use super::sweep;
 use super::touched;
 use super::trigger_ddl;
@@ -41,6 +41,7 @@ use crate::worker::helper::Team;
 pub use help::{Task, help};
 pub use record::note_error;
 use record::{announce_overdue, overdue};
+pub use sanitize::sanitize;
 
 /// How often a long run says how far it is.
 const TELL_EVERY: Duration = Duration::from_secs(10);
@@ -257,51 +258,6 @@ impl Run<'_> {
             })?;
         }
         self.step(|run| sweep::stale(run.plan))
-    }
-
-    /// Lets the archive follow changes of keys.
-    fn follow_keys(&mut self) -> Result<()> {
-        let mut orders = Vec::new();
-        if self.plan.archive.foreign.is_some() {
-            orders = rekey::pending(self.plan)?;
-            self.boundary.commit()?;
-        }
-        let found = match self.batches.cold.look(Mode::Alone, &orders) {
-            Err(e) if e.is_unreachable() => {
-                self.trouble = Some(e);
-                return Ok(());
-            }
-            found => found?,
-        };
-        // Nothing moves that was not read: half of an archive would be left behind.
-        if self.batches.cold.is_down() {
-            return Ok(());
-        }
-        self.step(|run| {
-            run.batches.keys.refresh(&run.plan.policy)?;
-            for (order, error) in &found.failed {
-                state::troubled(run.plan, order, error)?;
-            }
-            if found.failed.is_empty() {
-                for (order, error) in rekey::settle(run.plan, &run.batches.keys, &found.cold)? {
-                    state::troubled(run.plan, &order, &error)?;
-                }
-            }
-            Ok(())
-        })
-    }
-
-    /// What is still to be sent to a cold server, or to be deleted there; and what is known of it.
-    fn send_the_rest(&mut self) -> Result<()> {
-        self.batches.keys.refresh(&self.plan.policy)?;
-        match self.batches.cold.rest(&self.batches.keys) {
-            Ok(None) => {}
-            Ok(Some(e)) => self.trouble = Some(e),
-            Err(e) => self.go_on_after(Err(e))?,
-        }
-        let down = self.batches.cold.note()?;
-        self.trouble = down.or(self.trouble.take());
-        self.boundary.commit()
     }
 
     /// Runs a step in a transaction of its own.

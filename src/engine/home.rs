@@ -32,6 +32,20 @@ pub fn refuse_elsewhere(plan: &Plan, boundary: Boundary) -> Result<()> {
     .hint("Where this database takes the place of the original, call amazon_pii.adopt_copy(); never while the original is still at work."))
 }
 
+/// Whether a policy is at work in this database, as far as is known.
+///
+/// # Errors
+/// Errors of the server.
+pub fn is_here(policy: &str) -> Result<bool> {
+    let rows = on_keys(|| {
+        sql::read(
+            "SELECT COALESCE(p.home, $2) = $2 FROM amazon_pii.policy p WHERE p.policy = $1",
+            &[Arg::Text(Some(policy)), Arg::Text(Some(&xact::this_database()))],
+        )
+    })?;
+    rows.first().map_or(Ok(true), |r| r.bool(0))
+}
+
 /// Says that policies are at work in this database from now on. Returns how many were not.
 ///
 /// # Errors
