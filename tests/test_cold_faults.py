@@ -178,6 +178,70 @@ def test_one_document_that_is_refused_stops_nobody_else(far, cold):
     recovers(far, cold)
 
 
+def test_waiting_orders_wait_whatever_else_asks_the_server(far, cold):
+    """Breaks when a part of the cycle that was refused first makes the rest believe that it may go on without the server."""
+    fill(far, 6)
+    far.apply_policy(shop_policy(archive=FOREIGN))
+    run_cycle(far)
+    fill(far, 12, first=7)
+    fill(far, 18, first=13, age="29 days 12 hours")
+    run_cycle(far)
+    # Archived there, and due now.
+    far.sql("UPDATE shop.invoices SET invoiced_at = invoiced_at - interval '2 days'", user="shop_owner")
+    far.sql("UPDATE amazon_pii.order_state SET redact_due_at = now(), next_due_at = now() WHERE status = 'archived'")
+    fill(far, 24, first=19)
+    # And a key that the archive has to follow.
+    far.sql("ALTER TABLE shop.orders DROP CONSTRAINT orders_customer_id_fkey", user="shop_owner")
+    far.sql("UPDATE shop.customers SET id = 1004 WHERE id = 4; UPDATE shop.orders SET customer_id = 1004 WHERE id = 4", user="shop_owner")
+    before = states(far)
+    assert sorted(o for o, s in before.items() if s == "original") == [*range(13, 25)]
+    cold.stop()
+    for _ in range(2):
+        counts = run_cycle(far)
+        assert (counts["archived"], counts["redacted"], counts["failed"]) == (0, 0, 0)
+        assert states(far) == before and far.value(LOCAL) == 0
+    with refused("55000", "has yet to follow"):
+        retrieve(far, order_number(4))
+    recovers(far, cold, 24)
+    assert "'Last 4'" in str(far.value("SELECT amazon_pii.peek(%s, 'test')", [order_number(4)], "pii_operator"))
+
+
+def test_an_old_snapshot_of_the_server_gives_nothing_back(far, cold):
+    """A transaction sees the cold server as it was when it asked first. Breaks when an order counts as retrieved although its documents were
+    not to be seen."""
+    fill(far, 2)
+    far.apply_policy(shop_policy(archive=FOREIGN))
+    run_cycle(far)
+    with far.connect("pii_operator", autocommit=False) as session, session.cursor() as cursor:
+        cursor.execute("SELECT amazon_pii.peek(%s, 'test')", [order_number(1)])
+        fill(far, 4, first=3)
+        assert run_cycle(far)["redacted"] == 2
+        with refused("08006", "in this transaction"):
+            cursor.execute("SELECT * FROM amazon_pii.retrieve(%s, 'test')", [order_number(4)])
+        session.rollback()
+        assert order_value(far, 4) == "redacted"
+        cursor.execute("SELECT * FROM amazon_pii.retrieve(%s, 'test')", [order_number(4)])
+        session.commit()
+    assert states(far)[4] == "original"
+
+
+def test_too_much_at_once_is_sent_in_parts(far, cold):
+    # Breaks when a backlog that takes longer than archive_timeout never gets anywhere, or one order's slow document stops all.
+    fill(far, 40)
+    far.apply_policy(shop_policy(archive=FOREIGN))
+    cold.sql(SLOW.replace("0.01", "0.03"), dbname=DATABASE)
+    wait_until(lambda: run_cycle(far)["overdue"] == 0, 60, 0.1)
+    cold.sql("DROP TRIGGER slow ON cold.document", dbname=DATABASE)
+    recovers(far, cold, 40)
+    fill(far, 46, first=41)
+    cold.sql("""CREATE FUNCTION cold.one() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+                IF NEW.order_key = '["44"]' THEN PERFORM pg_sleep(60); END IF; RETURN NEW; END $$""", dbname=DATABASE)
+    cold.sql("CREATE TRIGGER one BEFORE INSERT ON cold.document FOR EACH ROW EXECUTE FUNCTION cold.one()", dbname=DATABASE)
+    counts = run_cycle(far)
+    assert (counts["redacted"], counts["failed"]) == (5, 1) and states(far)[44] == "original"
+    assert "archive_timeout" in order_value(far, 44, "last_error")
+
+
 def test_the_network_is_cut_without_a_reset(far, cold):
     """Breaks when an access has no end of its own, or holds anything of the shop's meanwhile."""
     fill(far, 6)
@@ -382,3 +446,39 @@ def test_helpers_use_the_server_too(cold):
         assert cold.places() == (documents_of(600),) * 2 and db.value(LOCAL) == 0
     finally:
         near.destroy()
+
+
+def test_spool_believes_no_old_proof(far, cold):
+    # Breaks when a copy here goes because the server had it once.
+    fill(far, 6, age="29 days 12 hours")
+    far.apply_policy(spool())
+    run_cycle(far)
+    assert status(far)["unsent"] == 0 and cold.count() == documents_of(6)
+    # Put back to what it was before.
+    cold.sql("""DELETE FROM cold.document WHERE order_key = '["2"]'""", dbname=DATABASE)
+    far.sql("UPDATE shop.invoices SET invoiced_at = invoiced_at - interval '2 days'", user="shop_owner")
+    far.sql("UPDATE amazon_pii.order_state SET redact_due_at = now(), next_due_at = now()")
+    assert run_cycle(far)["redacted"] == 5
+    far.sql("UPDATE amazon_pii.order_state SET next_attempt_at = now() WHERE next_attempt_at IS NOT NULL")
+    recovers(far, cold)
+
+
+def test_several_versions_under_taken_places(far, cold):
+    # Breaks when the newest version is not the last any more, or never finds a place.
+    fill(far, 3)
+    far.apply_policy(spool())
+    for version in (1, 2):
+        cold.sql("INSERT INTO cold.document VALUES ('shop', '[\"2\"]', 'shop.orders', '[\"2\"]', %s, 'other', '1', now())", [version], dbname=DATABASE)
+    cold.stop()
+    far.sql("UPDATE shop.orders SET shipped_at = now() - interval '29 days 12 hours'", user="shop_owner")
+    far.sql("UPDATE shop.invoices SET invoiced_at = now() - interval '40 days'", user="shop_owner")
+    assert run_cycle(far)["archived"] == 3
+    far.sql("UPDATE shop.orders SET gift_message = 'Newer' WHERE id = 2", user="shop_owner")
+    far.sql("UPDATE amazon_pii.order_state SET redact_due_at = now(), next_due_at = now()")
+    assert run_cycle(far)["redacted"] == 3
+    back(cold)
+    wait_until(lambda: run_cycle(far) and status(far)["unsent"] == 0, interval=0.2)
+    versions = cold.documents("version, length(sealed), 1, 1", "order_key = '[\"2\"]' AND table_name = 'shop.orders'")
+    assert [v for v, *_ in versions] == [1, 2, 3, 4] and far.value(LOCAL) == 0
+    cold.sql("DELETE FROM cold.document WHERE sealed = 'other'", dbname=DATABASE)
+    assert "'Newer'" in str(far.value("SELECT amazon_pii.peek(%s, 'test')", [order_number(2)], "pii_operator"))

@@ -195,6 +195,9 @@ pub fn apply(document: &str) -> Result<String> {
         }
     }
     vault::create(&plan.archive)?;
+    if plan.archive.foreign.is_some() && former(&plan.policy)?.is_some_and(|f| f.foreign != plan.archive.foreign) {
+        vault::resend(&plan.archive, &plan.policy)?;
+    }
     let (version, changed) = store(&plan, document)?;
     trigger_ddl::drop_all(&plan.policy)?;
     trigger_ddl::ensure(&plan)?;
@@ -216,21 +219,23 @@ fn places(plan: &Plan) -> Result<Vec<Problem>> {
     if let Some(foreign) = &plan.archive.foreign {
         out.extend(check::archive::problems(foreign)?);
     }
+    if let Some(former) = former(&plan.policy)? {
+        out.extend(check::archive::left_behind(&plan.policy, &former, &plan.archive)?);
+    }
+    Ok(out)
+}
+
+/// Where the archive of a policy was to be so far.
+fn former(policy: &str) -> Result<Option<Place>> {
     let known = as_extension(|| {
         sql::read(
             "SELECT p.document FROM amazon_pii.policy p WHERE p.policy = $1 \
              UNION ALL (SELECT v.document FROM amazon_pii.policy_version v WHERE v.policy = $1 ORDER BY v.version DESC LIMIT 1)",
-            &[Arg::Text(Some(&plan.policy))],
+            &[Arg::Text(Some(policy))],
         )
     })?;
-    if let Some(former) = known.first().and_then(|row| Policy::parse(row.str(0).ok()?).ok()) {
-        out.extend(check::archive::left_behind(
-            &plan.policy,
-            &Place::of(&former),
-            &plan.archive,
-        )?);
-    }
-    Ok(out)
+    let former = known.first().and_then(|row| Policy::parse(row.str(0).ok()?).ok());
+    Ok(former.as_ref().map(Place::of))
 }
 
 /// Writes the document. Returns its version, and whether it replaces an older one.

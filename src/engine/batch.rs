@@ -214,7 +214,14 @@ impl<'a> Batches<'a> {
         let shipped = self.cold.ship(&self.keys, self.mode, &keys)?;
         turn::take(&self.plan.policy, self.mode)?;
         self.fail_those(&mut batch, shipped.failed)?;
-        let (unsent, sent): (Vec<Due>, Vec<Due>) = batch.into_iter().partition(|d| shipped.left.contains(&d.order_key));
+        let (mut unsent, mut sent): (Vec<Due>, Vec<Due>) =
+            batch.into_iter().partition(|d| shipped.left.contains(&d.order_key));
+        if self.cold.is_down() {
+            // It answered a moment ago, and does not any more.
+            let (first, later) = cold::may_go_on(self.plan, sent)?;
+            sent = first;
+            unsent.extend(later);
+        }
         self.wait(&unsent)?;
         self.boundary.commit()?;
         Ok((sent, shipped.cold))

@@ -17,7 +17,7 @@ use crate::pg::subxact::subtransaction;
 use crate::pg::xact::{Boundary, Mode};
 
 /// Orders that are sent together when nothing else is to be done.
-const TOGETHER: i64 = 500;
+const TOGETHER: i64 = 100;
 
 /// One process's way.
 pub struct Way<'a> {
@@ -69,7 +69,22 @@ impl<'a> Way<'a> {
     /// It does not answer, and the policy waits for it; a cancel.
     pub fn look(&mut self, mode: Mode, orders: &[String]) -> Result<Found> {
         let plan = self.plan;
-        let (parts, failed) = self.each(mode, orders, |orders| vault::fetch(&plan.archive, &plan.policy, orders))?;
+        self.found(mode, orders, |orders| vault::fetch(&plan.archive, &plan.policy, orders))
+    }
+
+    /// [`Way::look`], for documents that are to be moved.
+    ///
+    /// # Errors
+    /// As [`Way::look`].
+    pub fn look_to_move(&mut self, mode: Mode, orders: &[String]) -> Result<Found> {
+        let plan = self.plan;
+        self.found(mode, orders, |orders| {
+            vault::fetch_to_move(&plan.archive, &plan.policy, orders)
+        })
+    }
+
+    fn found(&mut self, mode: Mode, orders: &[String], access: impl Fn(&[&str]) -> Result<Cold>) -> Result<Found> {
+        let (parts, failed) = self.each(mode, orders, access)?;
         let mut cold = Cold::default();
         parts.into_iter().for_each(|part| cold.add(part));
         Ok(Found { cold, failed })
@@ -100,7 +115,7 @@ impl<'a> Way<'a> {
             shipped.left.extend(left);
         }
         // Where the policy goes on without the server, the copies here are the ones that count.
-        if self.is_down() {
+        if self.is_down() && plan.archive.spool {
             shipped.left.clear();
         }
         Ok(shipped)
@@ -114,31 +129,56 @@ impl<'a> Way<'a> {
         orders: &[String],
         access: impl Fn(&[&str]) -> Result<T>,
     ) -> Result<(Vec<T>, Vec<(String, Error)>)> {
-        let all: Vec<&str> = orders.iter().map(String::as_str).collect();
         let (mut done, mut failed) = (Vec::new(), Vec::new());
-        if self.is_down() || all.is_empty() {
-            return Ok((done, failed));
+        if let Some(e) = &self.down {
+            // Only who goes on without it takes nothing for an answer.
+            return if self.plan.archive.spool {
+                Ok((done, failed))
+            } else {
+                Err(e.clone())
+            };
         }
-        match self.apart(mode, || access(&all)) {
-            Ok(result) => done.push(result),
-            Err(e) if e.is_cancel() => return Err(e),
-            Err(e) if e.is_unreachable() => self.gave_up(e)?,
-            Err(_) => {
-                for order in &all {
-                    match self.apart(mode, || access(&[*order])) {
-                        Ok(result) => done.push(result),
-                        Err(e) if e.is_cancel() => return Err(e),
-                        Err(e) if e.is_unreachable() => {
-                            self.gave_up(e)?;
-                            break;
-                        }
-                        Err(e) => failed.push(((*order).to_owned(), e)),
-                    }
+        let all: Vec<&str> = orders.iter().map(String::as_str).collect();
+        let mut parts = vec![all.as_slice()];
+        while let Some(part) = parts.pop() {
+            if part.is_empty() {
+                continue;
+            }
+            let error = match self.apart(mode, || access(part)) {
+                Ok(result) => {
+                    self.up = true;
+                    done.push(result);
+                    continue;
                 }
+                Err(e) if e.is_cancel() => return Err(e),
+                Err(e) => e,
+            };
+            // It may only be too much at once.
+            if error.is_unreachable() && !(error.is_out_of_time() && self.answers(mode)?) {
+                self.gave_up(error)?;
+                break;
+            }
+            match part {
+                [order] => failed.push(((*order).to_owned(), error)),
+                _ if error.is_out_of_time() => {
+                    let (first, rest) = part.split_at(part.len() / 2);
+                    parts.extend([rest, first]);
+                }
+                // One of them is at fault.
+                _ => parts.extend(part.chunks(1).rev()),
             }
         }
-        self.up = !self.is_down();
         Ok((done, failed))
+    }
+
+    /// Whether it answers at all.
+    fn answers(&self, mode: Mode) -> Result<bool> {
+        let (place, policy) = (&self.plan.archive, &self.plan.policy);
+        match self.apart(mode, || vault::fetch(place, policy, &["[]"])) {
+            Ok(_) => Ok(true),
+            Err(e) if e.is_cancel() => Err(e),
+            Err(_) => Ok(false),
+        }
     }
 
     /// Runs an access in a transaction of its own.
@@ -151,14 +191,16 @@ impl<'a> Way<'a> {
             let result = subtransaction(access);
             match result {
                 // The server may fail to commit.
-                Ok(value) => self.boundary.try_commit().map(|()| value),
+                Ok(value) => match self.boundary.try_commit() {
+                    Ok(()) => Ok(value),
+                    Err(e) => Err(vault::error(foreign, e)),
+                },
                 Err(e) => {
                     self.boundary.rollback();
                     Err(e)
                 }
             }
         })
-        .map_err(|e| vault::error(foreign, e))
     }
 
     fn gave_up(&mut self, e: Error) -> Result<()> {
@@ -194,12 +236,30 @@ impl<'a> Way<'a> {
             }
             after = Some(last);
         }
-        vault::tidy(place, policy)?;
+        trouble = trouble.or(self.tidy()?);
         let was_down = !self.up && !self.is_down() && was_down(policy)?;
         self.boundary.commit()?;
         if was_down {
             // Nobody has asked it anything: whether it answers is all that is wanted.
             self.look(Mode::Alone, &["[]".to_owned()])?;
+        }
+        Ok(trouble)
+    }
+
+    /// What is kept here for orders that are redacted meanwhile goes.
+    fn tidy(&mut self) -> Result<Option<Error>> {
+        let plan = self.plan;
+        let mut trouble = None;
+        let mut after: Option<String> = None;
+        while !self.is_down() {
+            let orders = vault::done_with(&plan.archive, &plan.policy, after.as_deref(), TOGETHER)?;
+            self.boundary.commit()?;
+            let Some(last) = orders.last().cloned() else { break };
+            let (_, failed) = self.each(Mode::Alone, &orders, |orders| {
+                vault::tidy(&plan.archive, &plan.policy, orders)
+            })?;
+            trouble = trouble.or_else(|| failed.into_iter().next().map(|(_, e)| e));
+            after = Some(last);
         }
         Ok(trouble)
     }

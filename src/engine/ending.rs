@@ -1,5 +1,7 @@
 //! What people may ask for before its time: that an order is redacted at once, that its archive is destroyed, or both.
 
+use std::collections::HashSet;
+
 use super::access::{Order, Target, checked, entry, resolve_locked};
 use super::audit;
 use super::history;
@@ -156,7 +158,7 @@ fn destroy(plan: &Plan, orders: &[&Order]) -> Result<()> {
     if plan.archive.foreign.is_none()
         && let (true, Ok(master)) = (rekey::is_pending(plan, &order_keys(orders))?, keys::master_keys())
     {
-        rekey::settle(plan, &master, &Cold::default())?;
+        rekey::settle(plan, &master, &Cold::default(), &HashSet::new())?;
     }
     purge::destroy(plan, &keys)?;
     Ok(())

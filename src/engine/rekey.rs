@@ -262,13 +262,14 @@ pub fn pending(plan: &Plan) -> Result<Vec<String>> {
     rows.iter().map(|r| r.string(0)).collect()
 }
 
-/// Seals the documents of changed keys anew. What a cold server has of the orders that [`pending`] names is in `cold`. In the caller's transaction: a document is under its old keys or under its
+/// Seals the documents of changed keys anew. What a cold server has of the orders that [`pending`] names is in `cold`, except
+/// of those that could not be read. In the caller's transaction: a document is under its old keys or under its
 /// new ones, never under none. Returns the orders whose documents could not be moved, each with the reason: their notes
 /// stay, and nobody else's wait for them.
 ///
 /// # Errors
 /// A cancel; errors of the server on our own tables.
-pub fn settle(plan: &Plan, keys: &MasterKeys, cold: &Cold) -> Result<Vec<(String, Error)>> {
+pub fn settle(plan: &Plan, keys: &MasterKeys, cold: &Cold, unread: &HashSet<&str>) -> Result<Vec<(String, Error)>> {
     let rows = as_extension(|| {
         sql::write(
             "SELECT renamed_id, table_name, old_key, new_key, order_key FROM amazon_pii.renamed WHERE policy = $1 \
@@ -291,6 +292,9 @@ pub fn settle(plan: &Plan, keys: &MasterKeys, cold: &Cold) -> Result<Vec<(String
     let mut failed = Vec::new();
     // Orders first: records are then looked up under the keys that their orders have now.
     for (at, note) in notes.iter().enumerate() {
+        if unread.contains(note.order.as_deref().unwrap_or(&note.old)) {
+            continue;
+        }
         let moved = subtransaction(|| follow(plan, keys, &notes[at..], cold));
         match moved {
             Ok(()) => {}

@@ -10,14 +10,14 @@ mod send;
 mod size;
 mod standing;
 
-pub use cold::{Cold, error, fetch, in_time};
+pub use cold::{Cold, error, fetch, fetch_to_move, in_time};
 pub use destroy::destroy;
 pub use place::{Foreign, Place};
 pub use reseal::{Renames, reseal};
 pub use rotate::{rewrap, schemas, wrapped_anew, wrapped_by};
 pub use schema::create;
 use schema::refuse_foreign_hands;
-pub use send::{prove, send, tidy, unsent};
+pub use send::{done_with, prove, resend, send, tidy, unsent};
 pub use size::sizes;
 pub use standing::{holds_any, standing};
 
@@ -165,7 +165,7 @@ pub fn open(
 ) -> Result<HashMap<String, OrderArchive>> {
     let (wrapped, local) = read(&place.schema, policy, orders)?;
     let mut all = unwrap(keys, policy, &wrapped)?;
-    let documents = together(&local, orders, cold)?;
+    let documents = together(place, policy, &local, orders, cold)?;
     // They come order by order.
     for rows in documents.chunk_by(|a, b| matches!((a.str(0), b.str(0)), (Ok(a), Ok(b)) if a == b)) {
         let Some(first) = rows.first() else { continue };
@@ -208,13 +208,24 @@ pub fn open(
     Ok(all)
 }
 
-/// The documents of both places by order, table, record and version; each once.
-fn together<'a>(local: &'a [Row], orders: &[impl AsRef<str>], cold: &'a Cold) -> Result<Vec<&'a Row>> {
+/// The documents of both places by order, table, record and version; each once. What is still to be deleted there does not count.
+fn together<'a>(
+    place: &Place,
+    policy: &str,
+    local: &'a [Row],
+    orders: &[impl AsRef<str>],
+    cold: &'a Cold,
+) -> Result<Vec<&'a Row>> {
     let mut rows: Vec<&Row> = if cold.alone { Vec::new() } else { local.iter().collect() };
     if cold.is_empty() {
         return Ok(rows);
     }
-    rows.extend(orders.iter().flat_map(|order| cold.of(order.as_ref())));
+    let doomed = destroy::doomed(place, policy, orders)?;
+    for row in orders.iter().flat_map(|order| cold.of(order.as_ref())) {
+        if !doomed.covers(row)? {
+            rows.push(row);
+        }
+    }
     let spot = |row: &&'a Row| -> Result<(&'a str, &'a str, &'a str, i64)> {
         let row: &'a Row = row;
         Ok((row.str(0)?, row.str(1)?, row.str(2)?, row.int(3)?))

@@ -22,6 +22,9 @@ pub struct Error {
     unreachable: bool,
 }
 
+/// Why a foreign archive cannot be used that is slow.
+const OUT_OF_TIME: &str = "it took longer than amazon_pii.archive_timeout";
+
 /// Result of anything that talks to the server.
 pub type Result<T> = std::result::Result<T, Error>;
 
@@ -143,6 +146,16 @@ impl Error {
                  extension's owner still has its rights; amazon_pii.check_archive() tries it.",
             )
         }
+    }
+
+    /// A foreign archive that did not answer in time.
+    pub fn out_of_time(table: &str) -> Self {
+        Self::unreachable(table, OUT_OF_TIME)
+    }
+
+    /// Whether it is [`out_of_time`](Self::out_of_time): less may be done in the same time.
+    pub fn is_out_of_time(&self) -> bool {
+        self.unreachable && self.message.ends_with(OUT_OF_TIME)
     }
 
     /// Whether it is [`unreachable`](Self::unreachable).

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::{Order, follow_keys};
+use super::{Order, complete, follow_keys};
 use crate::domain::treatment::Outcome;
 use crate::engine::former::Former;
 use crate::engine::gather::{self, LiveRecord};
@@ -44,6 +44,9 @@ fn write_all(plan: &Plan, orders: &[Order], number: &str) -> Result<Vec<Restored
     let order_keys: Vec<String> = orders.iter().map(|o| o.key.clone()).collect();
     let cold = vault::fetch(&plan.archive, &plan.policy, &order_keys)?;
     let archive = vault::open(&plan.archive, &master, &plan.policy, &order_keys, &cold)?;
+    if archive.values().all(|a| !a.keyless) {
+        complete(plan, orders, &archive, number)?;
+    }
     let mut out = Vec::new();
     for order in orders {
         out.extend(never_archived(order));

@@ -1,8 +1,11 @@
 //! What a cycle has to do with a cold server besides its batches.
 
+use std::collections::HashSet;
+
 use super::Run;
 use crate::engine::rekey;
 use crate::engine::state;
+use crate::engine::turn;
 use crate::pg::error::Result;
 use crate::pg::xact::Mode;
 
@@ -14,7 +17,7 @@ impl Run<'_> {
             orders = rekey::pending(self.plan)?;
             self.boundary.commit()?;
         }
-        let found = match self.batches.cold.look(Mode::Alone, &orders) {
+        let found = match self.batches.cold.look_to_move(Mode::Alone, &orders) {
             Err(e) if e.is_unreachable() => {
                 self.trouble = Some(e);
                 return Ok(());
@@ -26,14 +29,14 @@ impl Run<'_> {
             return Ok(());
         }
         self.step(|run| {
+            turn::take(&run.plan.policy, Mode::Alone)?;
             run.batches.keys.refresh(&run.plan.policy)?;
             for (order, error) in &found.failed {
                 state::troubled(run.plan, order, error)?;
             }
-            if found.failed.is_empty() {
-                for (order, error) in rekey::settle(run.plan, &run.batches.keys, &found.cold)? {
-                    state::troubled(run.plan, &order, &error)?;
-                }
+            let unread: HashSet<&str> = found.failed.iter().map(|(order, _)| order.as_str()).collect();
+            for (order, error) in rekey::settle(run.plan, &run.batches.keys, &found.cold, &unread)? {
+                state::troubled(run.plan, &order, &error)?;
             }
             Ok(())
         })

@@ -1,18 +1,29 @@
 //! Documents on a cold server, behind a foreign table. Its statements run in transactions of their own, without a lock on the shop's
 //! tables, wherever a cycle makes them; what they say of a document is only believed when it was read back.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use super::place::{Foreign, Place};
 use crate::pg::deadline;
 use crate::pg::error::{Error, Result};
-use crate::pg::identity::as_extension;
+use crate::pg::ident::Ident;
+use crate::pg::identity::{as_extension, on_keys};
 use crate::pg::sql::{self, Arg, Row};
+
+/// Order, table, record and version of a document.
+pub(super) type Spot = (String, String, String, i64);
+
+/// Of a document, from its first columns.
+pub(super) fn spot(row: &Row) -> Result<Spot> {
+    Ok((row.string(0)?, row.string(1)?, row.string(2)?, row.int(3)?))
+}
 
 /// Documents of some orders as a cold server has them.
 #[derive(Default)]
 pub struct Cold {
     documents: HashMap<String, Vec<Row>>,
+    /// Documents that were here when it was asked: what was sent meanwhile is in neither place.
+    pub(super) were_here: HashSet<Spot>,
     /// Copies of ours do not count beside them.
     pub(super) alone: bool,
 }
@@ -29,6 +40,7 @@ impl Cold {
     /// All that others have fetched, too.
     pub fn add(&mut self, other: Self) {
         self.documents.extend(other.documents);
+        self.were_here.extend(other.were_here);
         self.alone |= other.alone;
     }
 }
@@ -55,6 +67,27 @@ pub fn fetch(place: &Place, policy: &str, orders: &[impl AsRef<str>]) -> Result<
     for row in rows {
         cold.documents.entry(row.string(0)?).or_default().push(row);
     }
+    Ok(cold)
+}
+
+/// [`fetch`], with what is here at that moment: both are to be moved, and documents may be on their way.
+///
+/// # Errors
+/// As [`fetch`]; errors of the server.
+pub fn fetch_to_move(place: &Place, policy: &str, orders: &[impl AsRef<str>]) -> Result<Cold> {
+    let schema: &Ident = &place.schema;
+    // Before: what is sent between both looks is then in the second.
+    let here = on_keys(|| {
+        sql::read(
+            &format!(
+                "SELECT d.order_key, d.table_name, d.record_key, d.version FROM {schema}.document d \
+                 WHERE d.policy IS NOT DISTINCT FROM $1 AND d.order_key = ANY ($2)"
+            ),
+            &[Arg::Text(Some(policy)), Arg::texts(orders)],
+        )
+    })?;
+    let mut cold = fetch(place, policy, orders)?;
+    cold.were_here = here.iter().map(spot).collect::<Result<_>>()?;
     Ok(cold)
 }
 
@@ -98,8 +131,7 @@ pub(super) fn on<T>(foreign: &Foreign, f: impl FnOnce() -> Result<T>) -> Result<
 /// # Errors
 /// As `f`; the time is over.
 pub fn in_time<T>(foreign: &Foreign, f: impl FnOnce() -> Result<T>) -> Result<T> {
-    let over = || Error::unreachable(&foreign.shown(), "it took longer than amazon_pii.archive_timeout");
-    deadline::for_archive(over, f)
+    deadline::for_archive(|| Error::out_of_time(&foreign.shown()), f)
 }
 
 /// What an error says: that one document is at fault, and other orders may fare better, or that there is no point in asking on.

@@ -5,7 +5,7 @@ use super::schema::refuse_foreign_hands;
 use crate::pg::error::{Error, Result};
 use crate::pg::ident::Ident;
 use crate::pg::identity::on_keys;
-use crate::pg::sql::{self, Arg};
+use crate::pg::sql::{self, Arg, Row};
 
 /// What was destroyed of one order.
 pub struct Destroyed {
@@ -110,4 +110,40 @@ pub(super) fn doom(place: &Place, policy: &str, doomed: &[Doomed]) -> Result<()>
         )
     })?;
     Ok(())
+}
+
+/// What a foreign table has yet to delete of some orders: (order, table, record, up to which data key).
+pub(super) struct Covered(Vec<Row>);
+
+impl Covered {
+    /// Whether a document is among it.
+    pub(super) fn covers(&self, document: &Row) -> Result<bool> {
+        for doomed in &self.0 {
+            let whole = doomed.str(1)?.is_empty();
+            let same = doomed.str(0)? == document.str(0)?
+                && (whole || doomed.str(1)? == document.str(1)? && doomed.str(2)? == document.str(2)?);
+            if same && document.str(5)?.parse().unwrap_or(0) <= doomed.int(3)? {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+}
+
+/// [`Covered`], of these orders.
+pub(super) fn doomed(place: &Place, policy: &str, orders: &[impl AsRef<str>]) -> Result<Covered> {
+    if place.foreign.is_none() {
+        return Ok(Covered(Vec::new()));
+    }
+    let schema: &Ident = &place.schema;
+    let rows = on_keys(|| {
+        sql::read(
+            &format!(
+                "SELECT d.order_key, d.table_name, d.record_key, d.key_upto FROM {schema}.doomed d \
+                 WHERE d.policy IS NOT DISTINCT FROM $1 AND d.order_key = ANY ($2)"
+            ),
+            &[Arg::Text(Some(policy)), Arg::texts(orders)],
+        )
+    })?;
+    Ok(Covered(rows))
 }

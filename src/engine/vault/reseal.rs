@@ -1,8 +1,9 @@
 //! Moving documents to the keys that their rows have now.
 
 use std::borrow::Cow;
+use std::collections::HashSet;
 
-use super::cold::Cold;
+use super::cold::{Cold, spot};
 use super::destroy::{Doomed, doom};
 use super::place::Place;
 use super::{NewDocument, open, read, store, together, unwrap};
@@ -103,7 +104,21 @@ fn open_versions<'a>(
     cold: &Cold,
 ) -> Result<(Vec<NewDocument<'a>>, i64)> {
     let (wrapped, local) = read(&place.schema, policy, &[order])?;
-    let documents = together(&local, &[order], cold)?;
+    let documents = together(place, policy, &local, &[order], cold)?;
+    let mut found = HashSet::new();
+    for row in &documents {
+        found.insert(spot(row)?);
+    }
+    if cold
+        .were_here
+        .iter()
+        .any(|spot| spot.0 == order && !found.contains(spot))
+    {
+        return Err(
+            Error::wrong_state("documents were sent to the cold server while a key was followed")
+                .hint("The next cycle follows it."),
+        );
+    }
     let archive = unwrap(keys, policy, &wrapped)?.remove(order).unwrap_or_default();
     let mut newest_key = 0;
     let mut out = Vec::with_capacity(documents.len());

@@ -3,9 +3,9 @@
 //! finds what is there already: the same bytes under the same place are the same document.
 
 use std::borrow::Cow;
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
-use super::cold::{Cold, fetch, on};
+use super::cold::{Cold, fetch, on, spot};
 use super::place::{Foreign, Place};
 use super::{NewDocument, store, unwrap_keys};
 use crate::domain::vault::{Binding, MasterKeys};
@@ -96,6 +96,23 @@ pub fn prove(place: &Place, policy: &str, orders: &[&str]) -> Result<(Cold, Hash
     }
     cold.alone = !place.spool;
     let schema: &Ident = &place.schema;
+    if place.spool {
+        // It may have been put back to what it was before: what was there once is sent again.
+        let theirs: Vec<&Row> = orders.iter().flat_map(|order| cold.of(order)).collect();
+        let mut args = columns(policy, &theirs)?;
+        args.push(Arg::texts(orders));
+        on_keys(|| {
+            sql::execute(
+                &format!(
+                    "UPDATE {schema}.document d SET sent_at = NULL WHERE d.policy = $1 AND d.order_key = ANY ($8) AND d.sent_at IS NOT NULL \
+                     AND NOT EXISTS (SELECT FROM ROWS FROM (pg_catalog.unnest($2), pg_catalog.unnest($3), pg_catalog.unnest($4), pg_catalog.unnest($5), \
+                        pg_catalog.unnest($6), pg_catalog.unnest($7)) AS n (o, t, r, v, s, k) \
+                        WHERE d.order_key = n.o AND d.table_name = n.t AND d.record_key = n.r AND d.version = n.v AND d.sealed = n.s AND d.key_id = n.k)"
+                ),
+                &args,
+            )
+        })?;
+    }
     let ours = of_orders(&waiting(place, policy, orders)?)?;
     if ours.is_empty() {
         return Ok((cold, HashSet::new()));
@@ -118,24 +135,63 @@ pub fn prove(place: &Place, policy: &str, orders: &[&str]) -> Result<(Cold, Hash
     Ok((cold, left.into_iter().collect()))
 }
 
-/// Copies here of what a cold server holds go when their orders have no more use for them. Returns how many.
+/// Orders that have no more use for the copies here of what a cold server holds.
 ///
 /// # Errors
 /// Errors of the server.
-pub fn tidy(place: &Place, policy: &str) -> Result<u64> {
-    if place.foreign.is_none() {
-        return Ok(0);
+pub fn done_with(place: &Place, policy: &str, after: Option<&str>, limit: i64) -> Result<Vec<String>> {
+    if !place.spool {
+        return Ok(Vec::new());
     }
+    let schema: &Ident = &place.schema;
+    let rows = on_keys(|| {
+        sql::read(
+            &format!(
+                "SELECT DISTINCT d.order_key FROM {schema}.document d WHERE d.policy = $1 AND d.sent_at IS NOT NULL AND d.order_key > $2 \
+                    AND NOT EXISTS (SELECT FROM amazon_pii.order_state o WHERE o.order_key = d.order_key AND o.policy = $1 \
+                        AND o.status IN ('flagged', 'scheduled', 'archived', 'failed', 'retrieved')) ORDER BY 1 LIMIT $3"
+            ),
+            &[
+                Arg::Text(Some(policy)),
+                Arg::Text(Some(after.unwrap_or(""))),
+                Arg::Int(limit),
+            ],
+        )
+    })?;
+    rows.iter().map(|r| r.string(0)).collect()
+}
+
+/// [`prove`], and what is there as it is here goes here.
+///
+/// # Errors
+/// As [`prove`].
+pub fn tidy(place: &Place, policy: &str, orders: &[&str]) -> Result<()> {
+    prove(place, policy, orders)?;
     let schema: &Ident = &place.schema;
     on_keys(|| {
         sql::execute(
             &format!(
-                "DELETE FROM {schema}.document d WHERE d.policy = $1 AND d.sent_at IS NOT NULL AND NOT EXISTS (SELECT FROM amazon_pii.order_state o \
-                    WHERE o.order_key = d.order_key AND o.policy = $1 AND o.status IN ('flagged', 'scheduled', 'archived', 'failed', 'retrieved'))"
+                "DELETE FROM {schema}.document d WHERE d.policy = $1 AND d.order_key = ANY ($2) AND d.sent_at IS NOT NULL"
             ),
+            &[Arg::Text(Some(policy)), Arg::texts(orders)],
+        )
+    })?;
+    Ok(())
+}
+
+/// Everything of a policy that is here is to be sent: it goes to another table than before.
+///
+/// # Errors
+/// Errors of the server.
+pub fn resend(place: &Place, policy: &str) -> Result<()> {
+    let schema: &Ident = &place.schema;
+    on_keys(|| {
+        sql::execute(
+            &format!("UPDATE {schema}.document d SET sent_at = NULL WHERE d.policy = $1 AND d.sent_at IS NOT NULL"),
             &[Arg::Text(Some(policy))],
         )
-    })
+    })?;
+    Ok(())
 }
 
 /// The documents of these orders that are not known to be there.
@@ -156,11 +212,6 @@ fn of_orders(rows: &[Row]) -> Result<Vec<String>> {
     let mut orders: Vec<String> = rows.iter().map(|r| r.string(0)).collect::<Result<_>>()?;
     orders.dedup();
     Ok(orders)
-}
-
-/// Order, table, record and version of a document.
-fn spot(row: &Row) -> Result<(String, String, String, i64)> {
-    Ok((row.string(0)?, row.string(1)?, row.string(2)?, row.int(3)?))
 }
 
 fn columns<'a>(policy: &'a str, rows: &[&'a Row]) -> Result<Vec<Arg<'a>>> {
@@ -202,88 +253,103 @@ fn insert(foreign: &Foreign, policy: &str, rows: &[&Row]) -> Result<()> {
 }
 
 /// Where a document of ours has the place of another one there, which must have been sent from a copy of this database, or was
-/// changed there: ours is sealed anew behind all that is there. Whether there was any.
+/// changed there: what we have of that record is sealed anew behind all that there is, in its order. Whether there was any.
 fn move_on(place: &Place, keys: &MasterKeys, policy: &str, ours: &[Row], theirs: &Cold) -> Result<bool> {
-    let schema: &Ident = &place.schema;
-    let mut any = false;
+    let mut records: BTreeMap<(String, String, String), Vec<&Row>> = BTreeMap::new();
     for row in ours {
-        let of_order = theirs.of(row.str(0)?);
-        let mine = spot(row)?;
-        let mut newest = mine.3;
+        let (order, table, record, _) = spot(row)?;
+        records.entry((order, table, record)).or_default().push(row);
+    }
+    let mut any = false;
+    for ((order, table, record), mut mine) in records {
+        mine.sort_by_key(|row| row.int(3).unwrap_or(0));
+        let mut newest = mine.last().map_or(Ok(0), |row| row.int(3))?;
         let mut differs = false;
-        for other in of_order {
-            let spot = spot(other)?;
-            if (&spot.1, &spot.2) != (&mine.1, &mine.2) {
+        for other in theirs.of(&order) {
+            if other.str(1)? != table || other.str(2)? != record {
                 continue;
             }
-            newest = newest.max(spot.3);
-            differs |= spot.3 == mine.3 && (other.bytes(4)? != row.bytes(4)? || other.str(5)? != row.str(5)?);
+            newest = newest.max(other.int(3)?);
+            for row in &mine {
+                differs |= row.int(3)? == other.int(3)?
+                    && (other.bytes(4)? != row.bytes(4)? || other.str(5)? != row.str(5)?);
+            }
         }
-        if !differs {
-            continue;
+        if differs {
+            any = true;
+            behind(place, keys, policy, [&order, &table, &record], &mine, newest)?;
         }
-        any = true;
-        let order = mine.0.as_str();
-        let known = unwrap_keys(place, keys, policy, order)?;
+    }
+    Ok(any)
+}
+
+/// Seals the documents of a record anew, with the versions after the newest.
+fn behind(
+    place: &Place,
+    keys: &MasterKeys,
+    policy: &str,
+    [order, table, record]: [&str; 3],
+    documents: &[&Row],
+    newest: i64,
+) -> Result<()> {
+    let schema: &Ident = &place.schema;
+    let known = unwrap_keys(place, keys, policy, order)?;
+    let mut moved = Vec::new();
+    for (row, version) in documents.iter().zip(newest + 1..) {
         let key_id = row.str(5)?;
         let binding = Binding {
             policy,
             order_key: order,
-            table: &mine.1,
-            record_key: &mine.2,
-            version: mine.3,
+            table,
+            record_key: record,
+            version: row.int(3)?,
             key_id,
         };
         let plain = known
             .key(key_id)
             .and_then(|key| key.open(&binding, row.bytes(4).ok()?).ok())
-            .ok_or_else(|| {
-                Error::damaged(format!(
-                    "an archived document of a record of {} cannot be opened",
-                    mine.1
-                ))
-            })?;
-        on_keys(|| {
-            sql::execute(
-                &format!(
-                    "DELETE FROM {schema}.document d WHERE d.policy = $1 AND d.order_key = $2 AND d.table_name = $3 AND d.record_key = $4 \
-                     AND d.version = $5"
-                ),
-                &[
-                    Arg::Text(Some(policy)),
-                    Arg::Text(Some(order)),
-                    Arg::Text(Some(&mine.1)),
-                    Arg::Text(Some(&mine.2)),
-                    Arg::Int(mine.3),
-                ],
-            )
-        })?;
-        let moved = NewDocument {
+            .ok_or_else(|| Error::damaged(format!("an archived document of a record of {table} cannot be opened")))?;
+        moved.push(NewDocument {
             order_key: Cow::Borrowed(order),
-            table: Cow::Borrowed(&mine.1),
-            record_key: Cow::Borrowed(&mine.2),
-            version: newest + 1,
+            table: Cow::Borrowed(table),
+            record_key: Cow::Borrowed(record),
+            version,
             plain,
-        };
-        store(
-            schema,
-            keys,
-            policy,
-            &HashMap::from([(order.to_owned(), known)]),
-            &[moved],
-        )?;
+        });
     }
-    Ok(any)
+    on_keys(|| {
+        sql::execute(
+            &format!(
+                "DELETE FROM {schema}.document d WHERE d.policy = $1 AND d.order_key = $2 AND d.table_name = $3 AND d.record_key = $4 \
+                 AND d.version = ANY ($5)"
+            ),
+            &[
+                Arg::Text(Some(policy)),
+                Arg::Text(Some(order)),
+                Arg::Text(Some(table)),
+                Arg::Text(Some(record)),
+                Arg::Ints(documents.iter().map(|row| row.int(3)).collect::<Result<_>>()?),
+            ],
+        )
+    })?;
+    store(
+        schema,
+        keys,
+        policy,
+        &HashMap::from([(order.to_owned(), known)]),
+        &moved,
+    )
 }
 
 /// What was destroyed here is deleted there: the documents under keys up to a number, of an order or of one record.
 fn delete(place: &Place, foreign: &Foreign, policy: &str, orders: &[&str]) -> Result<()> {
     let schema: &Ident = &place.schema;
+    // Not locked: whoever destroys something meanwhile waits for nobody. What is noted then is not what is read here.
     let rows = on_keys(|| {
-        sql::write(
+        sql::read(
             &format!(
                 "SELECT d.order_key, d.table_name, d.record_key, d.key_upto FROM {schema}.doomed d \
-                 WHERE d.policy IS NOT DISTINCT FROM $1 AND d.order_key = ANY ($2) FOR UPDATE"
+                 WHERE d.policy IS NOT DISTINCT FROM $1 AND d.order_key = ANY ($2)"
             ),
             &[Arg::Text(Some(policy)), Arg::texts(orders)],
         )
@@ -327,10 +393,25 @@ fn delete(place: &Place, foreign: &Foreign, policy: &str, orders: &[&str]) -> Re
             )
         })?;
     }
+    let text = |i: usize| -> Result<Arg<'_>> {
+        Ok(Arg::Texts(
+            rows.iter().map(|r| r.str(i).map(Some)).collect::<Result<_>>()?,
+        ))
+    };
     on_keys(|| {
         sql::execute(
-            &format!("DELETE FROM {schema}.doomed d WHERE d.policy IS NOT DISTINCT FROM $1 AND d.order_key = ANY ($2)"),
-            &[Arg::Text(Some(policy)), Arg::texts(orders)],
+            &format!(
+                "DELETE FROM {schema}.doomed d USING ROWS FROM (pg_catalog.unnest($2), pg_catalog.unnest($3), pg_catalog.unnest($4), pg_catalog.unnest($5)) \
+                    AS n (o, t, r, k) \
+                 WHERE d.policy = $1 AND d.order_key = n.o AND d.table_name = n.t AND d.record_key = n.r AND d.key_upto = n.k"
+            ),
+            &[
+                Arg::Text(Some(policy)),
+                text(0)?,
+                text(1)?,
+                text(2)?,
+                Arg::Ints(rows.iter().map(|r| r.int(3)).collect::<Result<_>>()?),
+            ],
         )
     })?;
     Ok(())
