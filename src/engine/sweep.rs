@@ -125,7 +125,7 @@ pub fn slice(plan: &Plan, clock: &Clock) -> Result<Option<Slice>> {
         (false, true) => Trust::Sums,
         (false, false) => Trust::Rest,
     };
-    let (done, next) = pass(plan, after, trust)?;
+    let (mut done, next) = pass(plan, after, trust)?;
     let finished = next.is_none();
     as_extension(|| {
         sql::execute(
@@ -142,7 +142,7 @@ pub fn slice(plan: &Plan, clock: &Clock) -> Result<Option<Slice>> {
         )
     })?;
     if finished {
-        recheck::begin(plan, row.bool(3)?)?;
+        done.flagged += recheck::begin(plan, clock, row.bool(3)?)?;
         slices::tidy(plan)?;
         trim()?;
     }
