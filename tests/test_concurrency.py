@@ -339,12 +339,17 @@ def test_an_order_that_gets_a_row_waits_for_it(shop, addresses):
 
 
 def test_a_row_of_an_order_that_a_cycle_is_at_is_noted(shop):
-    """Breaks when a row that is added to an order that a cycle has locked is not seen."""
+    """Breaks when a row that is added to an order that a cycle has locked is not seen, or a cycle that meets such a note goes round in
+    circles while somebody else has the order."""
     fill(shop, 61, first=61)
     with shop.connect(autocommit=False) as cycle, cycle.cursor() as cursor:
         cursor.execute("""SELECT FROM amazon_pii.order_state WHERE order_key = '["61"]' FOR UPDATE""")
         assert cursor.rowcount == 1
         shop.sql("INSERT INTO shop.addresses (order_id, name) VALUES (61, 'Late')", user="shop_owner")
+        assert shop.sql("SELECT entry, row_key FROM amazon_pii.touched") == [("", '["61"]')]
+        shop.sql("SET statement_timeout = '20s'", user="pii_admin")
+        run_cycle(shop)
+        assert order_row(shop, 61) == ("scheduled",)
     assert shop.sql("SELECT entry, row_key FROM amazon_pii.touched") == [("", '["61"]')]
     run_cycle(shop)
     assert shop.value("SELECT count(*) FROM shop.addresses WHERE order_id = 61 AND name = '[Redacted]'") == 2
