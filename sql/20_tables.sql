@@ -149,6 +149,8 @@ CREATE INDEX order_state_stale ON amazon_pii.order_state (policy, stale_at) WHER
 -- In the order in which archives come to the end of their time, whatever the policy says that this is.
 CREATE INDEX order_state_kept ON amazon_pii.order_state (policy, COALESCE(redacted_at, redact_due_at))
     WHERE status IN ('redacted', 'gone') AND purged_at IS NULL;
+-- With the one above, all redacted and deleted orders: a sweep asks whether there are any.
+CREATE INDEX order_state_purged ON amazon_pii.order_state (policy) WHERE status IN ('redacted', 'gone') AND purged_at IS NOT NULL;
 -- By hash: numbers come in no order, and are only ever asked for one by one.
 CREATE INDEX order_state_number ON amazon_pii.order_state USING hash (order_number);
 

@@ -319,6 +319,42 @@ def test_foreign_key_and_cycle_meet_on_a_customer(shop, first):
 # Where and how run_cycle may be called
 
 
+@pytest.mark.parametrize("addresses", [1, 1200])
+def test_an_order_that_gets_a_row_waits_for_it(shop, addresses):
+    """Breaks when an order is redacted while a transaction that adds to it is open, or when every such order, and not only one
+    that a cycle is at, is noted to be looked at again. Few rows are looked for one by one, many in a range of the index."""
+    fill(shop, 60 + addresses, first=61, age="25 days")
+    shop.sql("UPDATE shop.orders SET shipped_at = now() - '40 days'::interval WHERE id = 61", user="shop_owner")
+    writer = shop.connect("shop_owner", autocommit=False)
+    with writer.cursor() as cursor:
+        cursor.execute("INSERT INTO shop.addresses (order_id, name) SELECT i, 'Late ' || i FROM generate_series(61, %s) AS i", [60 + addresses])
+        run_cycle(shop)
+        assert order_row(shop, 61) == ("scheduled",), "left alone while the row is not there yet"
+    writer.commit()
+    writer.close()
+    assert shop.value("SELECT count(*) FROM amazon_pii.touched") == 0
+    run_cycle(shop)
+    assert order_row(shop, 61) == ("redacted",)
+    assert shop.value("SELECT count(*) FROM shop.addresses WHERE order_id = 61 AND name = '[Redacted]'") == 2
+
+
+def test_a_row_of_an_order_that_a_cycle_is_at_is_noted(shop):
+    """Breaks when a row that is added to an order that a cycle has locked is not seen, or a cycle that meets such a note goes round in
+    circles while somebody else has the order."""
+    fill(shop, 61, first=61)
+    with shop.connect(autocommit=False) as cycle, cycle.cursor() as cursor:
+        cursor.execute("""SELECT FROM amazon_pii.order_state WHERE order_key = '["61"]' FOR UPDATE""")
+        assert cursor.rowcount == 1
+        shop.sql("INSERT INTO shop.addresses (order_id, name) VALUES (61, 'Late')", user="shop_owner")
+        assert shop.sql("SELECT entry, row_key FROM amazon_pii.touched") == [("", '["61"]')]
+        shop.sql("SET statement_timeout = '20s'", user="pii_admin")
+        run_cycle(shop)
+        assert order_row(shop, 61) == ("scheduled",)
+    assert shop.sql("SELECT entry, row_key FROM amazon_pii.touched") == [("", '["61"]')]
+    run_cycle(shop)
+    assert shop.value("SELECT count(*) FROM shop.addresses WHERE order_id = 61 AND name = '[Redacted]'") == 2
+
+
 def test_not_inside_a_transaction_block(shop):
     # Breaks when a cycle in a transaction block runs, and overwrites what is not committed to the archive.
     connection = shop.connect("pii_admin", autocommit=False)

@@ -107,6 +107,44 @@ def test_slices_that_are_all_known_are_summed_up_together(swept):
     assert scans(lambda: sweep(swept)) == (1, 0)
 
 
+@pytest.mark.skipif(MAJOR < 15, reason="statistics are told at once since PostgreSQL 15")
+def test_of_many_slices_those_that_have_changed_are_found_with_little_else(swept):
+    """Breaks when many slices cost more than one pass where nothing has changed, when new orders at the end let all that come
+    before them be read twice, or a change anywhere among many is lost."""
+    def scans(action):
+        def told():
+            swept.sql("SELECT pg_stat_force_next_flush()", user="pii_admin")
+            return swept.sql("SELECT seq_scan, idx_scan FROM pg_stat_user_tables WHERE relid = 'shop.orders'::regclass")[0]
+        before = told()
+        action()
+        return tuple(a - b for a, b in zip(told(), before))
+
+    # A hundred small slices that are yet to be compared.
+    swept.sql("""WITH old AS (DELETE FROM amazon_pii.sweep_slice RETURNING stamp)
+        INSERT INTO amazon_pii.sweep_slice (policy, first_after, upto, stamp, orders, digest, compared_at)
+        SELECT 'shop', CASE WHEN n = 0 THEN '' ELSE format('["%%s"]', 2010 * n) END, CASE WHEN n < 99 THEN format('["%%s"]', 2010 * (n + 1)) END,
+               (SELECT max(stamp) FROM old), %s, 0, '-infinity' FROM generate_series(0, 99) AS n""", [SLICE])
+    sweep(swept)
+    assert [orders for _, orders in slices(swept)] == [201] * 100
+    assert fresh(swept) == 100
+    swept.sql("ANALYZE shop.orders")
+    swept.session("pii_admin").close()
+    seq, idx = scans(lambda: sweep(swept))
+    assert seq == 1 and idx <= 2, "all at once; before that a look at the last, for which the planner may have looked at the index, too"
+    assert fresh(swept) == 0
+    # In the last, then in one of those before it.
+    for order in (201000, 100000):
+        unseen(swept, f"UPDATE shop.orders SET external_no = 'other' WHERE id = {order}")
+        swept.session("pii_admin").close()
+        seq, idx = scans(lambda: sweep(swept))
+        assert order_value(swept, order, "order_number") == "other"
+        assert fresh(swept) == 1
+        assert seq <= 2 and idx < 30
+    swept.session("pii_admin").close()
+    seq, idx = scans(lambda: sweep(swept))
+    assert seq == 1 and idx <= 2 and fresh(swept) == 0
+
+
 def test_slices_grow_split_and_unite(swept):
     """Breaks when a slice that changed lets all that follow begin elsewhere, or slices become ever smaller."""
     unseen(swept, f"INSERT INTO shop.orders (id, external_no, channel) SELECT 10 * i + 1, 'm' || i, 'amazon' FROM generate_series(1, {SLICE - 500}) AS i")
@@ -219,3 +257,31 @@ def test_redacted_orders_are_looked_at_where_they_are_few(swept):
     unseen(swept, "UPDATE shop.orders SET gift_message = 'back again' WHERE id = 1000000")
     sweep(swept)
     assert swept.value("SELECT gift_message FROM shop.orders WHERE id = 1000000") == "[Redacted]"
+
+
+@pytest.mark.skipif(MAJOR < 15, reason="statistics are told at once since PostgreSQL 15")
+def test_few_redacted_orders_are_not_looked_for_among_all_others(swept):
+    """Breaks when a sweep reads the states of all orders where few are redacted or deleted, or none is; and when it passes over
+    one of those few: one without an archive, or one that was deleted."""
+    def states_read(action):
+        def told():
+            swept.sql("SELECT pg_stat_force_next_flush()", user="pii_admin")
+            return swept.value("SELECT seq_tup_read FROM pg_stat_user_tables WHERE relid = 'amazon_pii.order_state'::regclass")
+        before = told()
+        action()
+        return told() - before
+
+    assert states_read(lambda: sweep(swept)) == 0
+    swept.sql("INSERT INTO shop.orders (id, external_no, channel, shipped_at, gift_message) SELECT i, 'old' || i, 'amazon', "
+              "now() - '4000 days'::interval, 'Note' FROM generate_series(1000000, 1000003) AS i", user="shop_owner")
+    assert run_cycle(swept)["redacted"] == 4
+    swept.sql("SELECT * FROM amazon_pii.shred('old1000001', 'test')", user="pii_admin")
+    run_cycle(swept)
+    swept.sql("CREATE TABLE public.backup AS SELECT * FROM shop.orders WHERE id = 1000002")
+    swept.sql("DELETE FROM shop.orders WHERE id = 1000002", user="shop_owner")
+    assert [order_value(swept, order) for order in range(1000000, 1000004)] == ["redacted", "purged", "gone", "redacted"]
+    unseen(swept, "UPDATE shop.orders SET gift_message = 'back again' WHERE id IN (1000000, 1000001)")
+    swept.sql("SET session_replication_role = replica; INSERT INTO shop.orders SELECT * FROM public.backup; RESET session_replication_role")
+    assert states_read(lambda: sweep(swept)) == 0
+    assert swept.value("SELECT count(*) FROM shop.orders WHERE gift_message = '[Redacted]'") == 4
+    assert order_value(swept, 1000002) != "gone"

@@ -71,7 +71,8 @@ fn note_besides(plan: &Plan, orders: impl Iterator<Item = String>) {
 #[derive(Default)]
 struct Concerned {
     done: Vec<String>,
-    soon: Vec<String>,
+    /// Each with the place of its row.
+    soon: Vec<(String, String)>,
 }
 
 /// Of these orders those that are redacted, or are just being redacted, are looked at by the next cycle.
@@ -124,12 +125,15 @@ fn mark(plan: &Plan, concerned: &Concerned) -> Result<()> {
         )?;
     }
     if !concerned.soon.is_empty() {
+        let (keys, places): (Vec<_>, Vec<_>) = concerned.soon.iter().map(|(k, at)| (k.as_str(), at.as_str())).unzip();
+        // By their places, where they were a moment ago: looking for each once more costs more than the lock. One that has
+        // moved since is noted.
         prepared::execute(
-            "WITH kept AS (SELECT order_key FROM amazon_pii.order_state WHERE policy IS NOT DISTINCT FROM $1 AND order_key = ANY ($2) \
+            "WITH kept AS (SELECT order_key FROM amazon_pii.order_state WHERE policy IS NOT DISTINCT FROM $1 AND ctid = ANY ($3::tid[]) \
                 AND status IN ('scheduled', 'archived', 'failed', 'retrieved') FOR KEY SHARE SKIP LOCKED) \
              INSERT INTO amazon_pii.touched (policy, entry, row_key) SELECT $1, '', k FROM pg_catalog.unnest($2) AS k \
              WHERE k NOT IN (SELECT order_key FROM kept)",
-            &[Arg::Text(Some(&plan.policy)), Arg::texts(&concerned.soon)],
+            &[Arg::Text(Some(&plan.policy)), Arg::texts(&keys), Arg::texts(&places)],
         )?;
     }
     Ok(())
@@ -148,7 +152,7 @@ fn concerned<'a, K: ToKey + 'a>(
         match concerned_in_range(plan, part)? {
             Some(mut some) => {
                 some.done.retain(|key| is_in(part, key));
-                some.soon.retain(|key| is_in(part, key));
+                some.soon.retain(|(key, _)| is_in(part, key));
                 found.done.extend(some.done);
                 found.soon.extend(some.soon);
             }
@@ -166,7 +170,7 @@ fn each_concerned(plan: &Plan, orders: &[String], found: &mut Concerned) -> Resu
         &[
             "SELECT order_key, ",
             DONE,
-            " FROM amazon_pii.order_state WHERE policy IS NOT DISTINCT FROM $1 AND order_key = ANY ($2) AND (",
+            ", ctid FROM amazon_pii.order_state WHERE policy IS NOT DISTINCT FROM $1 AND order_key = ANY ($2) AND (",
             DONE,
             " OR ",
             SOON,
@@ -176,8 +180,11 @@ fn each_concerned(plan: &Plan, orders: &[String], found: &mut Concerned) -> Resu
         &[Arg::Text(Some(&plan.policy)), Arg::texts(orders)],
     )?;
     for row in &rows {
-        let list = if row.bool(1)? { &mut found.done } else { &mut found.soon };
-        list.push(row.string(0)?);
+        if row.bool(1)? {
+            found.done.push(row.string(0)?);
+        } else {
+            found.soon.push((row.string(0)?, row.string(2)?));
+        }
     }
     Ok(())
 }
@@ -195,7 +202,8 @@ fn concerned_in_range<K: ToKey>(plan: &Plan, keys: &[K]) -> Result<Option<Concer
         sql::read(
             &[
                 "SELECT pg_catalog.count(*), pg_catalog.to_json(pg_catalog.array_agg(s.order_key) FILTER (WHERE s.done)), \
-                    pg_catalog.to_json(pg_catalog.array_agg(s.order_key) FILTER (WHERE s.soon)) FROM (SELECT order_key, ",
+                    pg_catalog.to_json(pg_catalog.array_agg(s.order_key) FILTER (WHERE s.soon)), \
+                    pg_catalog.to_json(pg_catalog.array_agg(s.place) FILTER (WHERE s.soon)) FROM (SELECT order_key, ctid AS place, ",
                 DONE,
                 " AS done, ",
                 SOON,
@@ -215,13 +223,13 @@ fn concerned_in_range<K: ToKey>(plan: &Plan, keys: &[K]) -> Result<Option<Concer
     if row.int(0)? == limit {
         return Ok(None);
     }
-    let list = |column| {
+    let list = |column| -> Result<Vec<String>> {
         serde_json::from_str(row.text(column)?.unwrap_or("[]"))
             .map_err(|_| Error::internal("a list of keys could not be read"))
     };
     Ok(Some(Concerned {
         done: list(1)?,
-        soon: list(2)?,
+        soon: list(2)?.into_iter().zip(list(3)?).collect(),
     }))
 }
 

@@ -81,11 +81,11 @@ pub fn page_of_keys(plan: &Plan, from: End, range: Range<'_>, limit: i64) -> Res
 }
 
 /// The rows of a range, counted and summed up by the server: what an order's state depends on is the same as long as this
-/// is. `None` where the policy asks more of an order than its row can tell.
+/// is. `None` where the policy asks more of an order than its row can tell. A range that is `large` may be most of the table.
 ///
 /// # Errors
 /// As [`page`].
-pub fn sum(plan: &Plan, range: Range<'_>) -> Result<Option<Sum>> {
+pub fn sum(plan: &Plan, range: Range<'_>, large: bool) -> Result<Option<Sum>> {
     let Some(digest) = digest(plan) else { return Ok(None) };
     let table = plan.orders();
     let mut args = Vec::new();
@@ -97,12 +97,14 @@ pub fn sum(plan: &Plan, range: Range<'_>) -> Result<Option<Sum>> {
         table.relation.name,
         conditions.join(" AND "),
     );
-    // Page by page of the table, whatever the order of its rows; from end to end only where it is a single slice.
+    // Page by page of the table, whatever the order of its rows; from end to end only where that is the range, or, as far as
+    // the server knows, most of it.
     let pins: &[_] = match range {
         Range {
             after: None,
             upto: None,
         } => &[],
+        _ if large => &[("enable_indexscan", "off")],
         _ => &[("enable_seqscan", "off"), ("enable_indexscan", "off")],
     };
     let rows = act_as(Identity::Owner(table.owner), &plan.search_path, pins, || {

@@ -125,7 +125,7 @@ pub fn slice(plan: &Plan, clock: &Clock) -> Result<Option<Slice>> {
         (false, true) => Trust::Sums,
         (false, false) => Trust::Rest,
     };
-    let (done, next) = pass(plan, after, trust)?;
+    let (mut done, next) = pass(plan, after, trust)?;
     let finished = next.is_none();
     as_extension(|| {
         sql::execute(
@@ -142,7 +142,7 @@ pub fn slice(plan: &Plan, clock: &Clock) -> Result<Option<Slice>> {
         )
     })?;
     if finished {
-        recheck::begin(plan, row.bool(3)?)?;
+        done.flagged += recheck::begin(plan, clock, row.bool(3)?)?;
         slices::tidy(plan)?;
         trim()?;
     }
@@ -221,9 +221,12 @@ fn pass(plan: &Plan, after: Option<String>, trust: Trust) -> Result<(Slice, Opti
 
 thread_local! {
     /// How many slices are summed up by one statement: their sums add up to its own. All that are known where nothing has
-    /// changed; where something has, one, and then twice as many each time.
+    /// changed; where something has, one, or some of many, and then twice as many each time.
     static STRIDE: Cell<usize> = const { Cell::new(slices::AHEAD as usize) };
 }
+
+/// From more slices than these on, it pays to see first whether the last of them has changed: what is new comes at the end.
+const MANY: usize = 64;
 
 /// How many of these slices, from the first on, are what they were when their orders were compared.
 fn unchanged(plan: &Plan, after: Option<&str>, chain: &[Known], trust: Trust) -> Result<usize> {
@@ -242,9 +245,9 @@ fn unchanged(plan: &Plan, after: Option<&str>, chain: &[Known], trust: Trust) ->
         let stride = STRIDE.get();
         let group = chain[count..].iter().take(stride);
         let group = group.take_while(|s| s.fresh && !trusted(s)).count();
-        let group = &chain[count..count + group];
+        let group = shortened(plan, &chain[count..count + group])?;
         if !same(plan, at, group)? {
-            STRIDE.set(1);
+            STRIDE.set(if group.len() > MANY { MANY } else { 1 });
             if group.len() == 1 {
                 break;
             }
@@ -263,6 +266,19 @@ fn unchanged(plan: &Plan, after: Option<&str>, chain: &[Known], trust: Trust) ->
     Ok(count)
 }
 
+/// Many slices without those at their end that have changed: a look at the last of them is cheap beside one at all.
+fn shortened<'a>(plan: &Plan, mut group: &'a [Known]) -> Result<&'a [Known]> {
+    while group.len() > MANY {
+        let (before, last) = group.split_at(group.len() - 1);
+        let after = before.last().and_then(|s| s.upto.as_deref());
+        if same(plan, after, last)? {
+            break;
+        }
+        group = &group[..group.len() - (group.len() / 8).max(1)];
+    }
+    Ok(group)
+}
+
 /// Whether the sum of slices, each of which begins where the one before it ends, is what it was.
 fn same(plan: &Plan, after: Option<&str>, slices: &[Known]) -> Result<bool> {
     let Some(last) = slices.last() else { return Ok(true) };
@@ -276,7 +292,7 @@ fn same(plan: &Plan, after: Option<&str>, slices: &[Known]) -> Result<bool> {
         digest: slices.iter().map(|s| s.sum.digest).sum(),
     };
     // One that cannot be summed up has a row that cannot be evaluated, which is for the slow way to find.
-    match subtransaction(|| paging::sum(plan, range)) {
+    match subtransaction(|| paging::sum(plan, range, slices.len() > MANY)) {
         Err(e) if e.is_cancel() || e.is_lock() => Err(e),
         sum => Ok(sum.is_ok_and(|s| s == Some(known))),
     }

@@ -1,5 +1,6 @@
 //! Redacted orders are looked at again, a seventh of them with each daily pass: triggers can be disabled, backups restored.
-//! The state table is read page by page, so that a step costs the same however many orders there are.
+//! The state table is read page by page, so that a step costs the same however many orders there are. Where hardly any order
+//! is redacted, that would be to look for them among all others: an index has them.
 
 use pgrx::pg_sys;
 
@@ -10,7 +11,7 @@ use crate::engine::news::Tell;
 use crate::engine::plan::Plan;
 use crate::engine::walk::key_parts;
 use crate::pg::error::Result;
-use crate::pg::identity::{as_extension, on_keys};
+use crate::pg::identity::{Identity, OWN_PATH, act_as, as_extension, on_keys};
 use crate::pg::sql::{self, Arg, Row};
 
 /// Pages of the state table that are read at once.
@@ -19,19 +20,66 @@ const STEP: i64 = 256;
 /// How often one step reads so many where it finds nothing.
 const EMPTY_STEPS: u32 = 16;
 
-/// After a pass: as many pages as are to be read, a seventh of them, or all.
-pub(super) fn begin(plan: &Plan, all: bool) -> Result<()> {
+/// So many orders are looked at in one step where that is all there are.
+const FEW: i64 = 10_000;
+
+/// Orders that are to be looked at again, over `o`: a redacted one that is due is looked at anyway.
+const ASIDE: &str = "(o.status = 'redacted' AND o.next_due_at IS NULL OR o.status = 'gone')";
+
+/// After a pass: as many pages as are to be read, a seventh of them, or all. None where no order is redacted or deleted; few
+/// that are to be looked at now are, at once.
+pub(super) fn begin(plan: &Plan, clock: &Clock, all: bool) -> Result<i64> {
+    let few = few(plan, if all { FEW } else { 0 })?;
+    let flagged = match &few {
+        Some(rows) => look_at(plan, clock, rows)?,
+        None => 0,
+    };
     as_extension(|| {
         sql::execute(
             "UPDATE amazon_pii.policy SET rechecked_at = pg_catalog.clock_timestamp(), \
                 recheck_page = CASE WHEN $2 THEN 0 ELSE recheck_page END, \
-                recheck_left = (SELECT CASE WHEN $2 THEN s.pages ELSE (s.pages + 6) / 7 END FROM (SELECT \
+                recheck_left = (SELECT CASE WHEN $3 THEN 0 WHEN $2 THEN s.pages ELSE (s.pages + 6) / 7 END FROM (SELECT \
                     pg_catalog.pg_relation_size('amazon_pii.order_state') / pg_catalog.current_setting('block_size')::int8) AS s (pages)) \
              WHERE policy = $1",
-            &[Arg::Text(Some(&plan.policy)), Arg::Bool(all)],
+            &[Arg::Text(Some(&plan.policy)), Arg::Bool(all), Arg::Bool(few.is_some())],
         )
     })?;
-    Ok(())
+    Ok(flagged)
+}
+
+/// All redacted and deleted orders, unless these are more than so many: `order_state_kept` has those that have an archive,
+/// `order_state_purged` the others.
+fn few(plan: &Plan, most: i64) -> Result<Option<Vec<Row>>> {
+    let part = |condition: &str| {
+        [
+            "(SELECT o.order_key, o.status = 'gone', ",
+            ASIDE,
+            " FROM amazon_pii.order_state AS o WHERE o.policy = $1 AND o.status IN ('redacted', 'gone') AND ",
+            condition,
+            " LIMIT $2)",
+        ]
+        .concat()
+    };
+    let query = [
+        part("o.purged_at IS NULL"),
+        part("o.purged_at IS NOT NULL"),
+    ]
+    .join(" UNION ALL ");
+    // One after the other, up to the last that is wanted.
+    let pins = [("enable_seqscan", "off"), ("enable_bitmapscan", "off")];
+    let rows = act_as(Identity::Extension, OWN_PATH, &pins, || {
+        sql::read(&query, &[Arg::Text(Some(&plan.policy)), Arg::Int(most + 1)])
+    })?;
+    if rows.len() as i64 > most {
+        return Ok(None);
+    }
+    let mut aside = Vec::new();
+    for row in rows {
+        if row.bool(2)? {
+            aside.push(row);
+        }
+    }
+    Ok(Some(aside))
 }
 
 /// Marks the redacted orders on the next pages to be looked at by this very cycle. `None` when all is done.
@@ -63,8 +111,16 @@ pub(super) fn step(plan: &Plan, clock: &Clock) -> Result<Option<Slice>> {
             &[Arg::Text(Some(&plan.policy)), Arg::Int(left), Arg::Int(page)],
         )
     })?;
+    Ok(Some(Slice {
+        flagged: look_at(plan, clock, &found)?,
+        ..Slice::default()
+    }))
+}
+
+/// Redacted orders become due, deleted ones are looked for. Returns how many of these are back.
+fn look_at(plan: &Plan, clock: &Clock, found: &[Row]) -> Result<i64> {
     let (mut redacted, mut gone) = (Vec::new(), Vec::new());
-    for row in &found {
+    for row in found {
         if row.bool(1)? {
             gone.push(key_parts(row.str(0)?)?);
         } else {
@@ -76,10 +132,7 @@ pub(super) fn step(plan: &Plan, clock: &Clock) -> Result<Option<Slice>> {
     }
     // One that was deleted and came back while triggers were off looks to the sums as if it had never been away.
     let back = flag::by_keys(plan, &gone)?;
-    Ok(Some(Slice {
-        flagged: flag::upsert(plan, &back, "sweep", false, Tell::Now)?,
-        ..Slice::default()
-    }))
+    flag::upsert(plan, &back, "sweep", false, Tell::Now)
 }
 
 fn mark(plan: &Plan, clock: &Clock, redacted: &[&str]) -> Result<()> {
@@ -102,8 +155,12 @@ fn mark(plan: &Plan, clock: &Clock, redacted: &[&str]) -> Result<()> {
 fn on_pages(plan: &Plan, from: i64, to: i64) -> Result<Vec<Row>> {
     as_extension(|| {
         sql::read(
-            "SELECT o.order_key, o.status = 'gone' FROM amazon_pii.order_state AS o WHERE o.ctid >= $2 AND o.ctid < $3 AND o.policy = $1 \
-                AND (o.status = 'redacted' AND o.next_due_at IS NULL OR o.status = 'gone')",
+            &[
+                "SELECT o.order_key, o.status = 'gone' FROM amazon_pii.order_state AS o WHERE o.ctid >= $2 AND o.ctid < $3 \
+                    AND o.policy = $1 AND ",
+                ASIDE,
+            ]
+            .concat(),
             &[
                 Arg::Text(Some(&plan.policy)),
                 Arg::Typed(pg_sys::TIDOID, Some(&place(from))),
