@@ -25,6 +25,7 @@ use super::plan::{Aged, Plan};
 use super::purge;
 use super::report;
 use super::rotation::Keyring;
+use super::statistics;
 use super::sweep;
 use super::touched;
 use super::trigger_ddl;
@@ -210,6 +211,7 @@ fn run_policy(policy: &str, sweep: bool, boundary: Boundary) -> Result<Option<Co
             run.purge()?;
             run.send_the_rest()?;
             run.by_age()?;
+            run.statistics()?;
         }
     }
     run.step(|run| export::look(run.plan))?;
@@ -432,6 +434,19 @@ impl Run<'_> {
         for aged in &plan.by_age {
             let outcome = self.grown_old(aged);
             self.go_on_after(outcome.map_err(|e| if e.is_cancel() { e } else { e.at(&aged.name) }))?;
+        }
+        Ok(())
+    }
+
+    /// What the planner remembers of what is overwritten now. A transaction for each table: until its end ANALYZE has a lock that lets
+    /// all reads and writes through.
+    fn statistics(&mut self) -> Result<()> {
+        let plan = self.plan;
+        if self.id.is_none() {
+            return Ok(());
+        }
+        for table in statistics::tables(plan) {
+            self.step(|_| statistics::renew(plan, table).map_err(|e| e.at(&table.relation.shown())))?;
         }
         Ok(())
     }

@@ -53,6 +53,7 @@ pub mod report;
 pub mod rotation;
 pub mod scrub;
 pub mod state;
+pub mod statistics;
 pub mod sweep;
 pub mod touched;
 pub mod trigger_ddl;

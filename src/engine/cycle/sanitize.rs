@@ -61,6 +61,7 @@ pub fn sanitize(policy: &str, boundary: Boundary) -> Result<Counts> {
     run.batches.clock = super::clock(&plan)?;
     run.all_that_is_due()?;
     run.by_age()?;
+    run.statistics()?;
     run.end_all()?;
     run.batches.counts.overdue = super::overdue(policy)?;
     run.finish(None)?;
