@@ -60,11 +60,7 @@ fn few(plan: &Plan, most: i64) -> Result<Option<Vec<Row>>> {
         ]
         .concat()
     };
-    let query = [
-        part("o.purged_at IS NULL"),
-        part("o.purged_at IS NOT NULL"),
-    ]
-    .join(" UNION ALL ");
+    let query = [part("o.purged_at IS NULL"), part("o.purged_at IS NOT NULL")].join(" UNION ALL ");
     // One after the other, up to the last that is wanted.
     let pins = [("enable_seqscan", "off"), ("enable_bitmapscan", "off")];
     let rows = act_as(Identity::Extension, OWN_PATH, &pins, || {
