@@ -4,6 +4,7 @@
 use pgrx::prelude::*;
 
 use crate::engine::backup;
+use crate::engine::check::Problem;
 use crate::engine::check::archive::{self, Wanted};
 use crate::engine::vault;
 use crate::pg::error::or_raise;
@@ -25,11 +26,7 @@ fn check_archive(
         require_role(&["amazon_pii_admin"], "check an archive")
             .and_then(|()| archive::problems(&archive::named(foreign_table)?)),
     );
-    TableIterator::new(
-        problems
-            .into_iter()
-            .map(|p| (p.severity.word().to_owned(), p.object, p.problem, p.hint)),
-    )
+    TableIterator::new(problems.into_iter().map(Problem::into_row))
 }
 
 #[pg_extern(sql = false)]
@@ -43,11 +40,7 @@ fn backup_check() -> TableIterator<
     ),
 > {
     let problems = or_raise(backup::check());
-    TableIterator::new(
-        problems
-            .into_iter()
-            .map(|p| (p.severity.word().to_owned(), p.object, p.problem, p.hint)),
-    )
+    TableIterator::new(problems.into_iter().map(Problem::into_row))
 }
 
 #[pg_extern(sql = false)]

@@ -1,6 +1,7 @@
 use pgrx::prelude::*;
 
 use crate::engine::apply;
+use crate::engine::check::Problem;
 use crate::engine::export;
 use crate::engine::home;
 use crate::engine::inspect;
@@ -29,11 +30,7 @@ fn check_policy(
     ),
 > {
     let problems = or_raise(apply::check(&text(&document)));
-    TableIterator::new(
-        problems
-            .into_iter()
-            .map(|p| (p.severity.word().to_owned(), p.object, p.problem, p.hint)),
-    )
+    TableIterator::new(problems.into_iter().map(Problem::into_row))
 }
 
 #[pg_extern(sql = false)]

@@ -52,6 +52,11 @@ pub struct Problem {
 }
 
 impl Problem {
+    /// As a row of a result: severity, object, problem, hint.
+    pub fn into_row(self) -> (String, String, String, String) {
+        (self.severity.word().to_owned(), self.object, self.problem, self.hint)
+    }
+
     pub fn new(
         severity: Severity,
         object: impl Into<String>,

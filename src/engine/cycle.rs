@@ -189,18 +189,7 @@ fn run_policy(policy: &str, sweep: bool, boundary: Boundary) -> Result<Option<Co
     let keys = Keyring::load(policy)?;
     let clock = clock(&plan)?;
     boundary.commit()?;
-    let mut run = Run {
-        plan: &plan,
-        boundary,
-        batches: Batches::new(&plan, keys, clock, boundary),
-        team: None,
-        helped: false,
-        id: None,
-        aged: 0,
-        trouble: None,
-        told: Instant::now(),
-        sealed: Instant::now(),
-    };
+    let mut run = Run::new(&plan, keys, clock, boundary);
     run.flag(sweep)?;
     // What flagging has just found due belongs to this cycle.
     run.batches.clock = self::clock(&plan)?;
@@ -228,6 +217,23 @@ fn run_policy(policy: &str, sweep: bool, boundary: Boundary) -> Result<Option<Co
 fn clock(plan: &Plan) -> Result<Clock> {
     let now = xact::now()?;
     Ok(Clock::new(now, &horizons(plan.document.window.as_ref(), now)))
+}
+
+impl<'a> Run<'a> {
+    fn new(plan: &'a Plan, keys: Keyring, clock: Clock, boundary: Boundary) -> Self {
+        Self {
+            plan,
+            boundary,
+            batches: Batches::new(plan, keys, clock, boundary),
+            team: None,
+            helped: false,
+            id: None,
+            aged: 0,
+            trouble: None,
+            told: Instant::now(),
+            sealed: Instant::now(),
+        }
+    }
 }
 
 impl Run<'_> {

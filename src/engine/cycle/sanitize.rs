@@ -1,10 +1,7 @@
 //! A copy of a database for people who must not see the buyers: every order that a policy finds is redacted at once, without a copy, and
 //! what came along of the archive is destroyed.
 
-use std::time::Instant;
-
 use super::{Counts, Run, clock};
-use crate::engine::batch::Batches;
 use crate::engine::home;
 use crate::engine::plan::Plan;
 use crate::engine::purge::{self, Ended};
@@ -44,18 +41,7 @@ pub fn sanitize(policy: &str, boundary: Boundary) -> Result<Counts> {
     let clock = clock(&plan)?;
     let keys = Keyring::load(policy)?;
     boundary.commit()?;
-    let mut run = Run {
-        plan: &plan,
-        boundary,
-        batches: Batches::new(&plan, keys, clock, boundary),
-        team: None,
-        helped: false,
-        id: None,
-        aged: 0,
-        trouble: None,
-        told: Instant::now(),
-        sealed: Instant::now(),
-    };
+    let mut run = Run::new(&plan, keys, clock, boundary);
     run.flag(true)?;
     run.step(|run| all_at_once(run.plan))?;
     run.batches.clock = super::clock(&plan)?;

@@ -113,7 +113,7 @@ pub(super) fn doom(place: &Place, policy: &str, doomed: &[Doomed]) -> Result<()>
 }
 
 /// What a foreign table has yet to delete of some orders: (order, table, record, up to which data key).
-pub(super) struct Covered(Vec<Row>);
+pub(super) struct Covered(pub(super) Vec<Row>);
 
 impl Covered {
     /// Whether a document is among it.

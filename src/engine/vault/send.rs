@@ -6,6 +6,7 @@ use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap, HashSet};
 
 use super::cold::{Cold, fetch, on, spot};
+use super::destroy::doomed;
 use super::place::{Foreign, Place};
 use super::{NewDocument, store, unwrap_keys};
 use crate::domain::vault::{Binding, MasterKeys};
@@ -345,15 +346,7 @@ fn behind(
 fn delete(place: &Place, foreign: &Foreign, policy: &str, orders: &[&str]) -> Result<()> {
     let schema: &Ident = &place.schema;
     // Not locked: whoever destroys something meanwhile waits for nobody. What is noted then is not what is read here.
-    let rows = on_keys(|| {
-        sql::read(
-            &format!(
-                "SELECT d.order_key, d.table_name, d.record_key, d.key_upto FROM {schema}.doomed d \
-                 WHERE d.policy IS NOT DISTINCT FROM $1 AND d.order_key = ANY ($2)"
-            ),
-            &[Arg::Text(Some(policy)), Arg::texts(orders)],
-        )
-    })?;
+    let rows = doomed(place, policy, orders)?.0;
     if rows.is_empty() {
         return Ok(());
     }
