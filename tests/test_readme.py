@@ -1,5 +1,5 @@
-"""The README is executed: each SQL block in order on one fresh server with the worker, each policy fragment by
-check_policy. And it is complete: no key, setting, function, view or SQLSTATE of ours is missing in it."""
+"""The README and the pages behind it are executed: each SQL block in order on one fresh server with the worker, each policy
+fragment by check_policy. And they are complete: no key, setting, function, view or SQLSTATE of ours is missing."""
 import json
 import re
 
@@ -7,10 +7,10 @@ import pytest
 from cluster import Cluster, wait_until
 from conftest import ROOT, Database
 
-README = (ROOT / "README.md").read_text()
+README, POLICY, REFERENCE = (PAGES := [(ROOT / page).read_text() for page in ("README.md", "docs/policy.md", "docs/reference.md")])
 # An HTML comment says how the block after it is run: `sql: role`, then `error SQLSTATE` or `until query`.
 BLOCK = re.compile(r"(?:<!-- (?P<mark>[^>]*?) -->\n)?```(?P<kind>\w+)\n(?P<text>.*?)```", re.S)
-BLOCKS = [(m["mark"] or "", m["kind"], m["text"]) for m in BLOCK.finditer(README)]
+BLOCKS = [(m["mark"] or "", m["kind"], m["text"]) for m in BLOCK.finditer("\n".join(PAGES))]
 SQL = [(mark, text) for mark, kind, text in BLOCKS if kind == "sql"]
 FRAGMENTS = [json.loads(text) for mark, kind, text in BLOCKS if kind == "json" and not mark.startswith("paths")]
 PATHS = {mark.split(": ")[1]: json.loads(text) for mark, kind, text in BLOCKS if mark.startswith("paths")}
@@ -119,7 +119,7 @@ def test_every_setting_is_documented_with_its_default(read):
     assert len(settings) > 5
     for name, default, unit in settings:
         shown = "empty" if not default else f"{default} {unit}" if unit else default
-        assert f"| `{name}` | {shown} |" in README, name
+        assert f"| `{name}` | {shown} |" in REFERENCE, name
     for name in re.findall(r"^(\w[\w.]*) = ", "".join(t for _, kind, t in BLOCKS if kind == "ini"), re.M):
         assert read.value("SELECT count(*) FROM pg_settings WHERE name = %s", [name]) == 1, name
 
@@ -130,15 +130,31 @@ def test_every_function_and_view_is_documented(read):
         " AND prorettype NOT IN ('trigger'::regtype, 'event_trigger'::regtype)"
     )
     views = read.sql("SELECT relname FROM pg_class WHERE relnamespace = 'amazon_pii'::regnamespace AND relkind = 'v'")
-    table = README[README.index("## Functions and views") : README.index("## What it guarantees")]
+    table = REFERENCE[REFERENCE.index("## Functions and views") : REFERENCE.index("## Errors")]
     assert [f for (f,) in functions if f"{f}(" not in table] == []
     assert [v for (v,) in views if f"`{v}`" not in table] == []
 
 
 def test_documented_functions_exist(read):
-    table = README[README.index("## Functions and views") : README.index("## What it guarantees")]
+    table = REFERENCE[REFERENCE.index("## Functions and views") : REFERENCE.index("## Errors")]
     for name in re.findall(r"`(?:CALL )?(\w+)\(", table):
         assert read.value("SELECT count(*) FROM pg_proc WHERE proname = %s AND pronamespace = 'amazon_pii'::regnamespace", [name])
+
+
+def test_links_lead_somewhere():
+    def anchors(text):
+        headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.S), re.M)
+        return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+    links = 0
+    for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]:
+        for target in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", page.read_text(), flags=re.S)):
+            if not target.startswith("http"):
+                name, _, anchor = target.partition("#")
+                there = page.parent / name if name else page
+                assert there.exists() and (not anchor or anchor in anchors(there.read_text())), (page.name, target)
+                links += 1
+    assert links > 40
 
 
 # What the section on operations promises
