@@ -21,7 +21,7 @@ CREATE FUNCTION amazon_pii.enable_policy(policy text) RETURNS void
 COMMENT ON FUNCTION amazon_pii.enable_policy(text) IS 'Lets cycles archive and redact under a policy. Needs amazon_pii_admin';
 
 CREATE FUNCTION amazon_pii.disable_policy(policy text, reason text DEFAULT NULL) RETURNS void
-    LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'disable_policy_wrapper';
+    LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'disable_policy_with_reason_wrapper';
 COMMENT ON FUNCTION amazon_pii.disable_policy(text, text) IS
     'Stops cycles under a policy; orders are still flagged, and shown as overdue. Needs amazon_pii_admin';
 

@@ -7,6 +7,7 @@ mod customers;
 mod cycle;
 mod ending;
 mod files;
+mod former;
 mod keys;
 mod policy;
 mod trigger;

@@ -46,7 +46,7 @@ fn enable_policy(policy: &str) {
 }
 
 #[pg_extern(sql = false)]
-fn disable_policy(policy: Option<&str>, reason: Option<&str>) {
+fn disable_policy_with_reason(policy: Option<&str>, reason: Option<&str>) {
     let policy = policy.ok_or_else(|| Error::invalid("the policy must not be null"));
     or_raise(policy.and_then(|policy| apply::disable(policy, reason)));
 }

@@ -135,6 +135,33 @@ fn free(taken: &mut HashSet<String>, name: &str) -> String {
     free
 }
 
+/// Writes down the columns of a policy that was applied by a version that did not: all that are there count as known.
+///
+/// # Errors
+/// Errors of the server.
+pub fn catch_up(plan: &Plan) -> Result<()> {
+    as_extension(|| {
+        let names = sql::read(
+            "SELECT DISTINCT t.relation::oid, t.archived_as FROM amazon_pii.policy_table t WHERE t.policy = $1 \
+                AND NOT EXISTS (SELECT FROM amazon_pii.policy_column c WHERE c.policy = $1)",
+            &[Arg::Text(Some(&plan.policy))],
+        )?
+        .iter()
+        .map(|r| Ok((r.oid(0)?, r.string(1)?)))
+        .collect::<Result<Vec<_>>>()?;
+        if names.is_empty() {
+            return Ok(());
+        }
+        for table in tables(plan).into_iter().filter(|t| t.delete) {
+            sql::execute(
+                "UPDATE amazon_pii.policy_table SET whole = true WHERE policy = $1 AND relation::oid = $2",
+                &[Arg::Text(Some(&plan.policy)), Arg::Oid(table.relation.oid)],
+            )?;
+        }
+        store(plan, &names, plan.version)
+    })
+}
+
 /// Notes where the columns are today, so that a dump knows them by name.
 ///
 /// # Errors

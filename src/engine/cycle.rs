@@ -165,6 +165,7 @@ fn run_policy(policy: &str, sweep: bool, boundary: Boundary) -> Result<Option<Co
     let structure = idle::structure(policy)?;
     let plan = Plan::current(policy)?;
     if idle::is_changed(policy, structure.as_deref())? {
+        columns::catch_up(&plan)?;
         columns::see(policy)?;
         check::still_sound(&plan)?;
     }

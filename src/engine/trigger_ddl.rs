@@ -222,7 +222,8 @@ thread_local! {
 /// # Errors
 /// A cancel.
 pub fn structure_changed() -> Result<()> {
-    if IN_DDL.replace(true) {
+    // What the script of an extension makes is no partition of the shop's; our own changes our tables on the way.
+    if catalog::is_creating_extension() || IN_DDL.replace(true) {
         return Ok(());
     }
     let outcome = subtransaction(|| {
@@ -252,6 +253,13 @@ pub fn structure_changed() -> Result<()> {
     IN_DDL.set(false);
     match outcome {
         Err(e) if e.is_cancel() => Err(e),
+        Err(e) if e.is_other_version() => {
+            pgrx::warning!(
+                "{}; new partitions are looked after by the first cycle after an update",
+                e.shown()
+            );
+            Ok(())
+        }
         Err(_) => {
             pgrx::warning!("amazon_pii could not look after new partitions; the next cycle does");
             Ok(())

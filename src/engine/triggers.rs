@@ -278,6 +278,13 @@ fn key_columns(table: &Table, alias: &str) -> String {
 /// When flagging fails the statement goes through: its rows are noted by their keys, and the next cycle has them. Only
 /// rows of our own are inserted, so that nobody waits for the user's transaction.
 fn remember(policy: &str, alias: &str, call: &TriggerCall, error: &Error) {
+    if error.is_other_version() {
+        pgrx::warning!(
+            "{}; orders of this statement are flagged by the sweep that follows an update",
+            error.shown()
+        );
+        return;
+    }
     if subtransaction(|| note_keys(policy, alias, call, error)).is_ok() {
         return;
     }

@@ -54,6 +54,12 @@ impl TableFacts {
     }
 }
 
+/// Whether the script of an extension is running, by CREATE or ALTER EXTENSION.
+pub fn is_creating_extension() -> bool {
+    // SAFETY: reads a backend-local variable.
+    unsafe { pg_sys::creating_extension }
+}
+
 /// Resolves a table's name as the session's search path does, without running a statement as the caller: operators of
 /// whoever may shape that path are not called.
 ///

@@ -20,6 +20,8 @@ pub struct Error {
     cancel: bool,
     /// A foreign archive is at fault, as a whole.
     unreachable: bool,
+    /// The extension in the database is of another version than this library.
+    other_version: bool,
 }
 
 /// Why a foreign archive cannot be used that is slow.
@@ -39,6 +41,7 @@ impl Error {
             hint: None,
             cancel: false,
             unreachable: false,
+            other_version: false,
         }
     }
 
@@ -161,6 +164,28 @@ impl Error {
     /// Whether it is [`unreachable`](Self::unreachable).
     pub fn is_unreachable(&self) -> bool {
         self.unreachable
+    }
+
+    /// Tables and functions that are not this library's: nothing of ours is read or written in them.
+    pub fn other_version(in_database: &str, library: &str, is_older: bool) -> Self {
+        let hint = if is_older {
+            "Run ALTER EXTENSION amazon_pii UPDATE in this database, as a superuser."
+        } else {
+            "Restart the server, so that it loads the library of that version; where that is not installed, install it."
+        };
+        Self {
+            other_version: true,
+            ..Self::ours(
+                Code::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
+                format!("amazon_pii in this database is of version {in_database}, its library of version {library}"),
+            )
+            .hint(hint)
+        }
+    }
+
+    /// Whether it is [`other_version`](Self::other_version).
+    pub fn is_other_version(&self) -> bool {
+        self.other_version
     }
 
     /// An archived document that is not what was sealed.
@@ -387,6 +412,7 @@ impl Error {
                 hint: report.hint().map(str::to_owned),
                 cancel: says_cancel(report.sql_error_code()),
                 unreachable: false,
+                other_version: false,
             },
             // The server's words may quote a row ("Key (email)=(…)"), a RAISE of the shop's code may say anything.
             CaughtError::PostgresError(report) => Self {
@@ -401,6 +427,7 @@ impl Error {
                 cancel: says_cancel(report.sql_error_code())
                     && (report.function_name() == Some("ProcessInterrupts") || report.file() == file!()),
                 unreachable: false,
+                other_version: false,
             },
             CaughtError::RustPanic { .. } => Self::internal("unexpected failure inside amazon_pii"),
         }

@@ -10,6 +10,8 @@ use super::deadline;
 use super::error::{Error, Result};
 use super::sql;
 use super::subxact::subtransaction;
+use super::version;
+use super::xact;
 
 /// On whose behalf a statement runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -191,15 +193,29 @@ impl Drop for Impatient {
 thread_local! {
     static HELPED: RefCell<Option<String>> = const { RefCell::new(None) };
     static IMPATIENT: Cell<bool> = const { Cell::new(false) };
-    /// (extension, its owner): looked up once a backend, again after DROP and CREATE EXTENSION.
+    /// (extension, its owner): looked up once a backend, again after DROP and CREATE EXTENSION. Of our version: an extension
+    /// never goes back to an earlier one.
     static OWNER: Cell<(pg_sys::Oid, pg_sys::Oid)> = const { Cell::new((pg_sys::InvalidOid, pg_sys::InvalidOid)) };
 }
 
 /// The role that owns the extension, and so its tables.
 ///
 /// # Errors
-/// The extension is not installed in this database.
+/// The extension is not installed in this database, or is of another version there than this library.
 pub fn extension_owner() -> Result<pg_sys::Oid> {
+    owner_where(version::require_same)
+}
+
+/// [`as_extension`], also where the extension is of another version: for what was the same in all of them.
+///
+/// # Errors
+/// As `f`.
+pub fn as_extension_of_any_version<T>(f: impl FnOnce() -> Result<T>) -> Result<T> {
+    switch(owner_where(|_| Ok(()))?, OWN_PATH, &[], f)
+}
+
+/// The extension's owner, if its version may be `good`.
+fn owner_where(good: fn(&str) -> Result<()>) -> Result<pg_sys::Oid> {
     // SAFETY: catalog lookup inside a transaction, NUL-terminated name.
     let extension = unsafe { pg_sys::get_extension_oid(c"amazon_pii".as_ptr(), true) };
     if extension == pg_sys::InvalidOid {
@@ -212,15 +228,17 @@ pub fn extension_owner() -> Result<pg_sys::Oid> {
         return Ok(owner);
     }
     let rows = sql::read(
-        "SELECT extowner FROM pg_catalog.pg_extension WHERE oid OPERATOR(pg_catalog.=) $1",
+        "SELECT extowner, extversion, xmin FROM pg_catalog.pg_extension WHERE oid OPERATOR(pg_catalog.=) $1",
         &[sql::Arg::Oid(extension)],
     )?;
-    let owner = rows
-        .first()
-        .map(|r| r.oid(0))
-        .transpose()?
-        .ok_or_else(|| Error::internal("extension has no owner"))?;
-    OWNER.set((extension, owner));
+    let row = rows.first().ok_or_else(|| Error::internal("extension has no owner"))?;
+    let (owner, version) = (row.oid(0)?, row.str(1)?);
+    good(version)?;
+    // ALTER EXTENSION … UPDATE may yet be rolled back.
+    let written_by = row.str(2)?.parse().unwrap_or(0);
+    if version::require_same(version).is_ok() && !xact::is_own(written_by) {
+        OWNER.set((extension, owner));
+    }
     Ok(owner)
 }
 
@@ -259,13 +277,14 @@ fn named(role: &str) -> Option<pg_sys::Oid> {
     (oid != pg_sys::InvalidOid).then_some(oid)
 }
 
-/// Refuses unless the current user is a member of one of the named capability roles.
+/// Refuses unless the current user is a member of one of the named capability roles. Who calls a function hears first of all if
+/// the extension in the database is of another version than this library.
 ///
 /// # Errors
-/// 42501, naming the roles.
+/// 42501, naming the roles; another version.
 pub fn require_role(roles: &[&str], what: &str) -> Result<()> {
     if roles.iter().any(|role| has_role(role)) {
-        return Ok(());
+        return extension_owner().map(drop);
     }
     Err(Error::privilege(format!("permission denied to {what}"))
         .detail(format!("It needs the privileges of {}.", roles.join(" or "))))

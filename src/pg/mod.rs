@@ -25,5 +25,6 @@ pub mod subxact;
 pub mod transition;
 pub mod trigger;
 pub mod unique;
+pub mod version;
 pub mod worker;
 pub mod xact;

@@ -249,6 +249,12 @@ pub fn in_recovery() -> bool {
     unsafe { pg_sys::RecoveryInProgress() }
 }
 
+/// Whether a row that this transaction id wrote is the current transaction's own.
+pub fn is_own(xid: u32) -> bool {
+    // SAFETY: looks at backend-local state; any number may be asked for.
+    unsafe { pg_sys::TransactionIdIsCurrentTransactionId(pg_sys::TransactionId::from_inner(xid)) }
+}
+
 /// Which database this is: the cluster's identifier, and the database's number in it. Standbys have their primary's; a restored dump, a
 /// database made from another one, and a cluster that pg_upgrade made have others.
 pub fn this_database() -> String {

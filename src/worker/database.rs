@@ -3,12 +3,12 @@
 use pgrx::prelude::*;
 
 use crate::engine::cycle;
-use crate::pg::error::{Error, Result};
-use crate::pg::identity::as_extension;
+use crate::pg::error::Result;
+use crate::pg::identity::as_extension_of_any_version;
 use crate::pg::sql::{self, Arg};
 use crate::pg::worker::board::{self, Outcome};
 use crate::pg::worker::{self, Connection, Errand, Kind};
-use crate::pg::{guc, xact};
+use crate::pg::{guc, version, xact};
 
 /// How it is started; the errand's number is its place on the board.
 pub(super) const WORKER: Kind = Kind {
@@ -51,26 +51,22 @@ fn installed_version() -> Result<Option<String>> {
 
 fn serve(version: &str) -> Result<()> {
     worker::transaction(beat)?;
-    let done = if version != env!("CARGO_PKG_VERSION") {
-        Err(Error::wrong_state(format!(
-            "the library is version {}, the extension in this database {version}: ALTER EXTENSION amazon_pii UPDATE",
-            env!("CARGO_PKG_VERSION")
-        )))
-    } else if guc::enabled() {
+    let done = version::require_same(version).and_then(|()| {
+        if !guc::enabled() {
+            return Ok(());
+        }
         worker::report_running("amazon_pii: cycle");
         worker::open_transaction(|| cycle::run(None, false, xact::Boundary::Worker).map(|_| ()))
-    } else {
-        Ok(())
-    };
+    });
     if let Err(e) = &done {
         worker::log(e, "a cycle ended early");
     }
     worker::transaction(|| remember(done.err().map(|e| e.stored()).as_deref()))
 }
 
-/// The worker was here.
+/// The worker was here. This table is the same in every version.
 fn beat() -> Result<()> {
-    as_extension(|| {
+    as_extension_of_any_version(|| {
         sql::execute(
             "INSERT INTO amazon_pii.heartbeat AS h (worker, pid, beat_at) \
              VALUES ('database', $1::int, pg_catalog.clock_timestamp()) \
@@ -83,7 +79,7 @@ fn beat() -> Result<()> {
 
 /// Keeps why the last cycle ended early, or that it did not.
 fn remember(error: Option<&str>) -> Result<()> {
-    as_extension(|| {
+    as_extension_of_any_version(|| {
         sql::execute(
             "UPDATE amazon_pii.heartbeat SET last_error = $1 WHERE worker = 'database' AND last_error IS DISTINCT FROM $1",
             &[Arg::Text(error)],
