@@ -3,6 +3,7 @@
 # make bench            measures what the extension costs and writes bench/RESULT.md; ORDERS, DUE, ROUNDS, FULL=1
 # make install          builds and installs into PG_CONFIG=… (default: Debian's PostgreSQL 15)
 # make package          a Debian package
+# make test-upgrade     pg_upgrade from PostgreSQL 16 to 18 with the extension in both, which it builds; FROM=, TO=
 # make pytest ARGS=…    the tests against servers alone, of the extension as it is installed
 
 export PG PG_CONFIG KEEP
@@ -10,7 +11,7 @@ ARGS ?= tests
 
 .NOTPARALLEL:
 .DEFAULT_GOAL := build
-.PHONY: setup build install package lint unit pytest test demo bench clean
+.PHONY: setup build install package lint unit pytest test test-upgrade demo bench clean
 
 setup:
 	@scripts/setup
@@ -41,6 +42,9 @@ test: setup
 	@scripts/unit
 	@scripts/install
 	@scripts/pytest
+
+test-upgrade:
+	@scripts/test-upgrade $(FROM) $(TO)
 
 demo: setup
 	@scripts/install

@@ -19,13 +19,22 @@ SUPERUSER = "postgres"
 PORT = 5432
 
 
-def pg_config(option):
-    return subprocess.check_output([PG_CONFIG, f"--{option}"], text=True).strip()
+def pg_config(option, program=PG_CONFIG):
+    return subprocess.check_output([program, f"--{option}"], text=True).strip()
 
 
-BINDIR = Path(pg_config("bindir"))
-LIBDIR = Path(pg_config("libdir"))
-MAJOR = int(pg_config("version").split()[1].split(".")[0])
+class Programs:
+    """A server's programs and libraries, by its pg_config."""
+
+    def __init__(self, program):
+        self.bindir = Path(pg_config("bindir", program))
+        self.libdir = Path(pg_config("libdir", program))
+        self.major = int(pg_config("version", program).split()[1].split(".")[0])
+
+
+HERE = Programs(PG_CONFIG)
+BINDIR = HERE.bindir
+MAJOR = HERE.major
 
 
 def wait_until(predicate, timeout=30, interval=0.05, message=None):
@@ -40,22 +49,24 @@ def wait_until(predicate, timeout=30, interval=0.05, message=None):
         time.sleep(interval)
 
 
-def clean_environment(home):
+def clean_environment(home, programs=HERE):
     """Neither the caller's libpq settings nor RUST_BACKTRACE (pgrx would put backtraces into errors) reach a server."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("PG", "RUST_", "CARGO", "LC_"))}
-    kept.update(HOME=str(home), LANG="C.UTF-8", LC_ALL="C.UTF-8", TZ="UTC", PATH=f"{BINDIR}:{os.environ['PATH']}")
+    kept.update(HOME=str(home), LANG="C.UTF-8", LC_ALL="C.UTF-8", TZ="UTC", PATH=f"{programs.bindir}:{os.environ['PATH']}")
     # The modules of a server that was moved would load the system's libpq, of another version.
-    kept["LD_LIBRARY_PATH"] = str(LIBDIR)
+    kept["LD_LIBRARY_PATH"] = str(programs.libdir)
     return kept
 
 
 class Cluster:
     """`conf` is lines for postgresql.conf; `preload` loads the library at start, which brings the background worker;
-    `environment` is what the server finds in its environment besides the usual."""
+    `environment` is what the server finds in its environment besides the usual; `programs` are those of another server than the
+    one that is tested, `initdb` more options."""
 
     _running = set()
 
-    def __init__(self, preload=False, conf=(), fsync=False, key=True, environment=None):
+    def __init__(self, preload=False, conf=(), fsync=False, key=True, environment=None, programs=HERE, initdb=()):
+        self.programs = programs
         self.environment = dict(environment or {})
         self.owner = pwd.getpwnam("postgres") if os.geteuid() == 0 else pwd.getpwuid(os.geteuid())
         # Socket paths are limited to 107 bytes: a short name below /tmp, wherever TMPDIR points.
@@ -69,7 +80,7 @@ class Cluster:
         if key:
             self.write_key(self.key_file)
         try:
-            self.run("initdb", "-D", self.data, "-U", SUPERUSER, "-A", "trust", "-E", "UTF8", "--locale=C.UTF-8", "--no-sync")
+            self.run("initdb", "-D", self.data, "-U", SUPERUSER, "-A", "trust", "-E", "UTF8", "--locale=C.UTF-8", "--no-sync", *initdb)
             lines = [
                 "listen_addresses = ''",
                 f"unix_socket_directories = '{self.base}'",
@@ -103,16 +114,16 @@ class Cluster:
 
     def run(self, program, *arguments, check=True, **options):
         """Runs one of the server's programs as the server's user."""
-        return self._run(self.as_owner(BINDIR / program, *arguments), check, **options)
+        return self._run(self.as_owner(self.programs.bindir / program, *arguments), check, **options)
 
     def client(self, program, *arguments, check=True, env=None, **options):
         """Runs a client program as whoever runs the tests, set up to connect here as the superuser."""
         where = {"PGHOST": str(self.base), "PGPORT": str(self.port), "PGUSER": SUPERUSER, **(env or {})}
-        return self._run([str(BINDIR / program), *map(str, arguments)], check, where, **options)
+        return self._run([str(self.programs.bindir / program), *map(str, arguments)], check, where, **options)
 
     def _run(self, command, check, env=None, **options):
         done = subprocess.run(
-            command, env={**clean_environment(self.base), **(env or {})}, text=True, cwd="/",
+            command, env={**clean_environment(self.base, self.programs), **(env or {})}, text=True, cwd=options.pop("cwd", "/"),
             stdin=options.pop("stdin", None if "input" in options else subprocess.DEVNULL),
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options,
         )
@@ -148,9 +159,9 @@ class Cluster:
     def start(self, check=True):
         # pg_ctl's child inherits standard output, which therefore must not be a pipe that somebody waits on.
         with open(os.devnull, "w") as nothing:
-            command = self.as_owner(BINDIR / "pg_ctl", "-D", self.data, "-l", self.log, "-w", "-t", "60", "-s", "start")
+            command = self.as_owner(self.programs.bindir / "pg_ctl", "-D", self.data, "-l", self.log, "-w", "-t", "60", "-s", "start")
             done = subprocess.run(
-                command, env={**clean_environment(self.base), **self.environment}, cwd="/", stdin=nothing, stdout=nothing,
+                command, env={**clean_environment(self.base, self.programs), **self.environment}, cwd="/", stdin=nothing, stdout=nothing,
                 stderr=nothing,
             )
         if done.returncode and check:
