@@ -29,7 +29,10 @@ CREATE TABLE amazon_pii.policy (
     disabled_at     timestamptz,
     disabled_reason text,
     keys_changed_at timestamptz,
-    home            text
+    home            text,
+    effective_from  timestamptz,
+    postponed_since timestamptz,
+    loosened_because text
 );
 COMMENT ON TABLE amazon_pii.policy IS 'One row a policy: the document in force';
 COMMENT ON COLUMN amazon_pii.policy.search_path IS 'The path under which expressions and code of the tables'' owners run';
@@ -40,6 +43,9 @@ COMMENT ON COLUMN amazon_pii.policy.export IS 'warn or require; NULL where the d
 COMMENT ON COLUMN amazon_pii.policy.exported_upto IS 'The accounting data of orders whose clock started up to this moment is exported';
 COMMENT ON COLUMN amazon_pii.policy.export_looked_at IS 'When orders that are not exported were last looked for';
 COMMENT ON COLUMN amazon_pii.policy.loosened IS 'How long personal data is kept, and why, where that is more than 30 days';
+COMMENT ON COLUMN amazon_pii.policy.loosened_because IS 'The reason that the document gives';
+COMMENT ON COLUMN amazon_pii.policy.effective_from IS 'Before this moment orders are not touched, by the document';
+COMMENT ON COLUMN amazon_pii.policy.postponed_since IS 'Since when effective_from or report_only_until have kept the policy from its work without a break; NULL: they do not';
 COMMENT ON COLUMN amazon_pii.policy.disabled_reason IS 'Why it was switched off; NULL where it never was on';
 COMMENT ON COLUMN amazon_pii.policy.keys_changed_at IS 'When a rotation began: cycles under way read the master keys anew';
 COMMENT ON COLUMN amazon_pii.policy.home IS 'The database in which it is at work, as system identifier and number; NULL: the one of the next cycle';
@@ -128,6 +134,9 @@ CREATE TABLE amazon_pii.order_state (
     key_generation  bigint,
     follows         text        COLLATE "C",
     redacted_first_at timestamptz,
+    archive_held_until timestamptz,
+    archive_held_since timestamptz,
+    archive_hold_reason text,
     -- The order's key first: it alone finds a row, whatever the server believes of the number of policies.
     PRIMARY KEY (order_key, policy)
 );
@@ -142,14 +151,18 @@ COMMENT ON COLUMN amazon_pii.order_state.purged_at IS 'When its archive was dest
 COMMENT ON COLUMN amazon_pii.order_state.key_generation IS 'The newest of its data keys that were destroyed: the next one is another';
 COMMENT ON COLUMN amazon_pii.order_state.follows IS 'The retrieved order that it replaces: it is redacted when that retrieval ends';
 COMMENT ON COLUMN amazon_pii.order_state.redacted_first_at IS 'When it was redacted for the first time, whatever came back since';
+COMMENT ON COLUMN amazon_pii.order_state.hold_reason IS 'Why it is held, where that is for more than 30 days';
+COMMENT ON COLUMN amazon_pii.order_state.archive_held_until IS 'Before this moment its archive is not destroyed; NULL: nobody holds it, or a cycle has seen the end of that';
+COMMENT ON COLUMN amazon_pii.order_state.archive_hold_reason IS 'Why its archive is held, where that is for more than 30 days';
 CREATE INDEX order_state_follows ON amazon_pii.order_state (follows, policy) WHERE follows IS NOT NULL;
 -- Partial: an import of orders that are not dispatched yet does not touch it.
 CREATE INDEX order_state_due ON amazon_pii.order_state (policy, next_due_at) WHERE next_due_at IS NOT NULL;
 CREATE INDEX order_state_stale ON amazon_pii.order_state (policy, stale_at) WHERE status = 'flagged' AND stale_at IS NOT NULL;
--- In the order in which archives come to the end of their time, whatever the policy says that this is.
+-- In the order in which archives come to the end of their time, whatever the policy says that this is. Those that are held have none.
 CREATE INDEX order_state_kept ON amazon_pii.order_state (policy, COALESCE(redacted_at, redact_due_at))
-    WHERE status IN ('redacted', 'gone') AND purged_at IS NULL;
--- With the one above, all redacted and deleted orders: a sweep asks whether there are any.
+    WHERE status IN ('redacted', 'gone') AND purged_at IS NULL AND archive_held_until IS NULL;
+CREATE INDEX order_state_archive_held ON amazon_pii.order_state (policy, archive_held_until) WHERE archive_held_until IS NOT NULL;
+-- With the two above, all redacted and deleted orders: a sweep asks whether there are any.
 CREATE INDEX order_state_purged ON amazon_pii.order_state (policy) WHERE status IN ('redacted', 'gone') AND purged_at IS NOT NULL;
 -- By hash: numbers come in no order, and are only ever asked for one by one.
 CREATE INDEX order_state_number ON amazon_pii.order_state USING hash (order_number);

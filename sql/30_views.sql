@@ -10,7 +10,8 @@ SELECT o.policy, o.order_key, o.order_number,
        CASE WHEN o.purged_at IS NOT NULL AND o.status IN ('redacted', 'gone') THEN 'purged' ELSE o.status END AS status,
        o.flagged_at, o.anchor_at, o.archive_due_at, o.archived_at,
        o.redact_due_at, o.redacted_at, o.retrieved_at, o.retrieved_until, o.held_until, o.attempts, o.next_attempt_at,
-       o.last_error, o.pushed_by, o.redacted_version, o.stale_at, o.effective_at, o.asked, o.purged_at, o.follows
+       o.last_error, o.pushed_by, o.redacted_version, o.stale_at, o.effective_at, o.asked, o.purged_at, o.follows,
+       o.archive_held_until
   FROM amazon_pii.order_state AS o;
 COMMENT ON VIEW amazon_pii.orders IS 'One row a flagged order: where it stands and what is due when';
 
@@ -131,6 +132,35 @@ SELECT DISTINCT t.policy, n.nspname::text AS schema_name, c.relname::text AS tab
                SELECT FROM below AS b JOIN pg_catalog.pg_type AS y ON y.oid = b.oid
                 WHERE y.typcategory = 'S' OR y.oid IN ('json'::regtype, 'jsonb'::regtype, 'xml'::regtype));
 COMMENT ON VIEW amazon_pii.unclassified IS 'Columns for text or JSON that came after their table was registered, and that the policy names neither under redact nor under keep';
+
+-- One line an order and cause. Infinite moments are none that could be counted from.
+CREATE VIEW amazon_pii.kept_longer WITH (security_barrier) AS
+SELECT o.policy, o.order_key, o.order_number, w.why, w.since, w.until, w.reason,
+       CASE WHEN pg_catalog.isfinite(w.since) THEN pg_catalog.round(pg_catalog.date_part('epoch',
+           LEAST(COALESCE(w.until, pg_catalog.now()), '9999-01-01'::timestamptz) - w.since)::numeric / 86400, 2) END AS days
+  FROM amazon_pii.order_state AS o
+  JOIN amazon_pii.policy AS p ON p.policy = o.policy
+ CROSS JOIN LATERAL (VALUES
+       ('hold', o.held_since, o.held_until, o.hold_reason,
+        o.hold_reason IS NOT NULL AND o.held_until > pg_catalog.now()),
+       ('archive_hold', o.archive_held_since, o.archive_held_until, o.archive_hold_reason,
+        o.archive_hold_reason IS NOT NULL AND o.archive_held_until > pg_catalog.now()),
+       ('not_before', COALESCE(o.anchor_at, o.stale_at) + '30 days'::interval, o.redact_due_at, o.pushed_by,
+        o.pushed_by IS NOT NULL AND o.redact_due_at > COALESCE(o.anchor_at, o.stale_at) + '30 days'::interval
+        AND (o.status IN ('scheduled', 'archived', 'failed') OR o.status = 'redacted' AND o.redact_due_at > pg_catalog.now())),
+       ('export', o.redact_due_at, NULL, NULL,
+        p.export = 'require' AND o.redact_due_at < pg_catalog.now() AND o.redacted_at IS NULL AND o.asked IS NULL
+        AND o.status IN ('scheduled', 'archived', 'failed')
+        AND (COALESCE(o.anchor_at, o.stale_at, o.redact_due_at) <= p.exported_upto) IS NOT TRUE),
+       ('effective_from', COALESCE(o.anchor_at, o.stale_at) + '30 days'::interval, o.effective_at, NULL,
+        o.effective_at > pg_catalog.now() AND COALESCE(o.anchor_at, o.stale_at) < pg_catalog.now() - '30 days'::interval
+        AND o.status IN ('flagged', 'scheduled', 'archived', 'failed')),
+       ('no_anchor', o.flagged_at + '30 days'::interval, NULL, NULL,
+        o.status = 'flagged' AND o.anchor_at IS NULL AND o.flagged_at < pg_catalog.now() - '30 days'::interval)
+      ) AS w (why, since, until, reason, holds)
+ WHERE w.holds;
+COMMENT ON VIEW amazon_pii.kept_longer IS 'Orders whose personal data, or archive, is kept longer than usual, and why: long holds (hold, archive_hold), a younger linked row (not_before), an export that is waited for (export), a date of effect (effective_from), no anchor for 30 days (no_anchor); days: of a hold in all, else past 30 days';
+
 CREATE VIEW amazon_pii.status WITH (security_barrier) AS
 SELECT p.policy, p.version, p.enabled, p.suspended,
        COALESCE(c.flagged, 0) AS flagged, COALESCE(c.scheduled, 0) AS scheduled, COALESCE(c.archived, 0) AS archived,
@@ -160,7 +190,13 @@ SELECT p.policy, p.version, p.enabled, p.suspended,
        pg_catalog.array_remove(ARRAY[
            CASE WHEN NOT p.enabled THEN COALESCE('disabled since ' || p.disabled_at || ': ' || p.disabled_reason, 'not enabled yet') END,
            p.loosened,
-           CASE WHEN c.held > 0 THEN c.held || ' orders held for more than 30 days: ' || pg_catalog.left(c.held_because, 500) END], NULL) AS loosened
+           CASE WHEN p.effective_from > pg_catalog.now() AND p.effective_from > p.postponed_since + '30 days'::interval
+                THEN 'effective_from is ' || p.effective_from || ': ' || p.loosened_because END,
+           CASE WHEN p.report_only_until > pg_catalog.now() AND p.report_only_until > p.postponed_since + '30 days'::interval
+                THEN 'report_only_until is ' || p.report_only_until || ': ' || p.loosened_because END], NULL)
+       || k.lines
+       || CASE WHEN pg_catalog.current_setting('amazon_pii.enabled', true) IN ('off', 'false', 'no', '0')
+               THEN '{"amazon_pii.enabled is off: the worker runs no cycles"}'::text[] ELSE '{}' END AS loosened
   FROM amazon_pii.policy AS p
   LEFT JOIN LATERAL (
        SELECT pg_catalog.count(*) FILTER (WHERE o.status = 'flagged') AS flagged,
@@ -174,13 +210,23 @@ SELECT p.policy, p.version, p.enabled, p.suspended,
               pg_catalog.count(*) FILTER (WHERE o.effective_at > pg_catalog.now()
                   AND o.status IN ('flagged', 'scheduled', 'archived', 'failed')) AS not_in_effect,
               pg_catalog.min(o.effective_at) FILTER (WHERE o.effective_at > pg_catalog.now()
-                  AND o.status IN ('flagged', 'scheduled', 'archived', 'failed')) AS next_in_effect_at,
-              pg_catalog.count(*) FILTER (WHERE o.hold_reason IS NOT NULL AND o.held_until > pg_catalog.now()) AS held,
-              pg_catalog.string_agg(DISTINCT o.hold_reason, '; ') FILTER (WHERE o.held_until > pg_catalog.now()) AS held_because
+                  AND o.status IN ('flagged', 'scheduled', 'archived', 'failed')) AS next_in_effect_at
          FROM amazon_pii.order_state AS o WHERE o.policy = p.policy) AS c ON true
   LEFT JOIN LATERAL (
        SELECT pg_catalog.count(*) AS overdue, pg_catalog.max(v.overdue_by) AS worst_overdue_by
          FROM amazon_pii.overdue AS v WHERE v.policy = p.policy) AS d ON true
+  LEFT JOIN LATERAL (
+       SELECT COALESCE(pg_catalog.array_agg(l.orders || CASE l.why
+                  WHEN 'hold' THEN ' orders held for more than 30 days: ' || pg_catalog.left(l.because, 500)
+                  WHEN 'archive_hold' THEN ' archives held for more than 30 days: ' || pg_catalog.left(l.because, 500)
+                  WHEN 'not_before' THEN ' orders pushed past 30 days, by ' || l.worst || ' days at worst: ' || pg_catalog.left(l.because, 500)
+                  WHEN 'export' THEN ' orders past their date wait for the export, for ' || l.worst || ' days at worst'
+                  WHEN 'effective_from' THEN ' orders past 30 days are not in effect, the last until ' || l.until
+                  ELSE ' orders without an anchor for more than 30 days, the oldest for ' || 30 + l.worst || ' days' END
+              ORDER BY pg_catalog.array_position('{hold,archive_hold,not_before,export,effective_from,no_anchor}', l.why)), '{}') AS lines
+         FROM (SELECT w.why, pg_catalog.count(*) AS orders, pg_catalog.ceil(pg_catalog.max(w.days)) AS worst, pg_catalog.max(w.until) AS until,
+                      pg_catalog.string_agg(DISTINCT w.reason, '; ') AS because
+                 FROM amazon_pii.kept_longer AS w WHERE w.policy = p.policy GROUP BY w.why) AS l) AS k ON true
   LEFT JOIN LATERAL (
        SELECT pg_catalog.count(*) FILTER (WHERE o.redacted_at IS NULL) AS not_exported,
               pg_catalog.count(*) FILTER (WHERE o.redacted_at IS NULL AND p.export = 'require'

@@ -25,10 +25,10 @@ CREATE FUNCTION amazon_pii.disable_policy(policy text, reason text DEFAULT NULL)
 COMMENT ON FUNCTION amazon_pii.disable_policy(text, text) IS
     'Stops cycles under a policy; orders are still flagged, and shown as overdue. Needs amazon_pii_admin';
 
-CREATE FUNCTION amazon_pii.drop_policy(policy text) RETURNS void
-    LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'drop_policy_wrapper';
-COMMENT ON FUNCTION amazon_pii.drop_policy(text) IS
-    'Removes a policy, its triggers and the states of its orders; archive, keys and audit log stay. Needs amazon_pii_admin';
+CREATE FUNCTION amazon_pii.drop_policy(policy text, reason text DEFAULT NULL) RETURNS void
+    LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'drop_policy_for_wrapper';
+COMMENT ON FUNCTION amazon_pii.drop_policy(text, text) IS
+    'Removes a policy, its triggers and the states of its orders; archive, keys and audit log stay. While it has something to redact, or a hold, a reason is required (22023). Needs amazon_pii_admin';
 
 CREATE FUNCTION amazon_pii.mark_exported(policy text, upto timestamptz, back boolean DEFAULT false) RETURNS bigint
     LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'mark_exported_wrapper';
@@ -139,11 +139,11 @@ COMMENT ON FUNCTION amazon_pii.find_orders(text) IS
 CREATE FUNCTION amazon_pii.hold(order_number text, reason text, until timestamptz, policy text DEFAULT NULL, key text DEFAULT NULL)
     RETURNS void LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'hold_wrapper';
 COMMENT ON FUNCTION amazon_pii.hold(text, text, timestamptz, text, text) IS
-    'Pauses the redaction of an order until a moment in the future; archiving goes on. Needs amazon_pii_operator';
+    'Pauses the redaction of an order until a moment in the future; archiving goes on. The archive of an order that is redacted, or was deleted, is kept until then. More than 30 days need a reason. Needs amazon_pii_operator';
 
 CREATE FUNCTION amazon_pii.release(order_number text, policy text DEFAULT NULL, key text DEFAULT NULL) RETURNS void
     LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'release_wrapper';
-COMMENT ON FUNCTION amazon_pii.release(text, text, text) IS 'Ends a hold. Needs amazon_pii_operator';
+COMMENT ON FUNCTION amazon_pii.release(text, text, text) IS 'Ends a hold of an order or of its archive. Needs amazon_pii_operator';
 
 CREATE FUNCTION amazon_pii.unflag(order_number text, reason text DEFAULT NULL, policy text DEFAULT NULL, key text DEFAULT NULL)
     RETURNS TABLE (order_key text, table_name text, records bigint, cells bigint, kept bigint)
@@ -159,7 +159,7 @@ COMMENT ON FUNCTION amazon_pii.erase(text, text, text, text) IS
 CREATE FUNCTION amazon_pii.shred(order_number text, reason text DEFAULT NULL, policy text DEFAULT NULL, key text DEFAULT NULL)
     RETURNS void LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'shred_wrapper';
 COMMENT ON FUNCTION amazon_pii.shred(text, text, text, text) IS
-    'Destroys the data keys and the archived documents of a redacted order: nothing brings its personal data back. Needs amazon_pii_admin. 55000 not redacted, 42704 already destroyed';
+    'Destroys the data keys and the archived documents of a redacted order: nothing brings its personal data back. Needs amazon_pii_admin. 55000 not redacted or held, 42704 already destroyed';
 
 CREATE FUNCTION amazon_pii.forget(order_number text, reason text DEFAULT NULL, policy text DEFAULT NULL, key text DEFAULT NULL)
     RETURNS void LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'forget_wrapper';

@@ -7,7 +7,7 @@ REVOKE ALL ON ALL ROUTINES IN SCHEMA amazon_pii FROM PUBLIC;
 GRANT USAGE ON SCHEMA amazon_pii TO amazon_pii_admin, amazon_pii_operator, amazon_pii_auditor, amazon_pii_files;
 
 GRANT EXECUTE ON FUNCTION amazon_pii.apply_policy(jsonb), amazon_pii.check_policy(jsonb), amazon_pii.preset(text), amazon_pii.enable_policy(text),
-    amazon_pii.disable_policy(text, text), amazon_pii.drop_policy(text), amazon_pii.unflag(text, text, text, text),
+    amazon_pii.disable_policy(text, text), amazon_pii.drop_policy(text, text), amazon_pii.unflag(text, text, text, text),
     amazon_pii.mark_exported(text, timestamptz, boolean), amazon_pii.set_canary(text, boolean, text),
     amazon_pii.erase(text, text, text, text), amazon_pii.shred(text, text, text, text), amazon_pii.forget(text, text, text, text)
     TO amazon_pii_admin;
@@ -32,7 +32,7 @@ GRANT EXECUTE ON FUNCTION amazon_pii.key_status() TO amazon_pii_admin, amazon_pi
 GRANT SELECT ON amazon_pii.key_status TO amazon_pii_admin, amazon_pii_auditor;
 
 GRANT SELECT ON amazon_pii.policies TO amazon_pii_admin, amazon_pii_auditor;
-GRANT SELECT ON amazon_pii.status, amazon_pii.unclassified, amazon_pii.runs, amazon_pii.by_age, amazon_pii.files
+GRANT SELECT ON amazon_pii.status, amazon_pii.kept_longer, amazon_pii.unclassified, amazon_pii.runs, amazon_pii.by_age, amazon_pii.files
     TO amazon_pii_admin, amazon_pii_operator, amazon_pii_auditor;
 GRANT SELECT ON amazon_pii.orders, amazon_pii.records, amazon_pii.overdue, amazon_pii.upcoming
     TO amazon_pii_admin, amazon_pii_operator;

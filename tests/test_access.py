@@ -284,7 +284,7 @@ REFUSALS = [
     ("end_retrieval", ("nothing",), "P0002"), ("hold", ("nothing", "dispute", "2999-01-01"), "P0002"), ("release", ("nothing",), "P0002"),
     ("explain_order", ("nothing",), "P0002"), ("retrieve", (None, "return"), "22023"), ("peek", (None, "return"), "22023"),
     ("retrieve", (number(2), "return"), "55000"), ("retrieve", (number(3), "return"), "55000"), ("peek", (number(3), "return"), "55000"),
-    ("end_retrieval", (ONE,), "55000"), ("hold", (ONE, "dispute", "2999-01-01"), "55000"),
+    ("end_retrieval", (ONE,), "55000"),
     ("release", (ONE,), "55000"), ("release", (number(2),), "55000"), ("release", (number(3),), "55000"),
     ("hold", (number(2), "dispute", "2001-01-01"), "22023"), ("hold", (number(2), "dispute", None), "22023"),
     ("hold", (number(2), "dispute", "infinity"), "22023"),

@@ -579,7 +579,7 @@ def test_a_chain_without_a_policy_stays_as_long_as_any(shop):
     shop.apply_policy(shop_policy(audit_for="1 year"))
     shop.apply_policy(shop_policy(policy="second", audit_for="6 years"))
     shop.sql("CALL amazon_pii.rotate_key()", user="pii_admin")
-    shop.sql("SELECT amazon_pii.drop_policy('shop')", user="pii_admin")
+    shop.sql("SELECT amazon_pii.drop_policy('shop', 'test')", user="pii_admin")
     tamper(shop, "DELETE FROM amazon_pii.audit_link", "DELETE FROM amazon_pii.audit_chain",
            "UPDATE amazon_pii.audit_entry SET links_before = NULL, mac = NULL, key_id = NULL, at = at - '5 years'::interval",
            "INSERT INTO amazon_pii.audit_pending SELECT DISTINCT ON (policy) COALESCE(policy, ''), audit_id FROM amazon_pii.audit_entry ON CONFLICT DO NOTHING")

@@ -87,7 +87,8 @@ def test_overdue_orders_with_their_reasons(shop):
 def test_what_keeps_data_longer(shop):
     """Breaks when a disabled policy, a longer clock or a long hold is not in it while it lasts, or stays in it."""
     quiet = evidence(shop)["kept_longer"]
-    assert quiet == {"now": [], "enabled": True, "disabled_since": None, "disabled_reason": None, "holds": [], "switched": []}
+    assert quiet == {"now": [], "because": None, "postponed_since": None, "enabled": True, "disabled_since": None, "disabled_reason": None,
+                     "holds": [], "orders": [], "dropped": None, "switched": []}
     shop.apply_policy(shop_policy(redact_after="60 days", loosened="tax audit"))
     shop.sql("SELECT amazon_pii.hold(%s, 'lawsuit 12', now() + '90 days'::interval)", [number(5)], "pii_operator")
     shop.sql("SELECT amazon_pii.hold(%s, 'short', now() + '5 days'::interval)", [number(6)], "pii_operator")
@@ -194,7 +195,7 @@ def test_who_may_ask(shop):
 
 
 def test_a_dropped_policy_leaves_its_evidence(shop):
-    shop.sql("SELECT amazon_pii.drop_policy('shop')", user="pii_admin")
+    shop.sql("SELECT amazon_pii.drop_policy('shop', 'test')", user="pii_admin")
     found = evidence(shop)
     assert found["orders_by_state"] == {} and found["kept_longer"]["now"] is None and len(found["policy_versions"]) == 1
     assert found["audit_log"]["by_action"]["drop_policy"] == 1

@@ -281,14 +281,14 @@ def test_preview_and_switches(shop):
     run_cycle(shop)
     assert ids(shop) == [5, 6] and shop.value("SELECT rows_overdue FROM amazon_pii.status") == 0
     assert shop.sql(preview, ["0 s"], "pii_auditor") == []
-    shop.sql("SELECT amazon_pii.drop_policy('shop')", user="pii_admin")
+    shop.sql("SELECT amazon_pii.drop_policy('shop', 'test')", user="pii_admin")
     assert shop.sql("SELECT policy FROM amazon_pii.aged_table UNION ALL SELECT policy FROM amazon_pii.aged_row") == []
 
 
 def test_before_its_date_a_policy_touches_nothing(shop):
     """Breaks when rows go before the policy is in effect, or each cycle looks for them until then."""
     add_mail(shop, 1, 2, "40 days")
-    shop.apply_policy(aged_policy(MAIL, effective_from="2099-01-01"))
+    shop.apply_policy(aged_policy(MAIL, effective_from="2099-01-01", loosened="test"))
     run_cycle(shop)
     assert ids(shop) == [1, 2] and line(shop) == (0, 0, None)
     assert shop.value("SELECT next_look_at = '2099-01-01 00:00+00' FROM amazon_pii.by_age")

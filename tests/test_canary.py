@@ -231,7 +231,7 @@ def test_a_canary_stays_one(shop):
              "UPDATE shop.orders SET id = 101 WHERE id = 1; UPDATE shop.addresses SET order_id = 101 WHERE order_id = 1; "
              "UPDATE shop.invoices SET order_id = 101 WHERE order_id = 1", user="shop_owner")
     peek(shop, 1)
-    shop.sql("SELECT amazon_pii.drop_policy('shop')", user=ADMIN)
+    shop.sql("SELECT amazon_pii.drop_policy('shop', 'test')", user=ADMIN)
     quota(shop, 50)
     run_cycle(shop)
     peek(shop, 1)

@@ -80,7 +80,7 @@ def test_naming_it_is_what_classifies_it(applied):
     # Known once is known.
     applied.apply_policy(shop_policy())
     assert unclassified(applied) == []
-    applied.sql("SELECT amazon_pii.drop_policy('shop')", user="pii_admin")
+    applied.sql("SELECT amazon_pii.drop_policy('shop', 'test')", user="pii_admin")
     applied.apply_policy(shop_policy())
     assert unclassified(applied) == []
 

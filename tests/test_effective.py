@@ -72,7 +72,7 @@ def test_the_preview_shows_them_as_of_the_date(shop):
             assert shop.sql(preview, ["4 days"], "pii_admin") == [("archive", 1), ("redact", 1)]
             if "NOW" not in str(document).upper():
                 run_cycle(shop)
-        shop.sql("SELECT amazon_pii.drop_policy('shop')", user="pii_admin")
+        shop.sql("SELECT amazon_pii.drop_policy('shop', 'test')", user="pii_admin")
 
 
 def test_when_the_date_has_come_it_is_done(shop):
@@ -115,7 +115,7 @@ def test_the_later_of_both_dates_counts_in_the_policys_zone(shop, zone, whole, o
     """Breaks when a date is read in the session's zone, or an order's own date brings the policy's forward."""
     document = per_tenant(timezone=zone)
     if whole:
-        document["effective_from"] = whole
+        document |= {"effective_from": whole, "loosened": "test"}
     shop.apply_policy(document)
     shop.sql("SET TimeZone = 'Pacific/Kiritimati'", user="shop_owner")
     shop.sql("INSERT INTO shop.orders (id, external_no, channel, shipped_at, starts_on) VALUES (1, 'n', 'amazon', now() - '40 days'::interval, %s)",

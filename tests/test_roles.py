@@ -14,7 +14,7 @@ FUNCTIONS = {
     "check_policy(jsonb)": ("SELECT * FROM amazon_pii.check_policy('{}')", {ADMIN}),
     "enable_policy(text)": ("SELECT amazon_pii.enable_policy('nothing')", {ADMIN}),
     "disable_policy(text,text)": ("SELECT amazon_pii.disable_policy('nothing', 'maintenance')", {ADMIN}),
-    "drop_policy(text)": ("SELECT amazon_pii.drop_policy('nothing')", {ADMIN}),
+    "drop_policy(text,text)": ("SELECT amazon_pii.drop_policy('nothing')", {ADMIN}),
     "run_cycle(text,boolean,bigint,bigint,bigint,bigint,bigint)": ("CALL amazon_pii.run_cycle('nothing')", {ADMIN}),
     "rotate_key(bigint,bigint)": ("CALL amazon_pii.rotate_key()", {ADMIN}),
     "adopt_copy(text)": ("SELECT amazon_pii.adopt_copy()", {ADMIN}),
@@ -54,7 +54,7 @@ FUNCTIONS = {
     "on_ddl()": ("SELECT amazon_pii.on_ddl()", set()),
 }
 VIEWS = {
-    "audit_log": set(EVERYBODY), "canaries": {ADMIN, AUDITOR}, "runs": set(EVERYBODY), "status": set(EVERYBODY), "policies": {ADMIN, AUDITOR},
+    "audit_log": set(EVERYBODY), "canaries": {ADMIN, AUDITOR}, "runs": set(EVERYBODY), "status": set(EVERYBODY), "kept_longer": set(EVERYBODY), "policies": {ADMIN, AUDITOR},
     "unclassified": set(EVERYBODY), "by_age": set(EVERYBODY), "files": set(EVERYBODY),
     "key_status": {ADMIN, AUDITOR}, "archive_status": {ADMIN, AUDITOR},
     "orders": {ADMIN, OPERATOR}, "records": {ADMIN, OPERATOR}, "overdue": {ADMIN, OPERATOR}, "upcoming": {ADMIN, OPERATOR},

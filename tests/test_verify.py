@@ -248,7 +248,7 @@ def test_a_row_that_another_policy_keeps(redacted):
     redacted.apply_policy(other)
     behind(redacted, "UPDATE shop.customers SET email = 'buyer1@example.invalid' WHERE id = 1")
     assert found(redacted) == {}
-    redacted.sql("SELECT amazon_pii.drop_policy('other')", user="pii_admin")
+    redacted.sql("SELECT amazon_pii.drop_policy('other', 'test')", user="pii_admin")
     assert found(redacted) == {"shop.customers.email": 1}
 
 

@@ -2,6 +2,7 @@ use pgrx::prelude::*;
 
 use crate::engine::apply;
 use crate::engine::check::Problem;
+use crate::engine::dropping;
 use crate::engine::export;
 use crate::engine::home;
 use crate::engine::inspect;
@@ -51,9 +52,16 @@ fn disable_policy_with_reason(policy: Option<&str>, reason: Option<&str>) {
     or_raise(policy.and_then(|policy| apply::disable(policy, reason)));
 }
 
+/// What the SQL of 0.1.0 calls.
 #[pg_extern(sql = false)]
 fn drop_policy(policy: &str) {
-    or_raise(apply::drop(policy));
+    or_raise(dropping::drop(policy, None));
+}
+
+#[pg_extern(sql = false)]
+fn drop_policy_for(policy: Option<&str>, reason: Option<&str>) {
+    let policy = policy.ok_or_else(|| Error::invalid("the policy must not be null"));
+    or_raise(policy.and_then(|policy| dropping::drop(policy, reason)));
 }
 
 #[pg_extern(sql = false)]

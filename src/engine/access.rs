@@ -1,6 +1,7 @@
 //! People and their reasons: retrieve, peek, end a retrieval, hold, release, unflag.
 
 mod automatic;
+mod hold;
 mod restore;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -9,7 +10,6 @@ use std::rc::Rc;
 use super::audit::AuditEntry;
 use super::files;
 use super::history;
-use super::orphan;
 use super::plan::Plan;
 use super::quota;
 use super::records::RecordList;
@@ -27,6 +27,7 @@ use crate::pg::identity::{as_extension, require_role};
 use crate::pg::sql::{self, Arg};
 use crate::pg::{keys, xact};
 pub use automatic::inserted;
+pub use hold::{hold, release};
 pub use restore::Restored;
 use restore::{marks, write_back};
 
@@ -47,6 +48,7 @@ pub(super) struct Order {
     archived: bool,
     redacted_version: Option<i64>,
     pub(super) held: bool,
+    pub(super) archive_held: bool,
     /// It is to be redacted at once.
     ending: bool,
     number: Option<String>,
@@ -66,7 +68,8 @@ enum Lock {
 fn resolve(target: &Target<'_>, lock: Lock) -> Result<(Rc<Plan>, Vec<Order>)> {
     const FOUND: &str = "SELECT policy, order_key, CASE WHEN purged_at IS NOT NULL AND status IN ('redacted', 'gone') THEN 'purged' \
             ELSE status END, archived_at IS NOT NULL, redacted_version, \
-            held_until IS NOT NULL AND held_until > pg_catalog.now(), status, COALESCE(asked IN ('erase', 'forget'), false), records \
+            held_until IS NOT NULL AND held_until > pg_catalog.now(), status, COALESCE(asked IN ('erase', 'forget'), false), records, \
+            COALESCE(archive_held_until > pg_catalog.now() OR status = 'gone' AND held_until > pg_catalog.now(), false) \
          FROM amazon_pii.order_state \
          WHERE order_number = $1 AND ($2::text IS NULL OR policy = $2) AND ($3::text IS NULL OR order_key = $3) \
          ORDER BY policy, order_key";
@@ -91,6 +94,7 @@ fn resolve(target: &Target<'_>, lock: Lock) -> Result<(Rc<Plan>, Vec<Order>)> {
             archived: row.bool(3)?,
             redacted_version: row.text(4)?.and_then(|v| v.parse().ok()),
             held: row.bool(5)?,
+            archive_held: row.bool(9)?,
             stored: row.string(6)?,
             ending: row.bool(7)?,
             number: Some(target.number.to_owned()),
@@ -375,106 +379,6 @@ pub fn end_retrieval(target: &Target<'_>) -> Result<()> {
                 )
             })?;
             replacement::ended(plan, orders)?;
-            crate::worker::wake();
-            Ok(())
-        },
-    )
-}
-
-/// States in which there is something to redact.
-const HOLDS_PII: &[&str] = &["flagged", "scheduled", "archived", "failed", "retrieved"];
-
-/// Since when an order is held without a break, over `o`.
-const HELD_SINCE: &str = "COALESCE(CASE WHEN o.held_until > pg_catalog.now() THEN o.held_since END, pg_catalog.now())";
-
-/// Whether a hold until $3 is longer than 30 days, or keeps an order for so long past its date. The same before the statement that
-/// writes it and after: then its beginning is the one that was written.
-fn held_long() -> String {
-    // ident-ok: made of constants.
-    format!(
-        "(COALESCE($3::timestamptz > {HELD_SINCE} + '30 days'::interval OR $3::timestamptz > o.redact_due_at + '30 days'::interval, false))"
-    )
-}
-
-/// Pauses redaction until a moment in the future.
-///
-/// # Errors
-/// Unknown, ambiguous, nothing left to pause, a moment that is past, bad reason.
-pub fn hold(target: &Target<'_>, reason: Option<&str>, until: &str) -> Result<()> {
-    require_role(&["amazon_pii_operator"], "hold an order")?;
-    let future = as_extension(|| {
-        let rows = sql::read(
-            "SELECT $1::timestamptz > pg_catalog.now() AND pg_catalog.isfinite($1::timestamptz)",
-            &[Arg::Text(Some(until))],
-        )?;
-        rows.first().ok_or_else(|| Error::internal("no row"))?.bool(0)
-    })?;
-    let why = reason.map(str::trim).filter(|r| !r.is_empty());
-    if !future {
-        return Err(Error::invalid("the end of a hold must lie in the future")
-            .hint("Give a time after now; amazon_pii.release() ends a hold."));
-    }
-    change(
-        target,
-        Some(reason),
-        "hold",
-        |order| HOLDS_PII.contains(&order.status.as_str()) && !order.ending,
-        (
-            "holds no personal data any more, or is to be redacted at once",
-            "Only what was not redacted yet, or was retrieved, can be held, and nothing that is to be erased or forgotten.",
-        ),
-        |plan, orders| {
-            let held_long = held_long();
-            let long = as_extension(|| {
-                sql::write(
-                    // ident-ok: made of constants.
-                    &format!(
-                        "UPDATE amazon_pii.order_state o SET held_until = $3::timestamptz, held_since = {HELD_SINCE}, \
-                            hold_reason = CASE WHEN {held_long} THEN $4 END, \
-                            next_due_at = CASE WHEN archived_at IS NULL THEN next_due_at ELSE GREATEST(next_due_at, $3::timestamptz) END \
-                         WHERE policy = $1 AND order_key = ANY ($2) RETURNING {held_long}"
-                    ),
-                    &[
-                        Arg::Text(Some(&plan.policy)),
-                        Arg::texts(orders),
-                        Arg::Text(Some(until)),
-                        Arg::Text(why),
-                    ],
-                )
-            })?;
-            let is_long = long.iter().map(|r| r.bool(0)).collect::<Result<Vec<_>>>()?;
-            if why.is_none() && is_long.contains(&true) {
-                return Err(Error::invalid("a hold of more than 30 days needs a reason")
-                    .hint("Say in a few words why; status shows it while the hold lasts."));
-            }
-            Ok(())
-        },
-    )
-}
-
-/// Ends a hold.
-///
-/// # Errors
-/// Unknown, ambiguous, not held, or no longer.
-pub fn release(target: &Target<'_>) -> Result<()> {
-    require_role(&["amazon_pii_operator"], "release an order")?;
-    change(
-        target,
-        None,
-        "release",
-        |order| order.held,
-        ("is not held", "amazon_pii.explain_order() shows where it stands."),
-        |plan, orders| {
-            as_extension(|| {
-                sql::execute(
-                    "UPDATE amazon_pii.order_state SET held_until = NULL, held_since = NULL, hold_reason = NULL, \
-                    next_due_at = CASE WHEN retrieved_until IS NOT NULL THEN retrieved_until \
-                        WHEN archived_at IS NOT NULL THEN redact_due_at ELSE archive_due_at END \
-                 WHERE policy = $1 AND order_key = ANY ($2)",
-                    &[Arg::Text(Some(&plan.policy)), Arg::texts(orders)],
-                )
-            })?;
-            orphan::hurry(plan, orders)?;
             crate::worker::wake();
             Ok(())
         },

@@ -172,6 +172,7 @@ pub fn check(document: &str) -> Result<Vec<Problem>> {
         out.push(Problem::of(&e));
     }
     out.extend(loosening::changed_clock(&plan)?);
+    out.extend(loosening::told(&plan.document)?);
     Ok(out)
 }
 
@@ -244,6 +245,7 @@ fn store(plan: &Plan, document: &str) -> Result<(i64, bool)> {
     let path = catalog::schemas_searched();
     // Since a dump was restored no cycle may have been here.
     columns::see(&plan.policy)?;
+    let loosened = loosening::of_policy(&plan.document)?;
     as_extension(|| {
         let known = sql::write(
             "SELECT version, document FROM amazon_pii.policy WHERE policy = $1 FOR UPDATE",
@@ -271,11 +273,13 @@ fn store(plan: &Plan, document: &str) -> Result<(i64, bool)> {
         )?;
         let schemas = schemas.first().ok_or_else(|| Error::internal("no row"))?.string(0)?;
         sql::execute(
-            "INSERT INTO amazon_pii.policy AS p (policy, version, document, enabled, search_path, applied_by, report_only_until, export, path_schemas, loosened, home) \
-             VALUES ($1, $2, $3, $4, $5, $6, $7::timestamptz, $8, $9, $10, $11) ON CONFLICT (policy) DO UPDATE SET version = EXCLUDED.version, \
+            "INSERT INTO amazon_pii.policy AS p (policy, version, document, enabled, search_path, applied_by, report_only_until, export, path_schemas, loosened, home, \
+                effective_from, postponed_since, loosened_because) \
+             VALUES ($1, $2, $3, $4, $5, $6, $7::timestamptz, $8, $9, $10, $11, $12::timestamptz, $13::timestamptz, $14) ON CONFLICT (policy) DO UPDATE SET version = EXCLUDED.version, \
                 document = EXCLUDED.document, search_path = EXCLUDED.search_path, applied_at = pg_catalog.now(), \
                 applied_by = EXCLUDED.applied_by, \
-                report_only_until = EXCLUDED.report_only_until, path_schemas = EXCLUDED.path_schemas, export = EXCLUDED.export, loosened = EXCLUDED.loosened, export_looked_at = NULL, suspended = NULL, last_error = NULL",
+                report_only_until = EXCLUDED.report_only_until, path_schemas = EXCLUDED.path_schemas, export = EXCLUDED.export, loosened = EXCLUDED.loosened, \
+                effective_from = EXCLUDED.effective_from, postponed_since = EXCLUDED.postponed_since, loosened_because = EXCLUDED.loosened_because, export_looked_at = NULL, suspended = NULL, last_error = NULL",
             &[
                 Arg::Text(Some(&plan.policy)),
                 Arg::Int(version),
@@ -289,9 +293,12 @@ fn store(plan: &Plan, document: &str) -> Result<(i64, bool)> {
                     Export::Require => "require",
                 })),
                 Arg::Text(Some(&schemas)),
-                Arg::Text(loosening::of_policy(&plan.document)?.as_deref()),
+                Arg::Text(loosened.clocks.as_deref()),
                 // Of a new policy: a copy is not adopted in passing.
                 Arg::Text(Some(&this_database())),
+                Arg::Text(plan.document.effective_from.map(timestamp_text).as_deref()),
+                Arg::Text(loosened.postponed_since.as_deref()),
+                Arg::Text(loosened.because.as_deref()),
             ],
         )?;
         if new {
@@ -468,44 +475,7 @@ fn switch(policy: &str, off: Option<&str>) -> Result<()> {
     Ok(())
 }
 
-/// Forgets a policy and its orders' states. The archive, its keys and the audit log stay.
-///
-/// # Errors
-/// As [`enable`].
-pub fn drop(policy: &str) -> Result<()> {
-    require_role(&["amazon_pii_admin"], "drop a policy")?;
-    let known = as_extension(|| {
-        let known = sql::write(
-            "DELETE FROM amazon_pii.policy WHERE policy = $1 RETURNING version",
-            &[Arg::Text(Some(policy))],
-        )?;
-        for statement in [
-            "DELETE FROM amazon_pii.policy_table WHERE policy = $1",
-            "DELETE FROM amazon_pii.policy_column WHERE policy = $1",
-            "DELETE FROM amazon_pii.order_state WHERE policy = $1",
-            "DELETE FROM amazon_pii.record_state WHERE policy = $1",
-            "DELETE FROM amazon_pii.touched WHERE policy = $1",
-            "DELETE FROM amazon_pii.orphan WHERE policy = $1",
-            "DELETE FROM amazon_pii.news WHERE policy = $1",
-            "DELETE FROM amazon_pii.sweep_slice WHERE policy = $1",
-            "DELETE FROM amazon_pii.aged_table WHERE policy = $1",
-            "DELETE FROM amazon_pii.aged_row WHERE policy = $1",
-        ] {
-            sql::execute(statement, &[Arg::Text(Some(policy))])?;
-        }
-        invalidation::announce_policy_change()?;
-        known.first().map(|r| r.int(0)).transpose()
-    })?;
-    let version = known.ok_or_else(|| missing(policy))?;
-    trigger_ddl::drop_all(policy)?;
-    audit::insert(&[AuditEntry {
-        policy: Some(policy.to_owned()),
-        policy_version: Some(version),
-        ..AuditEntry::new("drop_policy")?
-    }])
-}
-
-fn missing(policy: &str) -> Error {
+pub(super) fn missing(policy: &str) -> Error {
     Error::undefined(format!("policy \"{policy}\" does not exist"))
         .hint("The view amazon_pii.policies lists the policies.")
 }

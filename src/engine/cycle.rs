@@ -422,6 +422,7 @@ impl Run<'_> {
             self.step(|run| {
                 turn::take(&run.plan.policy, run.batches.mode)?;
                 run.batches.keys.refresh(&run.plan.policy)?;
+                purge::let_go(&run.plan.policy)?;
                 count = purge::step(run.plan, &run.batches.keys, run.batches.pace.size())?;
                 if count > 0 {
                     run.start()?;

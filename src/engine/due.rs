@@ -33,6 +33,8 @@ pub struct Due {
     pub asked: Asked,
     /// Its archive was destroyed.
     pub purged: bool,
+    /// Somebody holds its archive.
+    pub archive_held: bool,
     /// The newest of its data keys that were destroyed.
     pub generation: i64,
     /// The rows that hold, or held, its personal data.
@@ -97,6 +99,7 @@ impl Due {
             listed: row.owned(6)?,
             asked: Asked::of(row.text(7)?)?,
             purged: row.bool(8)?,
+            archive_held: row.bool(10)?,
             generation: row.int(9)?,
             copied: false,
             came_back: false,
@@ -147,7 +150,7 @@ impl Share {
 
 /// What [`Due`] holds of an order, from `o`.
 const COLUMNS: &str = "o.order_key, o.order_number, o.status, o.archived_at IS NOT NULL, o.attempts, o.redacted_version, o.records, \
-     o.asked, o.purged_at IS NOT NULL, COALESCE(o.key_generation, 0)";
+     o.asked, o.purged_at IS NOT NULL, COALESCE(o.key_generation, 0), COALESCE(o.archive_held_until > pg_catalog.now(), false)";
 
 /// The condition that an order has yet to be redacted for the first time, over `o`.
 pub const UNTOUCHED: &str =
@@ -218,7 +221,7 @@ pub fn take(plan: &Plan, clock: &Clock, share: &Share, limit: i64) -> Result<Vec
     rows.iter()
         .map(|r| {
             Ok(Due {
-                redact: r.bool(10)?,
+                redact: r.bool(11)?,
                 ..Due::read(r)?
             })
         })
@@ -309,7 +312,7 @@ pub fn take_again(plan: &Plan, clock: &Clock, batch: Vec<Due>) -> Result<Vec<Due
     let mut locked = HashMap::with_capacity(rows.len());
     for row in &rows {
         let due = Due {
-            redact: row.bool(10)?,
+            redact: row.bool(11)?,
             ..Due::read(row)?
         };
         locked.insert(due.order_key.clone(), due);
@@ -339,7 +342,8 @@ pub fn relock(plan: &Plan, clock: &Clock, batch: Vec<Due>) -> Result<Vec<Due>> {
             // Meanwhile it may have been retrieved or held: whether it is due is asked again.
             // ident-ok: made of constants.
             &format!(
-                "SELECT o.order_key, o.status, o.asked, o.purged_at IS NOT NULL, o.records FROM amazon_pii.order_state o \
+                "SELECT o.order_key, o.status, o.asked, o.purged_at IS NOT NULL, o.records, COALESCE(o.archive_held_until > pg_catalog.now(), false) \
+                 FROM amazon_pii.order_state o \
                  WHERE o.policy IS NOT DISTINCT FROM $1 AND o.order_key = ANY ($3) \
                  AND o.status IN ('scheduled', 'archived', 'redacted', 'retrieved', 'failed') AND ({redact_due}) \
                  AND (o.held_until IS NULL OR o.held_until <= pg_catalog.now()) AND {IN_FORCE} FOR UPDATE OF o SKIP LOCKED"
@@ -361,8 +365,13 @@ pub fn relock(plan: &Plan, clock: &Clock, batch: Vec<Due>) -> Result<Vec<Due>> {
         };
         // Another cycle may have done it, or have listed another row: then it is taken again as it is now.
         if (now.str(1)? != "redacted" || due.status == "redacted") && now.text(4)? == due.listed.as_deref() {
-            let (asked, purged) = (Asked::of(now.text(2)?)?, now.bool(3)?);
-            out.push(Due { asked, purged, ..due });
+            let (asked, purged, archive_held) = (Asked::of(now.text(2)?)?, now.bool(3)?, now.bool(5)?);
+            out.push(Due {
+                asked,
+                purged,
+                archive_held,
+                ..due
+            });
         }
     }
     Ok(out)

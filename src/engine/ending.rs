@@ -55,7 +55,7 @@ pub fn erase(target: &Target<'_>, reason: Option<&str>) -> Result<()> {
 /// Destroys the archive of a redacted order.
 ///
 /// # Errors
-/// Unknown, ambiguous, not redacted, destroyed already, bad reason; the archive cannot be written.
+/// Unknown, ambiguous, not redacted, held, destroyed already, bad reason; the archive cannot be written.
 pub fn shred(target: &Target<'_>, reason: Option<&str>) -> Result<()> {
     require_role(&["amazon_pii_admin"], "shred the archive of an order")?;
     let (plan, orders) = resolve_locked(target)?;
@@ -71,6 +71,7 @@ pub fn shred(target: &Target<'_>, reason: Option<&str>) -> Result<()> {
                 );
             }
         }
+        refuse_archive_held(order, target.number)?;
     }
     let all: Vec<&Order> = orders.iter().collect();
     destroy(&plan, &all)?;
@@ -88,6 +89,7 @@ pub fn forget(target: &Target<'_>, reason: Option<&str>) -> Result<()> {
     let reason = checked(&plan, reason)?;
     for order in &orders {
         refuse_held(order, target.number)?;
+        refuse_archive_held(order, target.number)?;
     }
     // There is nothing to be archived first: what an import has brought back since is redacted as it is.
     let (done, open): (Vec<&Order>, Vec<&Order>) = orders
@@ -104,6 +106,16 @@ fn refuse_held(order: &Order, number: &str) -> Result<()> {
     if order.held {
         return Err(Error::wrong_state(format!("order \"{number}\" is held"))
             .hint("End the hold with amazon_pii.release() first."));
+    }
+    Ok(())
+}
+
+fn refuse_archive_held(order: &Order, number: &str) -> Result<()> {
+    if order.archive_held {
+        return Err(
+            Error::wrong_state(format!("the archive of order \"{number}\" is held"))
+                .hint("End the hold with amazon_pii.release() first."),
+        );
     }
     Ok(())
 }

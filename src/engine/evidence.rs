@@ -46,6 +46,9 @@ const PARTS: &[(&str, &str)] = &[
         "kept_longer",
         "SELECT pg_catalog.jsonb_build_object( \
             'now', (SELECT pg_catalog.to_jsonb(s.loosened) FROM amazon_pii.status AS s WHERE s.policy = $1), \
+            'because', (SELECT p.loosened_because FROM amazon_pii.policy AS p WHERE p.policy = $1), \
+            'postponed_since', (SELECT p.postponed_since FROM amazon_pii.policy AS p WHERE p.policy = $1 \
+                AND GREATEST(p.effective_from, p.report_only_until) > pg_catalog.now()), \
             'enabled', (SELECT p.enabled FROM amazon_pii.policy AS p WHERE p.policy = $1), \
             'disabled_since', (SELECT p.disabled_at FROM amazon_pii.policy AS p WHERE p.policy = $1 AND NOT p.enabled), \
             'disabled_reason', (SELECT p.disabled_reason FROM amazon_pii.policy AS p WHERE p.policy = $1 AND NOT p.enabled), \
@@ -54,8 +57,16 @@ const PARTS: &[(&str, &str)] = &[
                     'until', o.held_until, 'reason', o.hold_reason) AS line \
                 FROM amazon_pii.order_state AS o WHERE o.policy = $1 AND o.hold_reason IS NOT NULL AND o.held_until > pg_catalog.now() \
                 ORDER BY o.held_until DESC, o.order_key LIMIT 100) AS h), \
+            'orders', (SELECT COALESCE(pg_catalog.jsonb_agg(n.line), '[]') FROM ( \
+                SELECT pg_catalog.jsonb_build_object('why', k.why, 'orders', pg_catalog.count(*), 'worst_days', pg_catalog.max(k.days), \
+                    'until', pg_catalog.max(k.until), 'reasons', pg_catalog.to_jsonb(pg_catalog.array_agg(DISTINCT k.reason) FILTER (WHERE k.reason IS NOT NULL)), \
+                    'worst', pg_catalog.to_jsonb((pg_catalog.array_agg(k.order_number ORDER BY k.days DESC NULLS LAST, k.order_key))[1:20])) AS line \
+                FROM amazon_pii.kept_longer AS k WHERE k.policy = $1 GROUP BY k.why ORDER BY k.why) AS n), \
+            'dropped', (SELECT pg_catalog.jsonb_build_object('at', a.at, 'user', a.\"user\", 'actor', a.actor, 'reason', a.reason, 'left', a.detail) \
+                FROM amazon_pii.audit_entry AS a WHERE a.policy = $1 AND a.action = 'drop_policy' \
+                    AND NOT EXISTS (SELECT FROM amazon_pii.policy AS p WHERE p.policy = $1) ORDER BY a.audit_id DESC LIMIT 1), \
             'switched', (SELECT COALESCE(pg_catalog.jsonb_agg(e.line), '[]') FROM ( \
-                SELECT pg_catalog.jsonb_build_object('at', a.at, 'action', a.action, 'user', a.\"user\", 'actor', a.actor, 'reason', a.reason) AS line \
+                SELECT pg_catalog.jsonb_build_object('at', a.at, 'action', a.action, 'user', a.\"user\", 'actor', a.actor, 'reason', a.reason, 'detail', a.detail) AS line \
                 FROM amazon_pii.audit_entry AS a WHERE a.policy = $1 AND a.action IN ('enable_policy', 'disable_policy', 'drop_policy') \
                     AND a.at >= $2::timestamptz AND a.at < $3::timestamptz ORDER BY a.audit_id DESC LIMIT 100) AS e))",
     ),

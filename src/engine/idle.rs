@@ -92,6 +92,7 @@ fn nothing_to_do(policy: &str) -> Result<bool> {
                     AND o.next_due_at <= GREATEST($2::timestamptz, $3::timestamptz) \
                     AND (o.next_attempt_at IS NULL OR o.next_attempt_at <= $2::timestamptz)) \
                 AND NOT EXISTS (SELECT FROM amazon_pii.overdue v WHERE v.policy = $1) \
+                AND NOT EXISTS (SELECT FROM amazon_pii.order_state o WHERE o.policy = $1 AND o.archive_held_until <= $2::timestamptz) \
                 AND NOT EXISTS (SELECT FROM amazon_pii.aged_table a WHERE a.policy = $1 \
                     AND a.next_look_at <= GREATEST($2::timestamptz, $3::timestamptz))",
             &[

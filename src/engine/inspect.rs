@@ -159,7 +159,7 @@ pub fn explain(number: &str) -> Result<Vec<Step>> {
             "SELECT policy, order_key, status, flagged_at, flagged_by, anchor_at, archive_due_at, archived_at, redact_due_at, \
                     redacted_at, redacted_version, retrieved_until, held_until, pushed_by, attempts, next_attempt_at, last_error, \
                     effective_at, effective_at > pg_catalog.now(), purged_at, asked, \
-                    CASE WHEN purged_at IS NOT NULL AND status IN ('redacted', 'gone') THEN 'purged' ELSE status END, follows \
+                    CASE WHEN purged_at IS NOT NULL AND status IN ('redacted', 'gone') THEN 'purged' ELSE status END, follows, archive_held_until \
              FROM amazon_pii.order_state WHERE order_number = $1 ORDER BY policy, order_key",
             &[Arg::Text(Some(number))],
         )
@@ -219,6 +219,9 @@ pub fn explain(number: &str) -> Result<Vec<Step>> {
         }
         if let Some(until) = o.text(12)? {
             say("held", format!("until {until}"));
+        }
+        if let Some(until) = o.text(23)? {
+            say("archive held", format!("until {until}"));
         }
         if let Some(asked) = o.text(20)? {
             say("asked", asked.to_owned());

@@ -7,50 +7,146 @@ use crate::domain::reason;
 use crate::pg::error::{Error, Result};
 use crate::pg::identity::as_extension;
 use crate::pg::sql::{self, Arg};
+use crate::pg::xact::timestamp_text;
 
-/// How long a document keeps personal data, and why; nothing where that is no more than 30 days, in whatever month.
+/// What a document asks for that Amazon does not allow, and why.
+#[derive(Debug, Default)]
+pub struct Loosened {
+    /// How long personal data is kept, and why; nothing where that is no more than 30 days, in whatever month.
+    pub clocks: Option<String>,
+    /// How far ahead the beginning of the work is, and why, where that is more than 30 days.
+    pub postponed: Option<String>,
+    /// Since when the policy has been kept from its work without a break, also by its version so far.
+    pub postponed_since: Option<String>,
+    /// The reason that it gives.
+    pub because: Option<String>,
+}
+
+/// How a document loosens what Amazon allows.
 ///
 /// # Errors
 /// It does not say why, or the reason is unusable.
-pub fn of_policy(policy: &Policy) -> Result<Option<String>> {
-    let why = match &policy.loosened {
+pub fn of_policy(policy: &Policy) -> Result<Loosened> {
+    let because = match &policy.loosened {
         None => None,
         Some(why) => {
             let why = reason::check(Some(why), ReasonRule::Required);
             Some(why.map_err(|e| Error::invalid(format!("loosened: {e}")).hint(e.hint()))?)
         }
     };
+    let clocks = long_clocks(policy)?;
+    let (postponed, postponed_since) = far_ahead(policy)?;
+    if because.is_none() && !(clocks.is_empty() && postponed.is_empty()) {
+        let mut problems: Vec<String> = clocks
+            .iter()
+            .map(|(name, _, problem)| format!("{name}: {problem}"))
+            .collect();
+        problems.extend(postponed.iter().map(|(name, _)| format!("{name}: more than 30 days ahead")));
+        return Err(Error::invalid(problems.join("; "))
+            .hint("Say in \"loosened\" why, in 50 characters at most; status shows it for as long as it lasts."));
+    }
+    let told = |parts: Vec<String>| {
+        let why = because.as_ref().filter(|_| !parts.is_empty())?;
+        Some(format!("{}: {why}", parts.join(", ")))
+    };
+    Ok(Loosened {
+        clocks: told(clocks.iter().map(|(name, after, _)| format!("{name} is {after}")).collect()),
+        postponed: told(postponed.iter().map(|(name, at)| format!("{name} is {at}")).collect()),
+        postponed_since,
+        because,
+    })
+}
+
+/// What a document keeps for too long: (key, how long, what is wrong with that).
+fn long_clocks(policy: &Policy) -> Result<Vec<(String, &str, &'static str)>> {
+    const LONG: &str = "longer than the 30 days that Amazon allows";
+    let mut long = Vec::new();
     let clocks = [
         ("redact_after", &policy.redact_after),
         ("retrieved_for", &policy.retrieved_for),
     ];
-    let mut long = Vec::new();
-    for (name, after) in clocks {
-        if is_long(after)? {
-            long.push(format!("{name} is {after}"));
-            if why.is_none() {
-                return Err(
-                    Error::invalid(format!("{name}: longer than the 30 days that Amazon allows")).hint(
-                        "Say in \"loosened\" why, in 50 characters at most; status shows it for as long as it lasts.",
-                    ),
-                );
-            }
+    let clocks = clocks.into_iter().map(|(name, after)| (name.to_owned(), after.as_str()));
+    let ages = policy.by_age.iter().enumerate();
+    for (name, after) in clocks.chain(ages.map(|(at, aged)| (format!("by_age[{at}].after"), aged.after.as_str()))) {
+        if is_longer(after, "0 days", "30 days")? {
+            long.push((name, after, LONG));
         }
     }
-    let why = why.filter(|_| !long.is_empty());
-    Ok(why.map(|why| format!("{}: {why}", long.join(", "))))
+    // A day is what a job that deletes files needs, whatever the clock is.
+    let files = &policy.files_within;
+    let has_files = policy.orders.files.is_some() || policy.linked.iter().any(|entry| entry.files.is_some());
+    if has_files && is_longer(files, "0 days", "1 day")? && is_longer(&policy.redact_after, files, "31 days")? {
+        const FILES: &str = "files may stay for more than a day past the 30 days that Amazon allows";
+        long.push(("files_within".to_owned(), files.as_str(), FILES));
+    }
+    Ok(long)
 }
 
-/// Whether an interval can be more than 30 days, from whatever month's beginning on.
-fn is_long(interval: &str) -> Result<bool> {
+/// Whether two intervals, one after the other, can be more than a third, from whatever month's beginning on.
+fn is_longer(first: &str, second: &str, limit: &str) -> Result<bool> {
     let rows = as_extension(|| {
         sql::read(
-            "SELECT pg_catalog.bool_or(m.t + $1::interval > m.t + '30 days'::interval) FROM pg_catalog.generate_series( \
+            "SELECT pg_catalog.bool_or(m.t + $1::interval + $2::interval > m.t + $3::interval) FROM pg_catalog.generate_series( \
                 '2026-01-01'::timestamp, '2029-12-01'::timestamp, '1 month'::interval) AS m (t)",
-            &[Arg::Text(Some(interval))],
+            &[
+                Arg::Text(Some(first)),
+                Arg::Text(Some(second)),
+                Arg::Text(Some(limit)),
+            ],
         )
     })?;
     rows.first().ok_or_else(|| Error::internal("no row"))?.bool(0)
+}
+
+/// The moments before which a document keeps cycles from their work, where they are far ahead: (key, when). And since when the
+/// policy has been kept from it: putting off again and again is one.
+fn far_ahead(policy: &Policy) -> Result<(Vec<(&'static str, String)>, Option<String>)> {
+    let moments = [
+        ("effective_from", policy.effective_from.map(timestamp_text)),
+        ("report_only_until", policy.report_only_until.map(timestamp_text)),
+    ];
+    let rows = as_extension(|| {
+        sql::read(
+            "SELECT COALESCE($2::timestamptz > GREATEST(s.since + '30 days'::interval, pg_catalog.now()), false), \
+                    COALESCE($3::timestamptz > GREATEST(s.since + '30 days'::interval, pg_catalog.now()), false), \
+                    $2::timestamptz::text, $3::timestamptz::text, \
+                    CASE WHEN GREATEST($2::timestamptz, $3::timestamptz) > pg_catalog.now() THEN s.since END \
+             FROM (SELECT COALESCE((SELECT p.postponed_since FROM amazon_pii.policy AS p WHERE p.policy = $1 \
+                AND GREATEST(p.effective_from, p.report_only_until) > pg_catalog.now()), pg_catalog.now()) AS since) AS s",
+            &[
+                Arg::Text(Some(&policy.policy)),
+                Arg::Text(moments[0].1.as_deref()),
+                Arg::Text(moments[1].1.as_deref()),
+            ],
+        )
+    })?;
+    let row = rows.first().ok_or_else(|| Error::internal("no row"))?;
+    let mut far = Vec::new();
+    for (at, (name, _)) in moments.iter().enumerate() {
+        if row.bool(at)? {
+            far.push((*name, row.string(at + 2)?));
+        }
+    }
+    Ok((far, row.owned(4)?))
+}
+
+/// What a document loosens, as lines of `check_policy`.
+///
+/// # Errors
+/// As [`of_policy`].
+pub fn told(policy: &Policy) -> Result<Vec<Problem>> {
+    let found = of_policy(policy)?;
+    let lines = [found.clocks, found.postponed].into_iter().flatten();
+    Ok(lines
+        .map(|line| {
+            Problem::new(
+                Severity::Info,
+                "loosened",
+                line,
+                "Personal data stays longer than Amazon allows; status and evidence show it while it lasts.",
+            )
+        })
+        .collect())
 }
 
 /// Where a document changes the clock of a policy: how many orders become due, and when.

@@ -19,6 +19,7 @@ pub mod columns;
 pub mod customer_guard;
 pub mod customers;
 pub mod cycle;
+pub mod dropping;
 pub mod due;
 pub mod ending;
 pub mod evidence;

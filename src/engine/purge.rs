@@ -12,8 +12,10 @@ use crate::pg::error::{Error, Result};
 use crate::pg::identity::{Identity, OWN_PATH, act_as, as_extension, on_keys};
 use crate::pg::sql::{self, Arg};
 
-/// Orders that have an archive which is kept for a time, over `o`, and since when; `order_state_kept` has them in this order.
-const KEPT: &str = "o.status IN ('redacted', 'gone') AND o.purged_at IS NULL";
+/// Orders that have an archive which is kept for a time, over `o`, and since when; `order_state_kept` has them in this order. One that
+/// was deleted while it was held is held still.
+const KEPT: &str = "o.status IN ('redacted', 'gone') AND o.purged_at IS NULL AND o.archive_held_until IS NULL \
+     AND (o.held_until IS NULL OR o.held_until <= pg_catalog.now())";
 const SINCE: &str = "COALESCE(o.redacted_at, o.redact_due_at)";
 
 /// The index has them in order, and is read from its beginning.
@@ -62,6 +64,7 @@ pub fn destroy(plan: &Plan, orders: &[&str]) -> Result<Vec<i64>> {
         sql::execute(
             "UPDATE amazon_pii.order_state o SET purged_at = pg_catalog.now(), \
                 key_generation = NULLIF(GREATEST(o.key_generation, n.g), 0), \
+                archive_held_until = NULL, archive_held_since = NULL, archive_hold_reason = NULL, \
                 asked = CASE WHEN o.asked = 'forget' THEN 'forgotten' ELSE o.asked END \
              FROM ROWS FROM (pg_catalog.unnest($1), pg_catalog.unnest($2), pg_catalog.unnest($3)) AS n (p, k, g) \
              WHERE o.policy = n.p AND o.order_key = n.k",
@@ -120,6 +123,21 @@ pub fn end(plan: &Plan, keys: &MasterKeys, orders: Vec<Ended>, why: &str) -> Res
     });
     audit::insert_batch(keys, "purge", plan, lines.collect())?;
     state::announce_keys(&plan.policy, "purged", &order_keys)
+}
+
+/// Notes that archives are not held any longer: from now on they end with their time.
+///
+/// # Errors
+/// Errors of the server.
+pub fn let_go(policy: &str) -> Result<()> {
+    act_as(Identity::Extension, OWN_PATH, IN_ORDER, || {
+        sql::execute(
+            "UPDATE amazon_pii.order_state o SET archive_held_until = NULL, archive_held_since = NULL, archive_hold_reason = NULL \
+             WHERE o.policy = $1 AND o.archive_held_until <= pg_catalog.now()",
+            &[Arg::Text(Some(policy))],
+        )
+    })?;
+    Ok(())
 }
 
 /// Purges the next orders whose archive is past its time. Returns how many.

@@ -186,7 +186,7 @@ pub fn batch(
         let due = &batch[*i];
         // Where nothing is left of an earlier end there is nothing to end again.
         let kept = archive.contains_key(&due.order_key) || !due.purged;
-        due.asked == Asked::Forget || plan.keeps_nothing && kept
+        due.asked == Asked::Forget || plan.keeps_nothing && kept && !due.archive_held
     };
     let of = |due: &Due| purge::Ended {
         order_key: due.order_key.clone(),

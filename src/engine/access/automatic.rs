@@ -107,6 +107,7 @@ fn found(plan: &Plan, keys: &[String], lock: bool) -> Result<Vec<Order>> {
                 archived: row.bool(2)?,
                 redacted_version: row.text(3)?.and_then(|v| v.parse().ok()),
                 held: row.bool(4)?,
+                archive_held: false,
                 number: row.owned(5)?,
                 records: RecordList::parse(row.text(6)?)?,
             })

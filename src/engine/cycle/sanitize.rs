@@ -66,7 +66,8 @@ fn all_at_once(plan: &Plan) -> Result<()> {
                 status = CASE WHEN o.status IN ('flagged', 'archived', 'failed') THEN 'scheduled' ELSE o.status END, \
                 archived_at = COALESCE(o.archived_at, pg_catalog.now()), redact_due_at = LEAST(o.redact_due_at, pg_catalog.now()), \
                 retrieved_until = CASE WHEN o.retrieved_until IS NOT NULL THEN LEAST(o.retrieved_until, pg_catalog.now()) END, \
-                held_until = NULL, held_since = NULL, hold_reason = NULL, effective_at = NULL, pushed_by = NULL, next_attempt_at = NULL, \
+                held_until = NULL, held_since = NULL, hold_reason = NULL, \
+                archive_held_until = NULL, archive_held_since = NULL, archive_hold_reason = NULL, effective_at = NULL, pushed_by = NULL, next_attempt_at = NULL, \
                 next_due_at = pg_catalog.now() \
              WHERE o.policy = $1 AND o.status <> 'gone'",
             &[Arg::Text(Some(&plan.policy))],

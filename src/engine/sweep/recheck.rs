@@ -48,7 +48,7 @@ pub(super) fn begin(plan: &Plan, clock: &Clock, all: bool) -> Result<i64> {
 }
 
 /// All redacted and deleted orders, unless these are more than so many: `order_state_kept` has those that have an archive,
-/// `order_state_purged` the others.
+/// `order_state_archive_held` those whose archive is held, `order_state_purged` the others.
 fn few(plan: &Plan, most: i64) -> Result<Option<Vec<Row>>> {
     let part = |condition: &str| {
         [
@@ -60,7 +60,12 @@ fn few(plan: &Plan, most: i64) -> Result<Option<Vec<Row>>> {
         ]
         .concat()
     };
-    let query = [part("o.purged_at IS NULL"), part("o.purged_at IS NOT NULL")].join(" UNION ALL ");
+    let query = [
+        part("o.purged_at IS NULL AND o.archive_held_until IS NULL"),
+        part("o.purged_at IS NULL AND o.archive_held_until IS NOT NULL"),
+        part("o.purged_at IS NOT NULL"),
+    ]
+    .join(" UNION ALL ");
     // One after the other, up to the last that is wanted.
     let pins = [("enable_seqscan", "off"), ("enable_bitmapscan", "off")];
     let rows = act_as(Identity::Extension, OWN_PATH, &pins, || {

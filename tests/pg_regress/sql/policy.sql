@@ -26,7 +26,7 @@ SELECT amazon_pii.apply_policy(jsonb_set(:'document', '{orders,table}', '"shop.n
 SELECT amazon_pii.enable_policy('shpo');
 \echo :LAST_ERROR_SQLSTATE
 -- Archived documents outlive the policy.
-SELECT amazon_pii.drop_policy('shop');
+SELECT amazon_pii.drop_policy('shop', 'test');
 SELECT count(*) FROM amazon_pii.policies;
 SELECT count(*) FROM pg_trigger WHERE tgname LIKE 'amazon\_pii\_%';
 RESET SESSION AUTHORIZATION;
