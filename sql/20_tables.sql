@@ -32,7 +32,8 @@ CREATE TABLE amazon_pii.policy (
     home            text,
     effective_from  timestamptz,
     postponed_since timestamptz,
-    loosened_because text
+    loosened_because text,
+    lineage         text        NOT NULL DEFAULT pg_catalog.gen_random_uuid()::text
 );
 COMMENT ON TABLE amazon_pii.policy IS 'One row a policy: the document in force';
 COMMENT ON COLUMN amazon_pii.policy.search_path IS 'The path under which expressions and code of the tables'' owners run';
@@ -49,6 +50,7 @@ COMMENT ON COLUMN amazon_pii.policy.postponed_since IS 'Since when effective_fro
 COMMENT ON COLUMN amazon_pii.policy.disabled_reason IS 'Why it was switched off; NULL where it never was on';
 COMMENT ON COLUMN amazon_pii.policy.keys_changed_at IS 'When a rotation began: cycles under way read the master keys anew';
 COMMENT ON COLUMN amazon_pii.policy.home IS 'The database in which it is at work, as system identifier and number; NULL: the one of the next cycle';
+COMMENT ON COLUMN amazon_pii.policy.lineage IS 'Tells policies of one name apart in the tombstone file; copies of the database have it in common';
 COMMENT ON COLUMN amazon_pii.policy.recheck_page IS 'Page of order_state from which redacted orders are looked at again';
 COMMENT ON COLUMN amazon_pii.policy.recheck_left IS 'Pages that are left of today''s share';
 COMMENT ON COLUMN amazon_pii.policy.structure IS 'What the last cycle saw of the catalog; while that stays, a cycle with nothing due does nothing';
@@ -129,7 +131,7 @@ CREATE TABLE amazon_pii.order_state (
     next_due_at     timestamptz,
     records         text,
     effective_at    timestamptz,
-    asked           text        CHECK (asked IN ('erase', 'forget', 'forgotten')),
+    asked           text        CHECK (asked IN ('erase', 'forget', 'forgotten', 'revived')),
     purged_at       timestamptz,
     key_generation  bigint,
     follows         text        COLLATE "C",
@@ -146,7 +148,7 @@ COMMENT ON COLUMN amazon_pii.order_state.effective_at IS 'Before this moment the
 COMMENT ON COLUMN amazon_pii.order_state.stale_at IS 'When an order without an anchor is stale; NULL where the policy does not say';
 COMMENT ON COLUMN amazon_pii.order_state.next_due_at IS 'When a cycle has to look at the order again; NULL: nothing to do';
 COMMENT ON COLUMN amazon_pii.order_state.records IS 'The rows of the user''s that hold, or held, its personal data: JSON array of [table, key, entry, newest archived version]';
-COMMENT ON COLUMN amazon_pii.order_state.asked IS 'What was asked for: erase or forget until that is done; forgotten: what comes back is redacted without a copy';
+COMMENT ON COLUMN amazon_pii.order_state.asked IS 'What was asked for: erase or forget until that is done; forgotten: what comes back is redacted without a copy; revived: what a restore brought back is, this one time';
 COMMENT ON COLUMN amazon_pii.order_state.purged_at IS 'When its archive was destroyed; NULL while there may be one. Views show such an order as purged';
 COMMENT ON COLUMN amazon_pii.order_state.key_generation IS 'The newest of its data keys that were destroyed: the next one is another';
 COMMENT ON COLUMN amazon_pii.order_state.follows IS 'The retrieved order that it replaces: it is redacted when that retrieval ends';
@@ -457,6 +459,16 @@ CREATE TABLE amazon_pii.canary (
 );
 COMMENT ON TABLE amazon_pii.canary IS 'Orders that nobody has a reason to open: whoever does raises the alarm';
 
+CREATE TABLE amazon_pii.tombstone_mark (
+    one             boolean     PRIMARY KEY DEFAULT true CHECK (one),
+    position        bigint      NOT NULL,
+    code            text        COLLATE "C" NOT NULL,
+    noted_at        timestamptz NOT NULL DEFAULT pg_catalog.now()
+);
+COMMENT ON TABLE amazon_pii.tombstone_mark IS 'How much of the tombstone file this database knows: what it says beyond is new, or was destroyed after the backup that was restored';
+COMMENT ON COLUMN amazon_pii.tombstone_mark.position IS 'In bytes from its beginning';
+COMMENT ON COLUMN amazon_pii.tombstone_mark.code IS 'Of the last line before: whether it is the same file';
+
 -- Survive a dump: everything but the triggers' notes of the moment and the sweep's sums, which are made anew. Call by call, since each updates one row.
 DO $$
 DECLARE
@@ -464,7 +476,7 @@ DECLARE
 BEGIN
     FOREACH kept IN ARRAY ARRAY['policy', 'policy_version', 'policy_table', 'policy_column', 'order_state', 'record_state', 'renamed', 'aged_table', 'aged_row',
             'file_outbox', 'own_row', 'orphan', 'run', 'audit_entry', 'audit_pending', 'audit_link', 'audit_chain', 'audit_checkpoint',
-            'access_count', 'canary'] LOOP
+            'access_count', 'canary', 'tombstone_mark'] LOOP
         PERFORM pg_extension_config_dump(('amazon_pii.' || kept)::regclass, '');
     END LOOP;
     PERFORM pg_extension_config_dump(pg_get_serial_sequence('amazon_pii.renamed', 'renamed_id')::regclass, '');

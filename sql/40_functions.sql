@@ -69,6 +69,12 @@ CREATE FUNCTION amazon_pii.adopt_copy(policy text DEFAULT NULL) RETURNS bigint
 COMMENT ON FUNCTION amazon_pii.adopt_copy(text) IS
     'Says that this database, a copy of the one in which policies were applied, takes its place: the worker''s cycles, and those that write to a cold server, are refused before. Never while the original is at work. Returns how many policies were adopted; NULL: all. Needs amazon_pii_admin';
 
+CREATE FUNCTION amazon_pii.reconcile(policy text DEFAULT NULL)
+    RETURNS TABLE (policy_name text, order_key text, order_number text, destroyed text, destroyed_at timestamptz, came_back text)
+    LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'reconcile_wrapper';
+COMMENT ON FUNCTION amazon_pii.reconcile(text) IS
+    'After a restore: destroys again what the tombstone file says was shredded, purged or forgotten since the backup, and has the next cycle redact personal data that came back with it, without a copy. Until then archives of the policy are not opened (55000). One row an order that came back; NULL: all policies. Needs amazon_pii_admin';
+
 CREATE FUNCTION amazon_pii.archive_ddl(foreign_table text DEFAULT 'cold.document', server text DEFAULT 'cold', host text DEFAULT 'cold.example.com',
         database text DEFAULT 'archive', role text DEFAULT 'amazon_pii_archiver')
     RETURNS TABLE (run_on text, statement text)

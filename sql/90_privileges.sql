@@ -24,7 +24,7 @@ GRANT EXECUTE ON FUNCTION amazon_pii.verify(text, text), amazon_pii.certificate(
 GRANT EXECUTE ON FUNCTION amazon_pii.preview(text, timestamptz), amazon_pii.explain_order(text)
     TO amazon_pii_admin, amazon_pii_operator, amazon_pii_auditor;
 
-GRANT EXECUTE ON FUNCTION amazon_pii.adopt_copy(text), amazon_pii.archive_ddl(text, text, text, text, text), amazon_pii.check_archive(text) TO amazon_pii_admin;
+GRANT EXECUTE ON FUNCTION amazon_pii.adopt_copy(text), amazon_pii.reconcile(text), amazon_pii.archive_ddl(text, text, text, text, text), amazon_pii.check_archive(text) TO amazon_pii_admin;
 GRANT EXECUTE ON FUNCTION amazon_pii.archive_status(), amazon_pii.backup_check() TO amazon_pii_admin, amazon_pii_auditor;
 GRANT SELECT ON amazon_pii.archive_status TO amazon_pii_admin, amazon_pii_auditor;
 GRANT EXECUTE ON PROCEDURE amazon_pii.rotate_key(bigint, bigint), amazon_pii.sanitize_copy(text, bigint, bigint, bigint, bigint, bigint) TO amazon_pii_admin;

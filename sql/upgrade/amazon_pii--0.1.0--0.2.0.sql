@@ -11,6 +11,7 @@ SET LOCAL search_path TO pg_catalog, pg_temp;
 -- Made anew below: columns came in between, an argument was added, and event triggers cannot be replaced.
 DROP VIEW amazon_pii.status;
 DROP FUNCTION amazon_pii.disable_policy(text);
+DROP FUNCTION amazon_pii.drop_policy(text);
 DROP EVENT TRIGGER amazon_pii_ddl;
 
 ALTER TABLE amazon_pii.policy
@@ -23,7 +24,11 @@ ALTER TABLE amazon_pii.policy
     ADD COLUMN disabled_at timestamptz,
     ADD COLUMN disabled_reason text,
     ADD COLUMN keys_changed_at timestamptz,
-    ADD COLUMN home text;
+    ADD COLUMN home text,
+    ADD COLUMN effective_from timestamptz,
+    ADD COLUMN postponed_since timestamptz,
+    ADD COLUMN loosened_because text,
+    ADD COLUMN lineage text NOT NULL DEFAULT pg_catalog.gen_random_uuid()::text;
 
 -- Until the next cycle has found out which tables go as a whole, and has written down their columns.
 ALTER TABLE amazon_pii.policy_table ADD COLUMN numbered_in oid, ADD COLUMN whole boolean;
@@ -37,11 +42,14 @@ ALTER TABLE amazon_pii.order_state
     ADD COLUMN held_since timestamptz,
     ADD COLUMN hold_reason text,
     ADD COLUMN effective_at timestamptz,
-    ADD COLUMN asked text CHECK (asked IN ('erase', 'forget', 'forgotten')),
+    ADD COLUMN asked text CHECK (asked IN ('erase', 'forget', 'forgotten', 'revived')),
     ADD COLUMN purged_at timestamptz,
     ADD COLUMN key_generation bigint,
     ADD COLUMN follows text COLLATE "C",
-    ADD COLUMN redacted_first_at timestamptz;
+    ADD COLUMN redacted_first_at timestamptz,
+    ADD COLUMN archive_held_until timestamptz,
+    ADD COLUMN archive_held_since timestamptz,
+    ADD COLUMN archive_hold_reason text;
 UPDATE amazon_pii.order_state SET redacted_first_at = redacted_at WHERE redacted_at IS NOT NULL;
 -- \indexes order_state 20_tables.sql
 
@@ -65,6 +73,7 @@ ALTER TABLE amazon_pii.audit_entry ADD COLUMN links_before bigint;
 -- \table audit_checkpoint 20_tables.sql
 -- \table access_count 20_tables.sql
 -- \table canary 20_tables.sql
+-- \table tombstone_mark 20_tables.sql
 
 -- Which holds are long, since when and why: so far only the audit log says so.
 UPDATE amazon_pii.order_state AS o

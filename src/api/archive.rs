@@ -3,12 +3,14 @@
 
 use pgrx::prelude::*;
 
+use crate::domain::tombstone::Tombstone;
 use crate::engine::backup;
 use crate::engine::check::Problem;
 use crate::engine::check::archive::{self, Wanted};
-use crate::engine::vault;
+use crate::engine::{reconcile, vault};
 use crate::pg::error::or_raise;
 use crate::pg::identity::require_role;
+use crate::pg::xact::to_server;
 
 #[pg_extern(sql = false)]
 fn check_archive(
@@ -41,6 +43,33 @@ fn backup_check() -> TableIterator<
 > {
     let problems = or_raise(backup::check());
     TableIterator::new(problems.into_iter().map(Problem::into_row))
+}
+
+#[pg_extern(sql = false)]
+fn reconcile(
+    policy: Option<&str>,
+) -> TableIterator<
+    'static,
+    (
+        name!(policy_name, String),
+        name!(order_key, String),
+        name!(order_number, Option<String>),
+        name!(destroyed, String),
+        name!(destroyed_at, Option<TimestampWithTimeZone>),
+        name!(came_back, String),
+    ),
+> {
+    let rows = or_raise(reconcile::reconcile(policy));
+    TableIterator::new(rows.into_iter().map(|b| {
+        (
+            b.policy,
+            b.order_key,
+            b.order_number,
+            b.destroyed.to_owned(),
+            Tombstone::micros(&b.destroyed_at).and_then(|at| to_server(at).ok()),
+            b.came_back.to_owned(),
+        )
+    }))
 }
 
 #[pg_extern(sql = false)]

@@ -17,3 +17,9 @@ fn refuse() -> Result<()> {
 fn disable_policy(_policy: &str) {
     or_raise(refuse());
 }
+
+/// Until 0.1.0: without a reason.
+#[pg_extern(sql = false)]
+fn drop_policy(_policy: &str) {
+    or_raise(refuse());
+}

@@ -52,12 +52,6 @@ fn disable_policy_with_reason(policy: Option<&str>, reason: Option<&str>) {
     or_raise(policy.and_then(|policy| apply::disable(policy, reason)));
 }
 
-/// What the SQL of 0.1.0 calls.
-#[pg_extern(sql = false)]
-fn drop_policy(policy: &str) {
-    or_raise(dropping::drop(policy, None));
-}
-
 #[pg_extern(sql = false)]
 fn drop_policy_for(policy: Option<&str>, reason: Option<&str>) {
     let policy = policy.ok_or_else(|| Error::invalid("the policy must not be null"));

@@ -17,6 +17,7 @@ pub mod reason;
 pub mod sample;
 pub mod scrub;
 pub mod sought;
+pub mod tombstone;
 pub mod treatment;
 pub mod vault;
 pub mod words;

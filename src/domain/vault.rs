@@ -185,6 +185,33 @@ impl MasterKey {
         let length = (context.len() as u64).to_be_bytes();
         hmac(&self.audit.0, &[&length, context, message])
     }
+
+    /// What signs lines of a file for a while: it can do nothing else, so that the master key need not be kept.
+    pub fn signer(&self) -> Signer {
+        Signer {
+            id: self.id.clone(),
+            secret: self.audit.derive(b"amazon_pii signs tombstones v1"),
+        }
+    }
+}
+
+/// See [`MasterKey::signer`].
+pub struct Signer {
+    id: String,
+    secret: Secret,
+}
+
+impl Signer {
+    /// The id of the master key that it comes from.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// HMAC-SHA-256; `context` says what kind of message it is.
+    pub fn mac(&self, context: &[u8], message: &[u8]) -> [u8; 32] {
+        let length = (context.len() as u64).to_be_bytes();
+        hmac(&self.secret.0, &[&length, context, message])
+    }
 }
 
 impl fmt::Debug for MasterKey {

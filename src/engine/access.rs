@@ -12,6 +12,7 @@ use super::files;
 use super::history;
 use super::plan::Plan;
 use super::quota;
+use super::reconcile;
 use super::records::RecordList;
 use super::rekey;
 use super::replacement;
@@ -68,7 +69,7 @@ enum Lock {
 fn resolve(target: &Target<'_>, lock: Lock) -> Result<(Rc<Plan>, Vec<Order>)> {
     const FOUND: &str = "SELECT policy, order_key, CASE WHEN purged_at IS NOT NULL AND status IN ('redacted', 'gone') THEN 'purged' \
             ELSE status END, archived_at IS NOT NULL, redacted_version, \
-            held_until IS NOT NULL AND held_until > pg_catalog.now(), status, COALESCE(asked IN ('erase', 'forget'), false), records, \
+            held_until IS NOT NULL AND held_until > pg_catalog.now(), status, COALESCE(asked IN ('erase', 'forget', 'revived'), false), records, \
             COALESCE(archive_held_until > pg_catalog.now() OR status = 'gone' AND held_until > pg_catalog.now(), false) \
          FROM amazon_pii.order_state \
          WHERE order_number = $1 AND ($2::text IS NULL OR policy = $2) AND ($3::text IS NULL OR order_key = $3) \
@@ -206,8 +207,10 @@ fn complete(plan: &Plan, orders: &[Order], archive: &HashMap<String, OrderArchiv
     Ok(())
 }
 
-/// Records and counts an access in a transaction of another process, before anything is opened.
+/// Records and counts an access in a transaction of another process, before anything is opened. Refused while the archive may be one that
+/// a restore brought back.
 fn witness(plan: &Plan, action: &str, orders: &[Order], number: &str, reason: Option<&str>) -> Result<()> {
+    reconcile::refuse_before(&plan.policy)?;
     let entries = orders.iter().map(|order| entry(plan, action, order, number, reason));
     quota::pass(plan, entries.collect::<Result<_>>()?, false)
 }

@@ -7,6 +7,7 @@ use crate::pg::error::{Error, Result};
 use crate::pg::ident::Ident;
 use crate::pg::identity::{as_extension, require_role};
 use crate::pg::sql;
+use crate::pg::tombstones;
 
 /// What a dump of this database would lack, as errors; what belongs to it and is elsewhere, as infos.
 ///
@@ -35,12 +36,36 @@ pub fn check() -> Result<Vec<Problem>> {
             out.push(Problem::new(Severity::Error, object, problem, hint));
         }
     }
+    out.push(tombstone_file());
     for archive in vault::standing()? {
         let problem = format!("the documents of policy \"{}\" are on its server", archive.policy);
         let hint = "Back that server up, too: its documents open with the data keys of this database's dump, and with nothing else.";
         out.push(Problem::new(Severity::Info, archive.foreign_table, problem, hint));
     }
     Ok(out)
+}
+
+/// What tells after a restore what was destroyed since.
+fn tombstone_file() -> Problem {
+    let object = "amazon_pii.tombstone_file";
+    if !tombstones::is_configured() {
+        let hint = "Set it to a file outside of the data directory, on storage that a restore does not turn back.";
+        let problem = "is not set: after a restore nobody knows what was shredded or purged since the backup";
+        return Problem::new(Severity::Info, object, problem, hint);
+    }
+    match tombstones::Book::open() {
+        Ok(_) => {
+            let hint =
+                "Never restore it with the database: keep the newest one. After a restore call amazon_pii.reconcile().";
+            Problem::new(
+                Severity::Info,
+                object,
+                "tells what was destroyed since a backup, and is in no dump",
+                hint,
+            )
+        }
+        Err(e) => Problem::new(Severity::Error, object, e.shown(), e.hint_text().unwrap_or_default()),
+    }
 }
 
 /// Tables that pg_dump leaves out, wholly or with their rows.

@@ -13,6 +13,7 @@ use super::due::{self, Clock, Due, Share};
 use super::overwrite;
 use super::pace::Pace;
 use super::plan::Plan;
+use super::reconcile;
 use super::redact;
 use super::rotation::Keyring;
 use super::state;
@@ -45,6 +46,8 @@ pub struct Batches<'a> {
     pub pace: Pace,
     /// Its way to a cold server, where the archive has one.
     pub cold: cold::Way<'a>,
+    /// Orders that wait for `reconcile()`.
+    pub unreconciled: HashSet<String>,
     sharing: redact::Sharing,
     full: u32,
     /// When the batch's orders were locked.
@@ -70,6 +73,7 @@ impl<'a> Batches<'a> {
             mode: Mode::Alone,
             pace: Pace::new(boundary),
             cold: cold::Way::new(plan, boundary),
+            unreconciled: HashSet::new(),
             sharing: redact::Sharing::default(),
             full: 0,
             taken: Instant::now(),
@@ -99,10 +103,23 @@ impl<'a> Batches<'a> {
         self.taken = Instant::now();
         let limit = self.pace.size();
         let mut batch = due::take(self.plan, &self.clock, &self.share, limit)?;
+        let taken = batch.len();
+        while !self.unreconciled.is_empty() && !batch.is_empty() {
+            let apart = |due: &Due| self.unreconciled.contains(&due.order_key);
+            let (left, rest): (Vec<Due>, Vec<Due>) = batch.into_iter().partition(apart);
+            for due in &left {
+                self.fail(due, &reconcile::reason())?;
+            }
+            batch = rest;
+            if left.is_empty() || !batch.is_empty() {
+                break;
+            }
+            batch = due::take(self.plan, &self.clock, &self.share, limit)?;
+        }
         for due in &mut batch {
             due.came_back = self.besides.contains_key(&due.order_key);
         }
-        self.full = if i64::try_from(batch.len()) == Ok(limit) {
+        self.full = if i64::try_from(taken) == Ok(limit) {
             self.full + 1
         } else {
             0

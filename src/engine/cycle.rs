@@ -23,6 +23,7 @@ use super::orphan;
 use super::pace::Pace;
 use super::plan::{Aged, Plan};
 use super::purge;
+use super::reconcile;
 use super::report;
 use super::rotation::Keyring;
 use super::statistics;
@@ -124,6 +125,7 @@ pub fn run(policy: Option<&str>, sweep: bool, boundary: Boundary) -> Result<Coun
         }
     }
     if to_seal {
+        reconcile::settle(boundary)?;
         chain::round(boundary)?;
     }
     Ok(total)
@@ -192,6 +194,7 @@ fn run_policy(policy: &str, sweep: bool, boundary: Boundary) -> Result<Option<Co
     boundary.commit()?;
     let mut run = Run::new(&plan, keys, clock, boundary);
     run.flag(sweep)?;
+    run.leave_alone()?;
     // What flagging has just found due belongs to this cycle.
     run.batches.clock = self::clock(&plan)?;
     match report::remark(&plan, &run.batches.clock)? {
@@ -267,6 +270,15 @@ impl Run<'_> {
             })?;
         }
         self.step(|run| sweep::stale(run.plan))
+    }
+
+    /// What a restore brought back, and is to be destroyed first, is no cycle's to archive.
+    fn leave_alone(&mut self) -> Result<()> {
+        self.step(|run| {
+            let (orders, why) = reconcile::left_alone(&run.plan.policy)?;
+            run.batches.unreconciled = orders;
+            why.map_or(Ok(()), Err)
+        })
     }
 
     /// Runs a step in a transaction of its own.

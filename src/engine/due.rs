@@ -59,6 +59,8 @@ pub enum Asked {
     Forget,
     /// That was done: what comes back is redacted without a copy.
     Forgotten,
+    /// A restore brought its personal data back after its archive was destroyed: redacted at once without a copy, this one time.
+    Revived,
 }
 
 impl Asked {
@@ -68,6 +70,7 @@ impl Asked {
             Some("erase") => Ok(Self::Erase),
             Some("forget") => Ok(Self::Forget),
             Some("forgotten") => Ok(Self::Forgotten),
+            Some("revived") => Ok(Self::Revived),
             Some(_) => Err(Error::internal("an order was asked for something unknown")),
         }
     }
@@ -80,6 +83,11 @@ impl Asked {
     /// Whether it is known for good that it was, or is being, forgotten: it stays tracked when it is deleted.
     pub fn forgets(self) -> bool {
         matches!(self, Self::Forget | Self::Forgotten)
+    }
+
+    /// Whether it is redacted without a copy: that was destroyed before.
+    pub fn without_copy(self) -> bool {
+        matches!(self, Self::Forgotten | Self::Revived)
     }
 }
 
@@ -109,7 +117,7 @@ impl Due {
 
     /// Whether the live values have to be archived (again) before anything is overwritten.
     pub fn needs_copy(&self) -> bool {
-        self.status != "archived" && self.asked != Asked::Forgotten
+        self.status != "archived" && !self.asked.without_copy()
     }
 }
 

@@ -6,11 +6,13 @@ use super::access::{Order, Target, checked, entry, resolve_locked};
 use super::audit;
 use super::history;
 use super::plan::Plan;
-use super::purge;
+use super::purge::{self, Note};
 use super::rekey;
 use super::replacement;
 use super::state;
+use super::tombstone::When;
 use super::vault::Cold;
+use crate::domain::tombstone::What;
 use crate::pg::error::{Error, Result};
 use crate::pg::identity::{as_extension, require_role};
 use crate::pg::keys;
@@ -74,7 +76,7 @@ pub fn shred(target: &Target<'_>, reason: Option<&str>) -> Result<()> {
         refuse_archive_held(order, target.number)?;
     }
     let all: Vec<&Order> = orders.iter().collect();
-    destroy(&plan, &all)?;
+    destroy(&plan, &all, What::Shredded)?;
     tell(&plan, &all, "shred", target.number, reason.as_deref())?;
     state::announce_keys(&plan.policy, "purged", &order_keys(&all))
 }
@@ -96,7 +98,7 @@ pub fn forget(target: &Target<'_>, reason: Option<&str>) -> Result<()> {
         .iter()
         .partition(|o| matches!(o.stored.as_str(), "redacted" | "gone"));
     mark(&plan, &orders.iter().collect::<Vec<_>>(), Ask::Forget)?;
-    destroy(&plan, &done)?;
+    destroy(&plan, &done, What::Forgotten)?;
     tell(&plan, &done, "forget", target.number, reason.as_deref())?;
     tell(&plan, &open, "forget", target.number, reason.as_deref())?;
     state::announce_keys(&plan.policy, "purged", &order_keys(&done))
@@ -129,7 +131,7 @@ fn order_keys(orders: &[&Order]) -> Vec<String> {
 fn mark(plan: &Plan, orders: &[&Order], ask: Ask) -> Result<()> {
     as_extension(|| {
         sql::execute(
-            "UPDATE amazon_pii.order_state o SET asked = CASE WHEN o.asked = 'forgotten' THEN o.asked ELSE $3 END, \
+            "UPDATE amazon_pii.order_state o SET asked = CASE WHEN o.asked = 'forgotten' OR o.asked = 'revived' AND $3 = 'erase' THEN o.asked ELSE $3 END, \
                 status = CASE WHEN status = 'flagged' THEN 'scheduled' WHEN status = 'gone' THEN 'redacted' ELSE status END, \
                 archive_due_at = CASE WHEN archived_at IS NULL THEN LEAST(archive_due_at, pg_catalog.now()) ELSE archive_due_at END, \
                 redact_due_at = CASE WHEN status IN ('redacted', 'gone') THEN redact_due_at ELSE LEAST(redact_due_at, pg_catalog.now()) END, \
@@ -160,7 +162,7 @@ fn mark(plan: &Plan, orders: &[&Order], ask: Ask) -> Result<()> {
 }
 
 /// Everything that is archived of these orders, also where a change of key is yet to be followed.
-fn destroy(plan: &Plan, orders: &[&Order]) -> Result<()> {
+fn destroy(plan: &Plan, orders: &[&Order], what: What) -> Result<()> {
     if orders.is_empty() {
         return Ok(());
     }
@@ -172,7 +174,15 @@ fn destroy(plan: &Plan, orders: &[&Order]) -> Result<()> {
     {
         rekey::settle(plan, &master, &Cold::default(), &HashSet::new())?;
     }
-    purge::destroy(plan, &keys)?;
+    purge::destroy(
+        plan,
+        &keys,
+        Some(Note {
+            what,
+            when: When::AtCommit,
+            keys: None,
+        }),
+    )?;
     Ok(())
 }
 

@@ -3,6 +3,7 @@
 
 use super::audit::{self, AuditEntry};
 use super::plan::Plan;
+use super::tombstone;
 use crate::pg::error::{Error, Result};
 use crate::pg::identity::{as_extension, on_keys, require_role};
 use crate::pg::sql::{self, Arg};
@@ -56,7 +57,7 @@ pub fn adopt(policy: Option<&str>) -> Result<i64> {
     let rows = as_extension(|| {
         sql::write(
             "UPDATE amazon_pii.policy p SET home = $2, last_error = NULL FROM amazon_pii.policy o \
-             WHERE o.policy = p.policy AND ($1 IS NULL OR p.policy = $1) RETURNING p.policy, p.version, COALESCE(o.home, $2) <> $2",
+             WHERE o.policy = p.policy AND ($1 IS NULL OR p.policy = $1) RETURNING p.policy, p.version, COALESCE(o.home, $2) <> $2, o.home",
             &[Arg::Text(policy), Arg::Text(Some(&here))],
         )
     })?;
@@ -68,6 +69,7 @@ pub fn adopt(policy: Option<&str>) -> Result<i64> {
     for row in &rows {
         if row.bool(2)? {
             adopted += 1;
+            tombstone::adopted(row.str(0)?, row.str(3)?)?;
             audit::insert(&[AuditEntry {
                 policy: row.owned(0)?,
                 policy_version: Some(row.int(1)?),

@@ -6,7 +6,9 @@ use std::collections::HashMap;
 use super::audit::{self, Line};
 use super::plan::Plan;
 use super::state;
+use super::tombstone::{self, When};
 use super::vault;
+use crate::domain::tombstone::What;
 use crate::domain::vault::MasterKeys;
 use crate::pg::error::{Error, Result};
 use crate::pg::identity::{Identity, OWN_PATH, act_as, as_extension, on_keys};
@@ -40,12 +42,20 @@ pub struct Ended {
     pub order_number: Option<String>,
 }
 
-/// Destroys what is archived of these orders, which the caller has locked, and writes that down. Returns how many documents
-/// each had, in their order.
+/// What the tombstone file is to say.
+pub struct Note<'a> {
+    pub what: What,
+    pub when: When,
+    /// To sign it with, where they are at hand.
+    pub keys: Option<&'a MasterKeys>,
+}
+
+/// Destroys what is archived of these orders, which the caller has locked, and writes that down, in the tombstone file too. Returns how
+/// many documents each had, in their order.
 ///
 /// # Errors
-/// The archive cannot be written; errors of the server.
-pub fn destroy(plan: &Plan, orders: &[&str]) -> Result<Vec<i64>> {
+/// The archive or the tombstone file cannot be written; errors of the server.
+pub fn destroy(plan: &Plan, orders: &[&str], note: Option<Note<'_>>) -> Result<Vec<i64>> {
     if orders.is_empty() {
         return Ok(Vec::new());
     }
@@ -60,14 +70,14 @@ pub fn destroy(plan: &Plan, orders: &[&str]) -> Result<Vec<i64>> {
         }
     }
     let of = |order: &&str| found.get(order).copied().unwrap_or_default();
-    on_keys(|| {
-        sql::execute(
+    let ended = on_keys(|| {
+        let ended = sql::write(
             "UPDATE amazon_pii.order_state o SET purged_at = pg_catalog.now(), \
                 key_generation = NULLIF(GREATEST(o.key_generation, n.g), 0), \
                 archive_held_until = NULL, archive_held_since = NULL, archive_hold_reason = NULL, \
                 asked = CASE WHEN o.asked = 'forget' THEN 'forgotten' ELSE o.asked END \
              FROM ROWS FROM (pg_catalog.unnest($1), pg_catalog.unnest($2), pg_catalog.unnest($3)) AS n (p, k, g) \
-             WHERE o.policy = n.p AND o.order_key = n.k",
+             WHERE o.policy = n.p AND o.order_key = n.k RETURNING o.order_key, COALESCE(o.key_generation, 0)",
             &[
                 state::policy_each(plan, orders.len()),
                 Arg::texts(orders),
@@ -78,8 +88,14 @@ pub fn destroy(plan: &Plan, orders: &[&str]) -> Result<Vec<i64>> {
         sql::execute(
             "DELETE FROM amazon_pii.renamed r WHERE r.policy = $1 AND COALESCE(r.order_key, r.new_key) = ANY ($2)",
             &[Arg::Text(Some(&plan.policy)), Arg::texts(&all)],
-        )
+        )?;
+        Ok(ended)
     })?;
+    if let Some(Note { what, when, keys }) = note {
+        let ended = ended.iter().map(|r| Ok((r.string(0)?, r.int(1)?)));
+        let ended = ended.collect::<Result<Vec<_>>>()?;
+        tombstone::write(&plan.policy, keys, what, when, &ended)?;
+    }
     Ok(orders.iter().map(|o| of(o).0).collect())
 }
 
@@ -105,14 +121,48 @@ fn places<'a>(plan: &Plan, orders: &[&'a str]) -> Result<Vec<(&'a str, String)>>
     Ok(out)
 }
 
+/// Why an archive ends in a cycle.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Why {
+    Forgotten,
+    Over,
+    /// In a copy of the database: the archive of the original is another one.
+    Sanitized,
+}
+
+impl Why {
+    fn words(self) -> &'static str {
+        match self {
+            Self::Forgotten => "forgotten",
+            Self::Over => "archive_for is over",
+            Self::Sanitized => "sanitize_copy",
+        }
+    }
+
+    fn what(self) -> Option<What> {
+        match self {
+            Self::Forgotten => Some(What::Forgotten),
+            Self::Over => Some(What::Purged),
+            Self::Sanitized => None,
+        }
+    }
+}
+
 /// [`destroy`] in a cycle: recorded and announced.
 ///
 /// # Errors
 /// As [`destroy`].
-pub fn end(plan: &Plan, keys: &MasterKeys, orders: Vec<Ended>, why: &str) -> Result<()> {
+pub fn end(plan: &Plan, keys: &MasterKeys, orders: Vec<Ended>, why: Why) -> Result<()> {
     let order_keys: Vec<String> = orders.iter().map(|o| o.order_key.clone()).collect();
     let texts: Vec<&str> = order_keys.iter().map(String::as_str).collect();
-    let counts = destroy(plan, &texts)?;
+    let (when, signing) = (When::Now, Some(keys));
+    let note = why.what().map(|what| Note {
+        what,
+        when,
+        keys: signing,
+    });
+    let counts = destroy(plan, &texts, note)?;
+    let why = why.words();
     let lines = orders.into_iter().zip(counts).map(|(order, documents)| Line {
         order_key: order.order_key,
         order_number: order.order_number,
@@ -173,7 +223,7 @@ pub fn step(plan: &Plan, keys: &MasterKeys, limit: i64) -> Result<usize> {
         .collect::<Result<Vec<_>>>()?;
     let count = orders.len();
     if count > 0 {
-        end(plan, keys, orders, "archive_for is over")?;
+        end(plan, keys, orders, Why::Over)?;
     }
     Ok(count)
 }

@@ -21,7 +21,7 @@ use super::gather::{self, Gathered, LiveRecord};
 use super::orphan;
 use super::overwrite::{self, CellWrite, Marks, RowWrite};
 use super::plan::Plan;
-use super::purge;
+use super::purge::{self, Why};
 use super::records::{self, Stored};
 use super::scrub;
 use super::state;
@@ -201,7 +201,7 @@ pub fn batch(
     state::copied(plan, &set_back)?;
     audit::insert_batch(keys, "redact", plan, lines)?;
     state::announce(plan, "redacted", &overwritten)?;
-    for (asked, why) in [(true, "forgotten"), (false, "archive_for is over")] {
+    for (asked, why) in [(true, Why::Forgotten), (false, Why::Over)] {
         let orders = ending.iter().map(|i| &batch[*i]);
         let orders: Vec<_> = orders.filter(|d| (d.asked == Asked::Forget) == asked).map(of).collect();
         if !orders.is_empty() {
@@ -389,7 +389,7 @@ fn proven<'a>(
     let table = &plan.tables[record.table];
     record.writes(pii, |i, live| {
         // There is to be no copy: it must be what was read, and no more.
-        if table.no_copy || due.asked == Asked::Forgotten {
+        if table.no_copy || due.asked.without_copy() {
             return Ok(Some(live));
         }
         let opened = newest.and_then(|n| n.cell(&table.cells[i].archived_as));

@@ -111,7 +111,7 @@ pub fn gone(plan: &Plan, batch: &[&Due]) -> Result<()> {
     }
     on_keys(|| {
         sql::execute(
-            "UPDATE amazon_pii.order_state o SET status = 'gone', asked = NULLIF(asked, 'erase'), next_due_at = NULL, \
+            "UPDATE amazon_pii.order_state o SET status = 'gone', asked = CASE WHEN asked NOT IN ('erase', 'revived') THEN asked END, next_due_at = NULL, \
                 redact_due_at = COALESCE(redact_due_at, pg_catalog.now()), \
                 next_attempt_at = NULL, last_error = NULL \
              WHERE o.policy IS NOT DISTINCT FROM $1 AND o.order_key = ANY ($2)",
@@ -135,7 +135,7 @@ pub fn redacted(plan: &Plan, batch: &[&Due]) -> Result<()> {
             "UPDATE amazon_pii.order_state o SET status = 'redacted', redacted_at = pg_catalog.now(), redacted_version = $3, \
                 redacted_first_at = COALESCE(redacted_first_at, redacted_at, pg_catalog.now()), \
                 archived_at = COALESCE(archived_at, pg_catalog.now()), records = n.r, \
-                retrieved_until = NULL, held_until = NULL, asked = NULLIF(asked, 'erase'), attempts = 0, \
+                retrieved_until = NULL, held_until = NULL, asked = CASE WHEN asked NOT IN ('erase', 'revived') THEN asked END, attempts = 0, \
                 next_attempt_at = NULL, last_error = NULL, next_due_at = NULL \
              FROM ROWS FROM (pg_catalog.unnest($1), pg_catalog.unnest($2), pg_catalog.unnest($4)) AS n (p, k, r) \
              WHERE o.policy = n.p AND o.order_key = n.k",
@@ -160,7 +160,7 @@ pub fn rechecked(plan: &Plan, batch: &[&Due]) -> Result<()> {
     }
     on_keys(|| {
         sql::execute(
-            "UPDATE amazon_pii.order_state o SET asked = NULLIF(asked, 'erase'), attempts = 0, next_attempt_at = NULL, last_error = NULL, \
+            "UPDATE amazon_pii.order_state o SET asked = CASE WHEN asked NOT IN ('erase', 'revived') THEN asked END, attempts = 0, next_attempt_at = NULL, last_error = NULL, \
                 next_due_at = NULL \
              WHERE o.policy IS NOT DISTINCT FROM $1 AND o.order_key = ANY ($2)",
             &[Arg::Text(Some(&plan.policy)), Arg::texts(&keys(batch))],

@@ -11,7 +11,7 @@ mod size;
 mod standing;
 
 pub use cold::{Cold, error, fetch, fetch_to_move, in_time};
-pub use destroy::destroy;
+pub use destroy::{DestroyedAgain, destroy, destroy_upto, surviving};
 pub use place::{Foreign, Place};
 pub use reseal::{Renames, reseal};
 pub use rotate::{rewrap, schemas, wrapped_anew, wrapped_by};

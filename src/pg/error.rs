@@ -208,6 +208,24 @@ impl Error {
         )
     }
 
+    /// The tombstone file cannot be used.
+    pub fn tombstones(what: impl Into<String>) -> Self {
+        Self::ours(
+            Code::ERRCODE_CONFIG_FILE_ERROR,
+            format!("the file in amazon_pii.tombstone_file {}", what.into()),
+        )
+        .hint(
+            "Nothing was destroyed. The setting takes an absolute path outside of the data directory, in a directory that the \
+             server's user can write to; nobody else may read or write the file.",
+        )
+    }
+
+    /// A database that was turned back, or whose tombstone file was: what was destroyed may have come back.
+    pub fn unreconciled(what: impl Into<String>) -> Self {
+        Self::wrong_state(what)
+            .hint("amazon_pii.reconcile() destroys again what was destroyed before, and says what came back.")
+    }
+
     /// A resource of the server that is not to be had now.
     pub fn resources(what: impl Into<String>) -> Self {
         Self::ours(Code::ERRCODE_INSUFFICIENT_RESOURCES, what)

@@ -18,6 +18,7 @@ static NAPTIME: GucSetting<i32> = GucSetting::<i32>::new(60);
 static REPLICA_LAG: GucSetting<i32> = GucSetting::<i32>::new(64);
 static REPLICA_WAIT: GucSetting<i32> = GucSetting::<i32>::new(300);
 static STATEMENT_TIMEOUT: GucSetting<i32> = GucSetting::<i32>::new(300_000);
+static TOMBSTONE_FILE: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(None);
 static WORKERS: GucSetting<i32> = GucSetting::<i32>::new(1);
 
 /// Defines the settings; called once, from `_PG_init`.
@@ -142,6 +143,14 @@ pub fn register() {
         GucContext::Sighup,
         GucFlags::UNIT_MS,
     );
+    GucRegistry::define_string_guc(
+        c"amazon_pii.tombstone_file",
+        c"File, outside of the data directory, that tells after a restore which archives have been destroyed since.",
+        c"Absolute path; made when it is missing, refused when others than its owner can read or write it. Empty: none is kept.",
+        &TOMBSTONE_FILE,
+        GucContext::Sighup,
+        GucFlags::SUPERUSER_ONLY,
+    );
     GucRegistry::define_int_guc(
         c"amazon_pii.workers",
         c"Background workers that may run cycles at the same time, one a database.",
@@ -238,6 +247,11 @@ pub fn replica_wait() -> Duration {
 /// Milliseconds that a statement with code of a table's owner may take in a cycle; 0 is no limit.
 pub fn statement_timeout() -> i32 {
     STATEMENT_TIMEOUT.get()
+}
+
+/// File that tells which archives have been destroyed.
+pub fn tombstone_file() -> Option<String> {
+    text(&TOMBSTONE_FILE)
 }
 
 /// Workers that may run at the same time.

@@ -22,6 +22,7 @@ mod rows;
 mod size;
 pub mod sql;
 pub mod subxact;
+pub mod tombstones;
 pub mod transition;
 pub mod trigger;
 pub mod unique;

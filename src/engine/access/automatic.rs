@@ -6,6 +6,7 @@ use crate::engine::audit::{self, AuditEntry, Line};
 use crate::engine::news;
 use crate::engine::plan::Plan;
 use crate::engine::quota;
+use crate::engine::reconcile;
 use crate::engine::records::RecordList;
 use crate::engine::triggers::orders_of_rows;
 use crate::engine::walk;
@@ -130,6 +131,7 @@ fn retrieve(plan: &Plan, wanted: &[Order], reason: &str) -> Result<()> {
     if orders.is_empty() {
         return Ok(());
     }
+    reconcile::refuse_before(&plan.policy)?;
     // The other process needs none of the locks that this transaction has: it only adds a line to the log, and counts.
     quota::pass(plan, vec![entry(plan, "retrieve", &orders, reason, "")?], true)?;
     write_back(plan, &orders, "")?;

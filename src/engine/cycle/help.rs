@@ -6,6 +6,7 @@ use super::{Counts, Run};
 use crate::engine::batch::Batches;
 use crate::engine::due::{Clock, Share};
 use crate::engine::plan::Plan;
+use crate::engine::reconcile;
 use crate::engine::rotation::Keyring;
 use crate::engine::turn;
 use crate::pg::error::Result;
@@ -43,6 +44,8 @@ pub fn help(task: Task, tell: impl Fn(&Counts)) -> Result<()> {
     let mut batches = Batches::new(&plan, keys, task.clock, boundary);
     batches.share = task.share;
     batches.mode = Mode::Shared;
+    batches.unreconciled = reconcile::left_alone(&task.policy)?.0;
+    boundary.commit()?;
     loop {
         let batch = batches.take()?;
         if batch.is_empty() {

@@ -4,7 +4,7 @@
 use super::{Counts, Run, clock};
 use crate::engine::home;
 use crate::engine::plan::Plan;
-use crate::engine::purge::{self, Ended};
+use crate::engine::purge::{self, Ended, Why};
 use crate::engine::rotation::Keyring;
 use crate::engine::turn;
 use crate::pg::error::{Error, Result};
@@ -105,7 +105,7 @@ impl Run<'_> {
                 .collect::<Result<Vec<_>>>()?;
             let Some(last) = ended.last() else { break };
             after = last.order_key.clone();
-            purge::end(self.plan, &self.batches.keys, ended, "sanitize_copy")?;
+            purge::end(self.plan, &self.batches.keys, ended, Why::Sanitized)?;
             self.boundary.commit()?;
         }
         self.boundary.commit()

@@ -36,15 +36,7 @@ pub fn destroy(place: &Place, policy: &str, orders: &[impl AsRef<str>]) -> Resul
             &[Arg::Text(Some(policy)), Arg::texts(orders)],
         )
     })
-    .map_err(|e| {
-        if e.is_cancel() || e.is_lock() {
-            return e;
-        }
-        Error::archive(format!(
-            "the archive in schema {schema} cannot be written ({})",
-            e.sqlstate()
-        ))
-    })?;
+    .map_err(|e| unwritable(schema, e))?;
     let mut destroyed = rows
         .iter()
         .map(|r| {
@@ -75,6 +67,102 @@ pub fn destroy(place: &Place, policy: &str, orders: &[impl AsRef<str>]) -> Resul
     };
     doom(place, policy, &destroyed.iter().map(whole).collect::<Vec<_>>())?;
     Ok(destroyed)
+}
+
+/// Which of these orders have a data key of that generation or an earlier one: their positions.
+///
+/// # Errors
+/// The archive cannot be read.
+pub fn surviving(place: &Place, policy: &str, orders: &[(&str, i64)]) -> Result<Vec<usize>> {
+    let schema: &Ident = &place.schema;
+    let rows = on_keys(|| {
+        refuse_foreign_hands(schema)?;
+        sql::read(
+            &format!(
+                "SELECT n.i - 1 FROM ROWS FROM (pg_catalog.unnest($1), pg_catalog.unnest($2), pg_catalog.unnest($3)) \
+                    WITH ORDINALITY AS n (p, o, g, i) \
+                 WHERE EXISTS (SELECT FROM {schema}.data_key d WHERE d.order_key = n.o AND d.policy = n.p AND d.key_id::bigint <= n.g)"
+            ),
+            &[
+                Arg::Texts(vec![Some(policy); orders.len()]),
+                Arg::Texts(orders.iter().map(|(order, _)| Some(*order)).collect()),
+                Arg::Ints(orders.iter().map(|(_, generation)| *generation).collect()),
+            ],
+        )
+    })
+    .map_err(|e| super::unreadable(schema, e))?;
+    rows.iter()
+        .map(|r| usize::try_from(r.int(0)?).map_err(|_| Error::internal("an ordinality is negative")))
+        .collect()
+}
+
+/// What was destroyed once more.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub struct DestroyedAgain {
+    pub data_keys: i64,
+    pub documents: i64,
+    /// It has a later data key: what that one opens was archived since.
+    pub is_archived_since: bool,
+}
+
+/// Deletes the data keys of these orders up to a generation, and the documents under them. What each had, in their order.
+///
+/// # Errors
+/// The archive cannot be written.
+pub fn destroy_upto(place: &Place, policy: &str, orders: &[(&str, i64)]) -> Result<Vec<DestroyedAgain>> {
+    let schema: &Ident = &place.schema;
+    let rows = on_keys(|| {
+        refuse_foreign_hands(schema)?;
+        sql::write(
+            &format!(
+                "WITH n AS MATERIALIZED (SELECT p, o, g, i - 1 AS i FROM ROWS FROM (pg_catalog.unnest($1), pg_catalog.unnest($2), pg_catalog.unnest($3)) \
+                    WITH ORDINALITY AS n (p, o, g, i)), \
+                 k AS (DELETE FROM {schema}.data_key d USING n WHERE d.policy = n.p AND d.order_key = n.o AND d.key_id::bigint <= n.g RETURNING n.i), \
+                 d AS (DELETE FROM {schema}.document d USING n WHERE d.policy = n.p AND d.order_key = n.o AND d.key_id::bigint <= n.g RETURNING n.i), \
+                 a (i, keys, documents) AS (SELECT i, pg_catalog.sum(key), pg_catalog.sum(document) FROM \
+                    (SELECT i, 1, 0 FROM k UNION ALL SELECT i, 0, 1 FROM d UNION ALL SELECT i, 0, 0 FROM n) AS u (i, key, document) GROUP BY i) \
+                 SELECT n.i, a.keys, a.documents, \
+                    EXISTS (SELECT FROM {schema}.data_key l WHERE l.order_key = n.o AND l.policy = n.p AND l.key_id::bigint > n.g) \
+                 FROM n JOIN a ON a.i = n.i ORDER BY n.i"
+            ),
+            &[
+                Arg::Texts(vec![Some(policy); orders.len()]),
+                Arg::Texts(orders.iter().map(|(order, _)| Some(*order)).collect()),
+                Arg::Ints(orders.iter().map(|(_, generation)| *generation).collect()),
+            ],
+        )
+    })
+    .map_err(|e| unwritable(schema, e))?;
+    // What a foreign table has of them may be back, too, or was never told to go.
+    let whole = |(order, generation): &(&str, i64)| Doomed {
+        order_key: (*order).to_owned(),
+        record: None,
+        key_upto: *generation,
+    };
+    doom(
+        place,
+        policy,
+        &orders.iter().filter(|(_, g)| *g > 0).map(whole).collect::<Vec<_>>(),
+    )?;
+    rows.iter()
+        .map(|r| {
+            Ok(DestroyedAgain {
+                data_keys: r.int(1)?,
+                documents: r.int(2)?,
+                is_archived_since: r.bool(3)?,
+            })
+        })
+        .collect()
+}
+
+fn unwritable(schema: &Ident, e: Error) -> Error {
+    if e.is_cancel() || e.is_lock() {
+        return e;
+    }
+    Error::archive(format!(
+        "the archive in schema {schema} cannot be written ({})",
+        e.sqlstate()
+    ))
 }
 
 /// What a foreign table is to delete: of an order, or of one record of it (table, key), under data keys up to a number.
