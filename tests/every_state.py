@@ -1,8 +1,10 @@
 """A shop whose orders stand in every state that there is, and what must go on with them wherever the database is carried: into a
 restored dump, another server, a newer version."""
+import re
+
 from support import (
     PLACEHOLDER, add_customer, add_invoice, add_order, end_retrieval, hurry, number, open_shop, order_value, record_states, refused,
-    retrieve, run_cycle, shop_policy, tables_with,
+    retrieve, run_cycle, shop_policy, snapshot,
 )
 
 # Order 7 cannot be redacted.
@@ -57,6 +59,12 @@ def found(db):
     """The state of each order of the shop, by its number there."""
     rows = db.sql("SELECT (order_key::jsonb)->>0, status FROM amazon_pii.orders WHERE policy = 'shop'")
     return {int(order): status for order, status in rows}
+
+
+def tables_with(db, word):
+    """The tables in which a row holds the word, as a whole."""
+    whole = re.compile(rf"\b{re.escape(word)}\b")
+    return [t for t, rows in snapshot(db).items() if any(whole.search(row) for row in rows)]
 
 
 def shown(db):

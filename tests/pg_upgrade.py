@@ -4,8 +4,8 @@ import os
 
 from cluster import HERE, Cluster, Programs, wait_until
 from conftest import Database, add_extension, new_database, server_with
-from every_state import build, goes_on, shown
-from support import add_order, refused, tables_with
+from every_state import build, goes_on, shown, tables_with
+from support import add_order, refused
 
 OLD = Programs(os.environ["UPGRADE_FROM"])
 

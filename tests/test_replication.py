@@ -1,31 +1,38 @@
 """Logical replication of the shop's tables: from a publisher that knows nothing of the extension, and to a subscriber that knows
-nothing of it either. All three in one server."""
+nothing of it either."""
 import pytest
 from cluster import wait_until
-from conftest import new_database
+from conftest import add_extension, new_database, server_with
 from support import PLACEHOLDER, TABLES, add_customer, add_order, number, open_shop, order_value, retrieve, run_cycle, shop_policy, snapshot
 
 SHOP = ", ".join(f"shop.{t}" for t in TABLES)
 
 
 def subscribe(publisher, subscriber, name):
-    """A server that subscribes to itself would wait for itself to make the slot: it is made before."""
     publisher.sql(f"CREATE PUBLICATION {name} FOR TABLE {SHOP}")
-    publisher.sql("SELECT pg_create_logical_replication_slot(%s, 'pgoutput')", [f"{publisher.name}_{name}"])
     subscriber.sql(f"CREATE SUBSCRIPTION {name} CONNECTION 'host={publisher.cluster.base} port={publisher.cluster.port} dbname={publisher.name} "
-                   f"user=postgres' PUBLICATION {name} WITH (create_slot = false, slot_name = '{publisher.name}_{name}')")
-    wait_until(lambda: subscriber.sql("SELECT FROM pg_subscription_rel WHERE srsubstate <> 'r'") == [])
+                   f"user=postgres' PUBLICATION {name} WITH (slot_name = '{publisher.name}_{name}')")
+    wait_until(lambda: subscriber.sql("SELECT 1 FROM pg_subscription_rel WHERE srsubstate <> 'r'") == [])
+
+
+@pytest.fixture(scope="module")
+def middle():
+    """A server that subscribes to itself would wait for itself."""
+    server = server_with()
+    yield server
+    server.destroy()
 
 
 @pytest.fixture
-def chain(cluster):
+def chain(cluster, middle):
     """The shop's own database, the one with a policy, and one behind that."""
-    shop, kept, behind = new_database(cluster, "template0"), new_database(cluster), new_database(cluster, "template0")
+    shop, kept, behind = (new_database(server, "template0") for server in (cluster, middle, cluster))
+    add_extension(middle, kept.name)
     for db in (shop, kept, behind):
         open_shop(db)
     yield shop, kept, behind
     for db, name in ((behind, "redactions"), (kept, "orders")):
-        if db.sql("SELECT FROM pg_subscription AS s JOIN pg_database AS d ON d.oid = s.subdbid WHERE d.datname = current_database()"):
+        if db.sql("SELECT 1 FROM pg_subscription AS s JOIN pg_database AS d ON d.oid = s.subdbid WHERE d.datname = current_database()"):
             db.sql(f"DROP SUBSCRIPTION {name}")
     for db in (shop, kept, behind):
         db.drop()

@@ -3,9 +3,9 @@ and made again (P10)."""
 import pytest
 from cold import DATABASE, FOREIGN, cold_server, join
 from conftest import add_extension, new_database, server_with
-from every_state import EVERY_STATE, build, found, goes_on, shown, whole_log
+from every_state import EVERY_STATE, build, found, goes_on, shown, tables_with, whole_log
 from support import (
-    add_order, documents, number, order_value, record_states, refused, retrieve, run_cycle, shop_policy, tables_with,
+    add_order, documents, number, order_value, record_states, refused, retrieve, run_cycle, shop_policy,
 )
 
 LOCAL = {"schema": "amazon_pii_archive"}

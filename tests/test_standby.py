@@ -1,8 +1,8 @@
 """A streaming standby does nothing of its own, and takes the cycle over when it is promoted."""
 from cluster import wait_until
 from conftest import Database, add_extension, new_database, server_with
-from every_state import EVERY_STATE, build, found, goes_on, shown
-from support import add_order, number, refused, standby_of, tables_with
+from every_state import EVERY_STATE, build, found, goes_on, shown, tables_with
+from support import add_order, number, refused, standby_of
 
 OURS = "SELECT count(*) FROM pg_stat_activity WHERE backend_type LIKE 'amazon_pii%'"
 
@@ -26,10 +26,13 @@ def test_a_promoted_standby_takes_the_cycle_over():
             assert shown(there) == shown(db) and found(there) == {**orders, 16: "scheduled", 17: "scheduled"}
             assert standby.sql(OURS) == [(0,)]
             assert there.value("SELECT overdue >= 2 FROM amazon_pii.status", user="pii_auditor")
-            for call, user in (("CALL amazon_pii.run_cycle()", "pii_admin"), ("SELECT amazon_pii.apply_policy('{}')", "pii_admin"),
-                               (f"SELECT amazon_pii.retrieve('{number(1)}', 'test')", "pii_operator")):
+            for call in ("run_cycle()", "sanitize_copy('shop')", "rotate_key()"):
+                with refused("25006", "during recovery"):
+                    there.sql(f"CALL amazon_pii.{call}", user="pii_admin")
+            for call, user in (("disable_policy('shop')", "pii_admin"), (f"retrieve('{number(1)}', 'test')", "pii_operator"),
+                               (f"release('{number(6)}')", "pii_operator")):
                 with refused("25006"):
-                    there.sql(call, user=user)
+                    there.sql(f"SELECT amazon_pii.{call}", user=user)
             with refused("55000", "during recovery"):
                 there.sql("SELECT amazon_pii.peek(%s, 'test')", [number(1)], "pii_operator")
             position = standby.sql("SELECT pg_last_wal_replay_lsn()")

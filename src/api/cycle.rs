@@ -25,9 +25,7 @@ fn take_turn(call: Call) -> Result<pg_sys::Datum> {
 
 fn run_cycle(call: Call) -> Result<pg_sys::Datum> {
     require_role(&["amazon_pii_admin"], "run a cycle")?;
-    if call.is_atomic() {
-        return Err(Error::in_transaction("amazon_pii.run_cycle()"));
-    }
+    xact::require_commits(call.is_atomic(), "amazon_pii.run_cycle()")?;
     let (policy, sweep) = (call.text(0), call.bool(1).unwrap_or(false));
     let counts = xact::non_atomic(|| cycle::run(policy.as_deref(), sweep, Boundary::Procedure))?;
     row_of(&counts)
@@ -35,9 +33,7 @@ fn run_cycle(call: Call) -> Result<pg_sys::Datum> {
 
 fn sanitize_copy(call: Call) -> Result<pg_sys::Datum> {
     require_role(&["amazon_pii_admin"], "sanitize a copy")?;
-    if call.is_atomic() {
-        return Err(Error::in_transaction("amazon_pii.sanitize_copy()"));
-    }
+    xact::require_commits(call.is_atomic(), "amazon_pii.sanitize_copy()")?;
     let policy = call
         .text(0)
         .ok_or_else(|| Error::invalid("the policy must not be null"))?;

@@ -3,7 +3,7 @@ use pgrx::prelude::*;
 
 use crate::engine::rotation;
 use crate::pg::call::{Call, export, row_of_numbers};
-use crate::pg::error::{Error, Result, or_raise};
+use crate::pg::error::{Result, or_raise};
 use crate::pg::identity::require_role;
 use crate::pg::xact::{self, Boundary};
 
@@ -11,9 +11,7 @@ export!(rotate_key_wrapper, pg_finfo_rotate_key_wrapper, rotate_key);
 
 fn rotate_key(call: Call) -> Result<pg_sys::Datum> {
     require_role(&["amazon_pii_admin"], "rotate the master key")?;
-    if call.is_atomic() {
-        return Err(Error::in_transaction("amazon_pii.rotate_key()"));
-    }
+    xact::require_commits(call.is_atomic(), "amazon_pii.rotate_key()")?;
     let rotated = xact::non_atomic(|| rotation::rotate(Boundary::Procedure))?;
     row_of_numbers(&[("rewrapped", rotated.rewrapped), ("remaining", rotated.remaining)])
 }

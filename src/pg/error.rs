@@ -239,6 +239,15 @@ impl Error {
         )
     }
 
+    /// Something that has to write, on a standby.
+    pub fn in_recovery(what: &str) -> Self {
+        Self::ours(
+            Code::ERRCODE_READ_ONLY_SQL_TRANSACTION,
+            format!("{what} cannot run during recovery"),
+        )
+        .hint("Connect to the primary server.")
+    }
+
     /// Something that has to write, in a transaction that may not.
     pub fn read_only_transaction(what: &str) -> Self {
         Self::ours(

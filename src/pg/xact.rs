@@ -249,6 +249,20 @@ pub fn in_recovery() -> bool {
     unsafe { pg_sys::RecoveryInProgress() }
 }
 
+/// Refuses a procedure that commits where it cannot.
+///
+/// # Errors
+/// It was called inside a transaction block, or on a standby.
+pub fn require_commits(is_atomic: bool, what: &str) -> Result<()> {
+    if is_atomic {
+        return Err(Error::in_transaction(what));
+    }
+    if in_recovery() {
+        return Err(Error::in_recovery(what));
+    }
+    Ok(())
+}
+
 /// Whether a row that this transaction id wrote is the current transaction's own.
 pub fn is_own(xid: u32) -> bool {
     // SAFETY: looks at backend-local state; any number may be asked for.
