@@ -29,8 +29,10 @@ def test_a_longer_clock_needs_a_reason(shop, after):
     assert [f[:2] for f in shop.check_policy(shop_policy(archive_after="20 days", redact_after=after)) if f[0] == "error"] != []
     shop.apply_policy(shop_policy(archive_after="20 days", redact_after=after, loosened="tax audit, ticket 7"))
     assert loosened(shop) == [f"redact_after is {after}: tax audit, ticket 7"]
+    log = "SELECT \"user\", reason, detail FROM amazon_pii.audit_log WHERE action = 'apply_policy' ORDER BY audit_id DESC LIMIT 1"
+    assert shop.sql(log) == [("pii_admin", "tax audit, ticket 7", f"redact_after is {after}: tax audit, ticket 7")]
     shop.apply_policy(shop_policy(loosened="tax audit, ticket 7"))
-    assert loosened(shop) == []
+    assert loosened(shop) == [] and shop.sql(log) == [("pii_admin", None, None)]
 
 
 def test_a_longer_retrieval_needs_a_reason(shop):

@@ -264,5 +264,5 @@ def test_partitions(db):
     assert db.sql("SELECT DISTINCT note FROM shop.orders") == [("[Redacted]",)]
     retrieve(db, number(3))
     assert db.sql("SELECT note FROM shop.orders WHERE id = 3") == [("Ada",)]
-    db.sql("SELECT amazon_pii.drop_policy('parts')", user="pii_admin")
+    db.sql("SELECT amazon_pii.drop_policy('parts', 'test')", user="pii_admin")
     assert db.sql("SELECT tgname FROM pg_trigger t JOIN pg_class c ON c.oid = tgrelid WHERE relnamespace = 'shop'::regnamespace") == []

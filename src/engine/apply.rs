@@ -5,6 +5,7 @@ use pgrx::pg_sys;
 use super::audit::{self, AuditEntry};
 use super::check::{self, Problem, Severity};
 use super::columns;
+use super::loosening::Loosened;
 use super::plan::{Plan, require_ownership};
 use super::vault::Place;
 use super::{assign, by_age, chain, history, loosening, state, sweep, trigger_ddl, vault};
@@ -199,12 +200,15 @@ pub fn apply(document: &str) -> Result<String> {
     if plan.archive.foreign.is_some() && former(&plan.policy)?.is_some_and(|f| f.foreign != plan.archive.foreign) {
         vault::resend(&plan.archive, &plan.policy)?;
     }
-    let (version, changed) = store(&plan, document)?;
+    let loosened = loosening::of_policy(&plan.document)?;
+    let (version, changed) = store(&plan, document, &loosened)?;
     trigger_ddl::drop_all(&plan.policy)?;
     trigger_ddl::ensure(&plan)?;
     audit::insert(&[AuditEntry {
         policy: Some(plan.policy.clone()),
         policy_version: Some(version),
+        reason: loosened.because.clone().filter(|_| !loosened.lines().is_empty()),
+        detail: Some(loosened.lines().join("; ")).filter(|d| !d.is_empty()),
         ..AuditEntry::new("apply_policy")?
     }])?;
     if changed {
@@ -240,12 +244,11 @@ fn former(policy: &str) -> Result<Option<Place>> {
 }
 
 /// Writes the document. Returns its version, and whether it replaces an older one.
-fn store(plan: &Plan, document: &str) -> Result<(i64, bool)> {
+fn store(plan: &Plan, document: &str, loosened: &Loosened) -> Result<(i64, bool)> {
     let user = session_user();
     let path = catalog::schemas_searched();
     // Since a dump was restored no cycle may have been here.
     columns::see(&plan.policy)?;
-    let loosened = loosening::of_policy(&plan.document)?;
     as_extension(|| {
         let known = sql::write(
             "SELECT version, document FROM amazon_pii.policy WHERE policy = $1 FOR UPDATE",

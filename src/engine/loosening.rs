@@ -22,6 +22,13 @@ pub struct Loosened {
     pub because: Option<String>,
 }
 
+impl Loosened {
+    /// What it loosens, with the reason.
+    pub fn lines(&self) -> Vec<&str> {
+        [&self.clocks, &self.postponed].into_iter().flatten().map(String::as_str).collect()
+    }
+}
+
 /// How a document loosens what Amazon allows.
 ///
 /// # Errors
@@ -136,8 +143,9 @@ fn far_ahead(policy: &Policy) -> Result<(Vec<(&'static str, String)>, Option<Str
 /// As [`of_policy`].
 pub fn told(policy: &Policy) -> Result<Vec<Problem>> {
     let found = of_policy(policy)?;
-    let lines = [found.clocks, found.postponed].into_iter().flatten();
-    Ok(lines
+    Ok(found
+        .lines()
+        .into_iter()
         .map(|line| {
             Problem::new(
                 Severity::Info,
