@@ -29,7 +29,7 @@ def test_a_promoted_standby_takes_the_cycle_over():
             for call in ("run_cycle()", "sanitize_copy('shop')", "rotate_key()"):
                 with refused("25006", "during recovery"):
                     there.sql(f"CALL amazon_pii.{call}", user="pii_admin")
-            for call, user in (("disable_policy('shop')", "pii_admin"), (f"retrieve('{number(1)}', 'test')", "pii_operator"),
+            for call, user in (("disable_policy('shop', 'test')", "pii_admin"), (f"retrieve('{number(1)}', 'test')", "pii_operator"),
                                (f"release('{number(6)}')", "pii_operator")):
                 with refused("25006"):
                     there.sql(f"SELECT amazon_pii.{call}", user=user)

@@ -166,7 +166,7 @@ def test_the_shop_goes_on_before_the_update_and_nothing_is_missed(old):
     assert {order_value(old, o) for o in (5, 9, 20, 31, 32, 33)} == {"redacted"}
     assert [w for w in ("Comeback9", "Name20", "Name5", "Gift3x") if tables_with(old, w)] == []
     # That an order was deleted shows when it is due.
-    old.sql("UPDATE amazon_pii.order_state SET next_due_at = now() WHERE order_key = '[\"4\"]'")
+    old.sql("UPDATE amazon_pii.order_state SET anchor_at = anchor_at - interval '40 days', archive_due_at = now(), redact_due_at = now(), next_due_at = now() WHERE order_key = '[\"4\"]'")
     run_cycle(old)
     assert order_value(old, 4) == "gone"
 
