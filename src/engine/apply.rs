@@ -6,6 +6,7 @@ use super::audit::{self, AuditEntry};
 use super::check::{self, Problem, Severity};
 use super::columns;
 use super::plan::{Plan, require_ownership};
+use super::reconcile;
 use super::vault::Place;
 use super::{assign, by_age, chain, history, loosening, state, sweep, trigger_ddl, vault};
 use crate::domain::policy::{Export, Policy, PolicyError, QualifiedName, ReasonRule};
@@ -304,6 +305,9 @@ fn store(plan: &Plan, document: &str) -> Result<(i64, bool)> {
                     Arg::Text(Some(&user)),
                 ],
             )?;
+        }
+        if known.is_empty() {
+            reconcile::begin()?;
         }
         // They may be due by another date now.
         sql::execute(
