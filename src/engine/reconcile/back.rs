@@ -267,6 +267,7 @@ impl Scope<'_> {
                 ..entry
             },
         );
-        audit::insert(if orders.is_empty() { &[all] } else { &[all, each] })
+        let entries = [all, each];
+        audit::insert(if orders.is_empty() { &entries[..1] } else { &entries })
     }
 }
