@@ -103,6 +103,18 @@ def new_database(cluster, template=TEMPLATE):
     return Database(cluster, name)
 
 
+def copy_of(db):
+    """A database that was made from this one. Whoever is connected stays away for that moment, a worker included."""
+    name = f"{db.name}_copy"
+    db.cluster.sql(f"ALTER DATABASE {db.name} ALLOW_CONNECTIONS false")
+    db.cluster.sql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", [db.name])
+    for user in list(db._sessions):
+        db._sessions.pop(user).close()
+    db.cluster.create_database(name, db.name)
+    db.cluster.sql(f"ALTER DATABASE {db.name} ALLOW_CONNECTIONS true")
+    return Database(db.cluster, name)
+
+
 @pytest.fixture(scope="session")
 def cluster():
     """The plain server: the library is not preloaded, so no worker runs."""

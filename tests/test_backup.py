@@ -23,7 +23,8 @@ def errors(db):
 
 def test_a_sound_archive_needs_the_master_key_alone(done):
     rows = done.sql(CHECK, user="pii_admin")
-    assert [s for s, *_ in rows] == ["info"] and rows[0][1].startswith("master key") and "6 data keys" in rows[0][2]
+    assert [s for s, *_ in rows] == ["info", "info"] and rows[0][1].startswith("master key") and "6 data keys" in rows[0][2]
+    assert rows[1][1] == "amazon_pii.tombstone_file" and "is not set" in rows[1][2]
     assert errors(done) == []
 
 

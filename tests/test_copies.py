@@ -2,7 +2,7 @@
 import pytest
 from cluster import wait_until
 from cold import DATABASE, FOREIGN, cold_server, join, status
-from conftest import Database, add_extension, new_database, server_with
+from conftest import add_extension, copy_of, new_database, server_with
 from support import fill, open_shop, order_number, refused, run_cycle, shop_policy, states
 
 HOME = "SELECT home FROM amazon_pii.policy"
@@ -13,18 +13,6 @@ def cold():
     server = cold_server()
     yield server
     server.destroy()
-
-
-def copy_of(db):
-    """Whoever is connected stays away for that moment, a worker included."""
-    name = f"{db.name}_copy"
-    db.cluster.sql(f"ALTER DATABASE {db.name} ALLOW_CONNECTIONS false")
-    db.cluster.sql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", [db.name])
-    for user in list(db._sessions):
-        db._sessions.pop(user).close()
-    db.cluster.create_database(name, db.name)
-    db.cluster.sql(f"ALTER DATABASE {db.name} ALLOW_CONNECTIONS true")
-    return Database(db.cluster, name)
 
 
 def test_the_worker_leaves_a_copy_alone_until_it_is_adopted(preloaded):

@@ -18,6 +18,7 @@ FUNCTIONS = {
     "run_cycle(text,boolean,bigint,bigint,bigint,bigint,bigint)": ("CALL amazon_pii.run_cycle('nothing')", {ADMIN}),
     "rotate_key(bigint,bigint)": ("CALL amazon_pii.rotate_key()", {ADMIN}),
     "adopt_copy(text)": ("SELECT amazon_pii.adopt_copy()", {ADMIN}),
+    "reconcile(text)": ("SELECT * FROM amazon_pii.reconcile('nothing')", {ADMIN}),
     "archive_ddl(text,text,text,text,text)": ("SELECT * FROM amazon_pii.archive_ddl()", {ADMIN}),
     "check_archive(text)": ("SELECT * FROM amazon_pii.check_archive('nothing.at_all')", {ADMIN}),
     "sanitize_copy(text,bigint,bigint,bigint,bigint,bigint)": ("CALL amazon_pii.sanitize_copy('nothing')", {ADMIN}),

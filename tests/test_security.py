@@ -73,7 +73,7 @@ def test_nobody_else_gets_anything(db):
     "SELECT amazon_pii.find_orders('x')", "SELECT amazon_pii.preview('x')", "SELECT amazon_pii.explain_order('x')",
     "SELECT amazon_pii.verify('x')", "SELECT amazon_pii.files_due('x')", "SELECT amazon_pii.ack_file(1)", "SELECT amazon_pii.preset('cin7')",
     "SELECT amazon_pii.mark_exported('x', now())", "SELECT amazon_pii.find_duplicates('x')", "SELECT amazon_pii.assert_mergeable('x', '1', '2')",
-    "CALL amazon_pii.sanitize_copy('x')", "SELECT amazon_pii.backup_check()", "SELECT amazon_pii.adopt_copy()", "SELECT amazon_pii.archive_ddl()", "SELECT amazon_pii.check_archive('x.y')", "SELECT amazon_pii.archive_status()",
+    "CALL amazon_pii.sanitize_copy('x')", "SELECT amazon_pii.backup_check()", "SELECT amazon_pii.adopt_copy()", "SELECT amazon_pii.reconcile()", "SELECT amazon_pii.archive_ddl()", "SELECT amazon_pii.check_archive('x.y')", "SELECT amazon_pii.archive_status()",
     "CALL amazon_pii.rotate_key()", "SELECT amazon_pii.key_status()", "SELECT amazon_pii.verify_audit_log()", "SELECT amazon_pii.evidence('x')",
     "SELECT amazon_pii.set_canary('x')",
 ])
@@ -100,6 +100,6 @@ def test_the_audit_log_is_append_only_for_superusers_too(db):
 
 def test_key_settings_are_hidden_from_ordinary_users(preloaded_db):
     # A command that fetches a key may hold a password. Without preloading the server does not know that they are secret.
-    for setting in ("amazon_pii.key_file", "amazon_pii.key_command"):
+    for setting in ("amazon_pii.key_file", "amazon_pii.key_command", "amazon_pii.tombstone_file"):
         with pytest.raises(psycopg2.errors.InsufficientPrivilege):
             preloaded_db.sql(f"SHOW {setting}", user="nobody_special")

@@ -7,6 +7,7 @@ use super::check::{self, Problem, Severity};
 use super::columns;
 use super::loosening::Loosened;
 use super::plan::{Plan, require_ownership};
+use super::reconcile;
 use super::vault::Place;
 use super::{assign, by_age, chain, history, loosening, state, sweep, trigger_ddl, vault};
 use crate::domain::policy::{Export, Policy, PolicyError, QualifiedName, ReasonRule};
@@ -314,6 +315,9 @@ fn store(plan: &Plan, document: &str, loosened: &Loosened) -> Result<(i64, bool)
                     Arg::Text(Some(&user)),
                 ],
             )?;
+        }
+        if known.is_empty() {
+            reconcile::begin()?;
         }
         // They may be due by another date now.
         sql::execute(

@@ -10,9 +10,9 @@ use std::collections::HashSet;
 use super::tombstone;
 use crate::pg::error::{Error, Result};
 use crate::pg::subxact::subtransaction;
-use crate::pg::tombstones;
+use crate::pg::tombstones::{self, Book};
 use crate::pg::xact::Boundary;
-use tail::{Found, look};
+use tail::{Found, Mark, look};
 
 /// Refuses to open archives of a policy while some of them may be back that were destroyed.
 ///
@@ -37,6 +37,19 @@ pub fn left_alone(policy: &str) -> Result<(HashSet<String>, Option<Error>)> {
 /// Why an order is left alone.
 pub fn reason() -> Error {
     Error::unreconciled("its archive was destroyed after the backup was made that this database was restored from")
+}
+
+/// The first policy of a database: what the file says so far is said of others. Some of it may be signed by keys that nobody has any more.
+///
+/// # Errors
+/// The file cannot be used.
+pub fn begin() -> Result<()> {
+    let Some(mut book) = Book::open()? else { return Ok(()) };
+    let position = book.size;
+    match book.code_at(position)? {
+        Some(code) => Mark { position, code }.write_first(),
+        None => Ok(()),
+    }
 }
 
 /// Notes how much of the file this database knows. At the end of a cycle; called with an open transaction, leaves one open.

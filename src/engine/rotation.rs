@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use super::audit::{self, AuditEntry};
 use super::chain;
 use super::files;
+use super::reconcile;
 use super::turn;
 use super::vault;
 use crate::domain::vault::MasterKeys;
@@ -138,6 +139,8 @@ pub fn rotate(boundary: Boundary) -> Result<Rotated> {
     }
     chain::resign(&keys)?;
     boundary.commit()?;
+    // What former keys have signed is read while they are at hand.
+    reconcile::settle(boundary)?;
     let others = used()?.into_iter().filter(|(id, _)| *id != current);
     out.remaining = others.map(|(_, used)| used.data_keys + used.files).sum();
     if out.remaining > 0 {

@@ -252,12 +252,22 @@ impl Scope<'_> {
             order_number: b.order_number.clone(),
             detail: format!("{} at {}; came back: {}", b.destroyed, b.destroyed_at, b.came_back),
         });
-        audit::insert(&[AuditEntry {
+        let entry = AuditEntry {
             policy: Some(self.policy.to_owned()),
             policy_version: Some(self.version),
-            detail: Some(detail),
-            lines: lines.collect(),
             ..AuditEntry::new("reconcile")?
-        }])
+        };
+        let (all, each) = (
+            AuditEntry {
+                detail: Some(detail),
+                ..entry.clone()
+            },
+            AuditEntry {
+                lines: lines.collect(),
+                ..entry
+            },
+        );
+        let entries = [all, each];
+        audit::insert(if orders.is_empty() { &entries[..1] } else { &entries })
     }
 }

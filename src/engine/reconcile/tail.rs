@@ -39,6 +39,24 @@ impl Mark {
         )
     }
 
+    /// Notes it, where the database has one policy and has noted nothing before.
+    ///
+    /// # Errors
+    /// Errors of the server.
+    pub fn write_first(&self) -> Result<()> {
+        as_extension(|| {
+            sql::execute(
+                "INSERT INTO amazon_pii.tombstone_mark AS m (position, code) SELECT $1, $2 \
+                 WHERE 1 = (SELECT pg_catalog.count(*) FROM amazon_pii.policy) ON CONFLICT (one) DO NOTHING",
+                &[
+                    Arg::Int(i64::try_from(self.position).unwrap_or(i64::MAX)),
+                    Arg::Text(Some(&self.code)),
+                ],
+            )
+        })?;
+        Ok(())
+    }
+
     /// Notes it.
     ///
     /// # Errors
