@@ -86,6 +86,21 @@ def test_an_updated_database_has_the_catalog_of_a_new_one(server, old, version):
         new.drop()
 
 
+def test_what_an_update_makes_belongs_to_the_owner_of_the_extension(server):
+    """Breaks when another superuser than the one who made the extension updates it, and its owner cannot use what is new."""
+    server.sql("CREATE ROLE first_dba SUPERUSER LOGIN")
+    db = new_database(server, "template0")
+    try:
+        db.sql(f"CREATE EXTENSION amazon_pii VERSION '{OLD}'", user="first_dba")
+        db.sql(UPDATE)
+        owners = "SELECT relowner::regrole::text FROM pg_class WHERE relnamespace = 'amazon_pii'::regnamespace " \
+                 "UNION SELECT proowner::regrole::text FROM pg_proc WHERE pronamespace = 'amazon_pii'::regnamespace"
+        assert db.sql(owners) == [("first_dba",)]
+    finally:
+        db.drop()
+        server.sql("DROP ROLE first_dba")
+
+
 def test_every_order_goes_on_after_an_update(old):
     """Breaks when the update, or the first cycle after it, loses or forgets something of what an earlier version did."""
     before, rows = shown(old), snapshot(old)

@@ -113,3 +113,24 @@ UPDATE amazon_pii.policy
 -- \all 30_views.sql
 -- \all 40_functions.sql
 -- \all 90_privileges.sql
+
+-- Another superuser may have made the extension: what is new belongs to its owner, as all else.
+DO $$
+DECLARE
+    statement text;
+BEGIN
+    FOR statement IN
+        SELECT pg_catalog.format('ALTER %s %s OWNER TO %I', i.type, i.identity, o.rolname)
+          FROM pg_catalog.pg_extension AS e
+          JOIN pg_catalog.pg_roles AS o ON o.oid = e.extowner
+          JOIN pg_catalog.pg_depend AS d ON d.refclassid = 'pg_catalog.pg_extension'::regclass AND d.refobjid = e.oid AND d.deptype = 'e'
+          LEFT JOIN pg_catalog.pg_class AS c ON d.classid = 'pg_catalog.pg_class'::regclass AND c.oid = d.objid
+          LEFT JOIN pg_catalog.pg_proc AS p ON d.classid = 'pg_catalog.pg_proc'::regclass AND p.oid = d.objid
+         CROSS JOIN LATERAL pg_catalog.pg_identify_object(d.classid, d.objid, d.objsubid) AS i
+         WHERE e.extname = 'amazon_pii' AND i.type IN ('table', 'view', 'function', 'procedure')
+           AND COALESCE(c.relowner, p.proowner) <> e.extowner
+    LOOP
+        EXECUTE statement;
+    END LOOP;
+END
+$$;

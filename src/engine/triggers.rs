@@ -1,5 +1,7 @@
 //! The triggers on the user's tables: made by the extension, light, and unable to fail the user's statement.
 
+use std::cell::Cell;
+
 use super::access;
 use super::again;
 use super::customer_guard;
@@ -20,6 +22,7 @@ use crate::pg::sql::{self, Arg};
 use crate::pg::subxact::subtransaction;
 use crate::pg::transition;
 use crate::pg::trigger::{Event, TriggerCall, engine_is_writing, is_engine_write};
+use crate::pg::xact;
 
 /// Rows of a statement that take no subtransaction to look through.
 const FEW: i64 = 1000;
@@ -279,10 +282,7 @@ fn key_columns(table: &Table, alias: &str) -> String {
 /// rows of our own are inserted, so that nobody waits for the user's transaction.
 fn remember(policy: &str, alias: &str, call: &TriggerCall, error: &Error) {
     if error.is_other_version() {
-        pgrx::warning!(
-            "{}; orders of this statement are flagged by the sweep that follows an update",
-            error.shown()
-        );
+        tell_of_version(error);
         return;
     }
     if subtransaction(|| note_keys(policy, alias, call, error)).is_ok() {
@@ -293,6 +293,19 @@ fn remember(policy: &str, alias: &str, call: &TriggerCall, error: &Error) {
     if noted.is_err() {
         pgrx::warning!(
             "amazon_pii could not note that flagging failed for policy \"{policy}\"; the daily sweep finds the orders"
+        );
+    }
+}
+
+/// Rows are flagged by the sweep that follows an update. Logical replication applies them one by one, and is told once.
+fn tell_of_version(error: &Error) {
+    thread_local! {
+        static TOLD: Cell<bool> = const { Cell::new(false) };
+    }
+    if !TOLD.replace(true) || !xact::is_replica() {
+        pgrx::warning!(
+            "{}; what is written now is flagged by the sweep that follows an update",
+            error.shown()
         );
     }
 }

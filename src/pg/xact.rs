@@ -249,6 +249,12 @@ pub fn in_recovery() -> bool {
     unsafe { pg_sys::RecoveryInProgress() }
 }
 
+/// Whether the session writes what another database has written, as logical replication does.
+pub fn is_replica() -> bool {
+    // SAFETY: reads a backend-local setting.
+    unsafe { pg_sys::SessionReplicationRole == pg_sys::SESSION_REPLICATION_ROLE_REPLICA as i32 }
+}
+
 /// Refuses a procedure that commits where it cannot.
 ///
 /// # Errors
