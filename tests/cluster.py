@@ -106,6 +106,11 @@ class Cluster:
             shutil.rmtree(self.base, ignore_errors=True)
             raise
 
+    @classmethod
+    def running(cls):
+        """The servers of this process that run."""
+        return list(cls._running)
+
     # Files and processes of the server's user
 
     def as_owner(self, *command):
@@ -316,5 +321,5 @@ def children_of(parent):
 
 @atexit.register
 def destroy_what_is_left():
-    for cluster in list(Cluster._running):
+    for cluster in Cluster.running():
         cluster.destroy()

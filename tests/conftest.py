@@ -115,6 +115,17 @@ def copy_of(db):
     return Database(db.cluster, name)
 
 
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    """A test that failed beside a cold server shows what that server saw."""
+    outcome = yield
+    report = outcome.get_result()
+    if report.failed:
+        for server in Cluster.running():
+            if hasattr(server, "last_words"):
+                report.sections.append(("the cold server", server.last_words()))
+
+
 @pytest.fixture(scope="session")
 def cluster():
     """The plain server: the library is not preloaded, so no worker runs."""
