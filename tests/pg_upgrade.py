@@ -17,7 +17,10 @@ def upgraded(old):
                   initdb=["--no-data-checksums"] if HERE.major >= 18 else [])
     try:
         new.key_file.write_text(old.key_file.read_text())
-        new.run("pg_upgrade", "-b", OLD.bindir, "-B", HERE.bindir, "-d", old.data, "-D", new.data, "-U", "postgres", "-s", new.base, cwd=new.base)
+        done = new.run("pg_upgrade", "-b", OLD.bindir, "-B", HERE.bindir, "-d", old.data, "-D", new.data, "-U", "postgres", "-s", new.base,
+                       cwd=new.base, check=False)
+        logs = sorted((new.data / "pg_upgrade_output.d").glob("*/log/*.log"))
+        assert done.returncode == 0, done.stdout + "".join(f"\n{log.name}: {log.read_text()[-1500:]}" for log in logs)
         new.start()
         return new
     except BaseException:

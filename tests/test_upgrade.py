@@ -13,7 +13,7 @@ OLD = "0.1.0"
 UPDATE = "ALTER EXTENSION amazon_pii UPDATE"
 WORDS = f"amazon_pii in this database is of version {OLD}"
 
-# As if the dump were of today: all moments but those of the audit log, whose entries are signed.
+# As if the dump were of today: all moments but those of the audit log, whose entries are signed, and the worker's.
 TODAY = """
 SET session_replication_role = replica;
 SET client_min_messages = error;
@@ -26,7 +26,7 @@ BEGIN
     FOR table_name, moments IN
         SELECT c.oid, pg_catalog.string_agg(pg_catalog.format('%1$I = %1$I + %2$L', a.attname, since), ', ')
           FROM pg_catalog.pg_class AS c JOIN pg_catalog.pg_attribute AS a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
-         WHERE c.relkind = 'r' AND c.relnamespace::regnamespace::text IN ('amazon_pii', 'shop') AND c.relname <> 'audit_entry'
+         WHERE c.relkind = 'r' AND c.relnamespace::regnamespace::text IN ('amazon_pii', 'shop') AND c.relname NOT IN ('audit_entry', 'heartbeat')
            AND a.atttypid = 'timestamptz'::regtype GROUP BY c.oid
     LOOP
         EXECUTE pg_catalog.format('UPDATE %s SET %s', table_name, moments);
