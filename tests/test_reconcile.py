@@ -268,6 +268,21 @@ def test_what_is_rolled_back_is_destroyed_by_nobody(db):
     assert all(f"'Gift {order}'" in peek(db, order) for order in (1, 3, 4))
 
 
+def test_a_purge_that_fails_takes_its_line_back(db):
+    fill(db, 3)
+    db.apply_policy(shop_policy())
+    run_cycle(db)
+    age(db, 1)
+    db.sql("""CREATE FUNCTION public.fail() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'no'; END $$;
+              CREATE TRIGGER fail BEFORE INSERT ON amazon_pii.audit_entry FOR EACH ROW WHEN (NEW.action = 'purge') EXECUTE FUNCTION public.fail()""")
+    run_cycle(db)
+    assert tombstones(db.cluster)[-2:] == [("purged", [1]), ("void", [])]
+    assert left(db, 1) > 0 and "'Gift 1'" in peek(db, 1)
+    db.sql("DROP TRIGGER fail ON amazon_pii.audit_entry")
+    run_cycle(db)
+    assert tombstones(db.cluster)[-1] == ("purged", [1]) and left(db, 1) == 0
+
+
 def test_who_opens_an_archive_waits_for_no_shred(db):
     fill(db, 3)
     db.apply_policy(shop_policy())
