@@ -116,9 +116,12 @@ fn is_longer(first: &str, second: &str, limit: &str) -> Result<bool> {
     rows.first().ok_or_else(|| Error::internal("no row"))?.bool(0)
 }
 
-/// The moments before which a document keeps cycles from their work, where they are far ahead: (key, when). And since when the
+/// A key of a document, and the moment that it names.
+type Ahead = (&'static str, String);
+
+/// The moments before which a document keeps cycles from their work, where they are far ahead. And since when the
 /// policy has been kept from it: putting off again and again is one.
-fn far_ahead(policy: &Policy) -> Result<(Vec<(&'static str, String)>, Option<String>)> {
+fn far_ahead(policy: &Policy) -> Result<(Vec<Ahead>, Option<String>)> {
     let moments = [
         ("effective_from", policy.effective_from.map(timestamp_text)),
         ("report_only_until", policy.report_only_until.map(timestamp_text)),
