@@ -309,7 +309,7 @@ def test_what_cannot_be_unwrapped_stays_and_is_told(rotated, keys):
 def test_the_archive_of_a_dropped_policy_is_rotated_too(rotated):
     """P10. Breaks when an archive that nothing names any more is left under a key that is about to be destroyed."""
     shop, *_ = rotated
-    shop.sql("SELECT amazon_pii.drop_policy('shop')", user="pii_admin")
+    shop.sql("SELECT amazon_pii.drop_policy('shop', 'test')", user="pii_admin")
     assert rotate(shop) == (3, 0)
 
 

@@ -114,10 +114,8 @@ fn refuse_held(order: &Order, number: &str) -> Result<()> {
 
 fn refuse_archive_held(order: &Order, number: &str) -> Result<()> {
     if order.archive_held {
-        return Err(
-            Error::wrong_state(format!("the archive of order \"{number}\" is held"))
-                .hint("End the hold with amazon_pii.release() first."),
-        );
+        return Err(Error::wrong_state(format!("the archive of order \"{number}\" is held"))
+            .hint("End the hold with amazon_pii.release() first."));
     }
     Ok(())
 }

@@ -25,7 +25,11 @@ pub struct Loosened {
 impl Loosened {
     /// What it loosens, with the reason.
     pub fn lines(&self) -> Vec<&str> {
-        [&self.clocks, &self.postponed].into_iter().flatten().map(String::as_str).collect()
+        [&self.clocks, &self.postponed]
+            .into_iter()
+            .flatten()
+            .map(String::as_str)
+            .collect()
     }
 }
 
@@ -48,7 +52,11 @@ pub fn of_policy(policy: &Policy) -> Result<Loosened> {
             .iter()
             .map(|(name, _, problem)| format!("{name}: {problem}"))
             .collect();
-        problems.extend(postponed.iter().map(|(name, _)| format!("{name}: more than 30 days ahead")));
+        problems.extend(
+            postponed
+                .iter()
+                .map(|(name, _)| format!("{name}: more than 30 days ahead")),
+        );
         return Err(Error::invalid(problems.join("; "))
             .hint("Say in \"loosened\" why, in 50 characters at most; status shows it for as long as it lasts."));
     }
@@ -57,7 +65,12 @@ pub fn of_policy(policy: &Policy) -> Result<Loosened> {
         Some(format!("{}: {why}", parts.join(", ")))
     };
     Ok(Loosened {
-        clocks: told(clocks.iter().map(|(name, after, _)| format!("{name} is {after}")).collect()),
+        clocks: told(
+            clocks
+                .iter()
+                .map(|(name, after, _)| format!("{name} is {after}"))
+                .collect(),
+        ),
         postponed: told(postponed.iter().map(|(name, at)| format!("{name} is {at}")).collect()),
         postponed_since,
         because,
@@ -72,7 +85,9 @@ fn long_clocks(policy: &Policy) -> Result<Vec<(String, &str, &'static str)>> {
         ("redact_after", &policy.redact_after),
         ("retrieved_for", &policy.retrieved_for),
     ];
-    let clocks = clocks.into_iter().map(|(name, after)| (name.to_owned(), after.as_str()));
+    let clocks = clocks
+        .into_iter()
+        .map(|(name, after)| (name.to_owned(), after.as_str()));
     let ages = policy.by_age.iter().enumerate();
     for (name, after) in clocks.chain(ages.map(|(at, aged)| (format!("by_age[{at}].after"), aged.after.as_str()))) {
         if is_longer(after, "0 days", "30 days")? {
@@ -95,19 +110,18 @@ fn is_longer(first: &str, second: &str, limit: &str) -> Result<bool> {
         sql::read(
             "SELECT pg_catalog.bool_or(m.t + $1::interval + $2::interval > m.t + $3::interval) FROM pg_catalog.generate_series( \
                 '2026-01-01'::timestamp, '2029-12-01'::timestamp, '1 month'::interval) AS m (t)",
-            &[
-                Arg::Text(Some(first)),
-                Arg::Text(Some(second)),
-                Arg::Text(Some(limit)),
-            ],
+            &[Arg::Text(Some(first)), Arg::Text(Some(second)), Arg::Text(Some(limit))],
         )
     })?;
     rows.first().ok_or_else(|| Error::internal("no row"))?.bool(0)
 }
 
-/// The moments before which a document keeps cycles from their work, where they are far ahead: (key, when). And since when the
+/// A key of a document, and the moment that it names.
+type Ahead = (&'static str, String);
+
+/// The moments before which a document keeps cycles from their work, where they are far ahead. And since when the
 /// policy has been kept from it: putting off again and again is one.
-fn far_ahead(policy: &Policy) -> Result<(Vec<(&'static str, String)>, Option<String>)> {
+fn far_ahead(policy: &Policy) -> Result<(Vec<Ahead>, Option<String>)> {
     let moments = [
         ("effective_from", policy.effective_from.map(timestamp_text)),
         ("report_only_until", policy.report_only_until.map(timestamp_text)),
