@@ -59,16 +59,23 @@ pub fn subtransaction<T>(f: impl FnOnce() -> Result<T>) -> Result<T> {
         arg: std::ptr::null_mut(),
     };
     let listening = Listening::begin(&mut entry);
-    let result = PgTryBuilder::new(AssertUnwindSafe(f))
-        .catch_others(|e| Err(Error::caught(e, RAISED.get())))
-        .execute();
+    let result = PgTryBuilder::new(AssertUnwindSafe(|| {
+        let value = f()?;
+        // Here, because its end may fail like anything else where a foreign server takes part in it. It is still there then.
+        // SAFETY: the subtransaction that was begun is the current one, everything nested has ended.
+        unsafe {
+            pg_sys::CurrentMemoryContext = context;
+            pg_sys::ReleaseCurrentSubTransaction();
+        }
+        Ok(value)
+    }))
+    .catch_others(|e| Err(Error::caught(e, RAISED.get())))
+    .execute();
     drop(listening);
-    // SAFETY: as above; the subtransaction that was begun is the current one, everything nested has ended.
+    // SAFETY: as above.
     unsafe {
         pg_sys::CurrentMemoryContext = context;
-        if result.is_ok() {
-            pg_sys::ReleaseCurrentSubTransaction();
-        } else {
+        if result.is_err() {
             pg_sys::RollbackAndReleaseCurrentSubTransaction();
         }
         pg_sys::CurrentMemoryContext = context;
