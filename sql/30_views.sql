@@ -142,7 +142,8 @@ SELECT p.policy, p.version, p.enabled, p.suspended,
        p.cycled_at AS last_cycle_at,
        COALESCE(p.last_error, (SELECT t.error FROM amazon_pii.touched AS t WHERE t.policy = p.policy AND t.error IS NOT NULL
                                 ORDER BY t.touched_id DESC LIMIT 1),
-                (SELECT pg_catalog.max(b.last_error) FROM amazon_pii.by_age AS b WHERE b.policy = p.policy)) AS last_error,
+                (SELECT pg_catalog.max(b.last_error) FROM amazon_pii.by_age AS b WHERE b.policy = p.policy),
+                (SELECT pg_catalog.max(q.last_error) FROM amazon_pii.retrieval_queue AS q WHERE q.policy = p.policy)) AS last_error,
        p.swept_at,
        CASE WHEN h.worker IS NOT NULL AND a.pid IS NOT NULL THEN 'running'
             WHEN h.worker IS NOT NULL AND h.beat_at > pg_catalog.now() - GREATEST(
@@ -160,7 +161,8 @@ SELECT p.policy, p.version, p.enabled, p.suspended,
        pg_catalog.array_remove(ARRAY[
            CASE WHEN NOT p.enabled THEN COALESCE('disabled since ' || p.disabled_at || ': ' || p.disabled_reason, 'not enabled yet') END,
            p.loosened,
-           CASE WHEN c.held > 0 THEN c.held || ' orders held for more than 30 days: ' || pg_catalog.left(c.held_because, 500) END], NULL) AS loosened
+           CASE WHEN c.held > 0 THEN c.held || ' orders held for more than 30 days: ' || pg_catalog.left(c.held_because, 500) END], NULL) AS loosened,
+       (SELECT pg_catalog.count(DISTINCT q.order_key) FROM amazon_pii.retrieval_queue AS q WHERE q.policy = p.policy) AS retrievals_waiting
   FROM amazon_pii.policy AS p
   LEFT JOIN LATERAL (
        SELECT pg_catalog.count(*) FILTER (WHERE o.status = 'flagged') AS flagged,
