@@ -357,6 +357,27 @@ COMMENT ON TABLE amazon_pii.cold_server IS 'What cycles know of the server behin
 COMMENT ON COLUMN amazon_pii.cold_server.up_at IS 'When a cycle last used it';
 COMMENT ON COLUMN amazon_pii.cold_server.was_down IS 'Whether it was down before what the row says now';
 
+-- No unique key over the order: two transactions of the shop's that insert returns for it must not wait for each other.
+CREATE TABLE amazon_pii.retrieval_queue (
+    queue_id        bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    policy          text        COLLATE "C" NOT NULL,
+    order_key       text        COLLATE "C" NOT NULL,
+    entry           text        COLLATE "C" NOT NULL,
+    inserted_by     name        NOT NULL,
+    actor           text,
+    queued_at       timestamptz NOT NULL DEFAULT pg_catalog.now(),
+    attempts        int         NOT NULL DEFAULT 0,
+    next_attempt_at timestamptz NOT NULL DEFAULT '-infinity',
+    last_error      text
+);
+COMMENT ON TABLE amazon_pii.retrieval_queue IS 'Redacted orders for which a return or a credit was inserted, and that come back when the cold server with their archive has answered';
+COMMENT ON COLUMN amazon_pii.retrieval_queue.entry IS 'The entry with retrieve_on_insert';
+COMMENT ON COLUMN amazon_pii.retrieval_queue.inserted_by IS 'The role that inserted the row, and might have the order retrieved';
+COMMENT ON COLUMN amazon_pii.retrieval_queue.actor IS 'The application''s own user at that time';
+COMMENT ON COLUMN amazon_pii.retrieval_queue.next_attempt_at IS 'After an error of the order''s own; a server that does not answer is asked by each cycle';
+CREATE INDEX retrieval_queue_order ON amazon_pii.retrieval_queue (order_key, policy);
+CREATE INDEX retrieval_queue_due ON amazon_pii.retrieval_queue (policy, next_attempt_at);
+
 CREATE TABLE amazon_pii.heartbeat (
     worker          text        PRIMARY KEY,
     pid             int         NOT NULL,
@@ -476,13 +497,14 @@ DECLARE
 BEGIN
     FOREACH kept IN ARRAY ARRAY['policy', 'policy_version', 'policy_table', 'policy_column', 'order_state', 'record_state', 'renamed', 'aged_table', 'aged_row',
             'file_outbox', 'own_row', 'orphan', 'run', 'audit_entry', 'audit_pending', 'audit_link', 'audit_chain', 'audit_checkpoint',
-            'access_count', 'canary', 'tombstone_mark'] LOOP
+            'access_count', 'canary', 'tombstone_mark', 'retrieval_queue'] LOOP
         PERFORM pg_extension_config_dump(('amazon_pii.' || kept)::regclass, '');
     END LOOP;
     PERFORM pg_extension_config_dump(pg_get_serial_sequence('amazon_pii.renamed', 'renamed_id')::regclass, '');
     PERFORM pg_extension_config_dump(pg_get_serial_sequence('amazon_pii.file_outbox', 'file_id')::regclass, '');
     PERFORM pg_extension_config_dump(pg_get_serial_sequence('amazon_pii.orphan', 'orphan_id')::regclass, '');
     PERFORM pg_extension_config_dump(pg_get_serial_sequence('amazon_pii.run', 'run_id')::regclass, '');
+    PERFORM pg_extension_config_dump(pg_get_serial_sequence('amazon_pii.retrieval_queue', 'queue_id')::regclass, '');
     PERFORM pg_extension_config_dump(pg_get_serial_sequence('amazon_pii.audit_entry', 'audit_id')::regclass, '');
 END
 $$;

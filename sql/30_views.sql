@@ -172,7 +172,8 @@ SELECT p.policy, p.version, p.enabled, p.suspended,
        p.cycled_at AS last_cycle_at,
        COALESCE(p.last_error, (SELECT t.error FROM amazon_pii.touched AS t WHERE t.policy = p.policy AND t.error IS NOT NULL
                                 ORDER BY t.touched_id DESC LIMIT 1),
-                (SELECT pg_catalog.max(b.last_error) FROM amazon_pii.by_age AS b WHERE b.policy = p.policy)) AS last_error,
+                (SELECT pg_catalog.max(b.last_error) FROM amazon_pii.by_age AS b WHERE b.policy = p.policy),
+                (SELECT pg_catalog.max(q.last_error) FROM amazon_pii.retrieval_queue AS q WHERE q.policy = p.policy)) AS last_error,
        p.swept_at,
        CASE WHEN h.worker IS NOT NULL AND a.pid IS NOT NULL THEN 'running'
             WHEN h.worker IS NOT NULL AND h.beat_at > pg_catalog.now() - GREATEST(
@@ -196,7 +197,8 @@ SELECT p.policy, p.version, p.enabled, p.suspended,
                 THEN 'report_only_until is ' || p.report_only_until || ': ' || p.loosened_because END], NULL)
        || k.lines
        || CASE WHEN pg_catalog.current_setting('amazon_pii.enabled', true) IN ('off', 'false', 'no', '0')
-               THEN '{"amazon_pii.enabled is off: the worker runs no cycles"}'::text[] ELSE '{}' END AS loosened
+               THEN '{"amazon_pii.enabled is off: the worker runs no cycles"}'::text[] ELSE '{}' END AS loosened,
+       (SELECT pg_catalog.count(DISTINCT q.order_key) FROM amazon_pii.retrieval_queue AS q WHERE q.policy = p.policy) AS retrievals_waiting
   FROM amazon_pii.policy AS p
   LEFT JOIN LATERAL (
        SELECT pg_catalog.count(*) FILTER (WHERE o.status = 'flagged') AS flagged,

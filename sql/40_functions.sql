@@ -96,13 +96,13 @@ COMMENT ON FUNCTION amazon_pii.backup_check() IS
 
 CREATE FUNCTION amazon_pii.archive_status()
     RETURNS TABLE (policy text, foreign_table text, deadline text, unsent bigint, unsent_since timestamptz, to_delete bigint,
-        up_at timestamptz, down_since timestamptz, last_error text)
+        up_at timestamptz, down_since timestamptz, last_error text, to_retrieve bigint, to_retrieve_since timestamptz)
     LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'archive_status_wrapper';
 COMMENT ON FUNCTION amazon_pii.archive_status() IS
     'How the foreign archives stand, one row a policy that has one. Needs amazon_pii_admin or amazon_pii_auditor';
 CREATE VIEW amazon_pii.archive_status WITH (security_barrier) AS SELECT * FROM amazon_pii.archive_status();
 COMMENT ON VIEW amazon_pii.archive_status IS
-    'Foreign archives: documents that are here and not known to be there, and since when; orders and records still to be deleted there; when a cycle used the server last, since when it does not answer and why';
+    'Foreign archives: documents that are here and not known to be there, and since when; orders and records still to be deleted there; when a cycle used the server last, since when it does not answer and why; orders that are to come back by themselves, and since when';
 
 CREATE FUNCTION amazon_pii.take_turn(policy text) RETURNS void
     LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'take_turn_wrapper';

@@ -42,19 +42,21 @@ class Port:
 
 
 class Wire:
-    """A TCP proxy. `cut()` swallows what comes on connections that are open, and refuses new ones, without a reset. `trouble` is what
-    went wrong without being asked to, for whoever wonders why a test failed."""
+    """A TCP proxy. `cut()` swallows what comes on connections that are open, and refuses new ones, without a reset. `break_at` ends a
+    connection instead of that packet of ours, the next being 1. `trouble` is what went wrong without being asked to, for whoever wonders why
+    a test failed."""
 
     def __init__(self, target):
         self.target = target
         self.whole = threading.Event()
         self.whole.set()
         self.delay = 0
+        self.break_at = None
         self.trouble = []
         self._pairs = []
         self._listener = None
         self._place = Port()
-        self.port = self._place.number
+        self.address, self.port = ADDRESS, self._place.number
         self.mend()
 
     def mend(self):
@@ -80,22 +82,39 @@ class Wire:
                 continue
             self._pairs.append((near, far))
             for a, b in ((near, far), (far, near)):
-                threading.Thread(target=self._copy, args=(a, b), daemon=True).start()
+                threading.Thread(target=self._copy, args=(a, b, a is near), daemon=True).start()
 
     def _note(self, what, error):
         self.trouble.append(f"{datetime.now(timezone.utc):%H:%M:%S.%f} {what}: {error!r}")
 
-    def _copy(self, source, target):
-        with contextlib.suppress(OSError):
+    def _breaks(self):
+        if self.break_at is None:
+            return False
+        self.break_at -= 1
+        if self.break_at > 0:
+            return False
+        self.break_at = None
+        return True
+
+    def _copy(self, source, target, ours):
+        try:
             while data := source.recv(65536):
                 if not self.whole.is_set():
                     # Read, acknowledged, and gone.
                     continue
                 if self.delay:
                     threading.Event().wait(self.delay)
+                if ours and self._breaks():
+                    raise OSError
                 target.sendall(data)
             if self.whole.is_set():
                 target.shutdown(socket.SHUT_WR)
+        except OSError:
+            # One end is gone, killed perhaps. The other must hear of it: nobody has cut the wire.
+            if self.whole.is_set():
+                for end in (source, target):
+                    with contextlib.suppress(OSError):
+                        end.shutdown(socket.SHUT_RDWR)
 
     def cut(self):
         self.whole.clear()
@@ -117,13 +136,13 @@ class Wire:
 
 
 class ColdServer(Cluster):
-    """The server, its certificate, and the wire to it."""
+    """The server, its certificate, and the wire to it. One that is elsewhere says where it listens, who comes, and what leads there."""
 
-    def __init__(self, conf=()):
-        self._place = Port()
-        self.port_there = self._place.number
+    def __init__(self, conf=(), listens=ADDRESS, comes=ADDRESS, wire=None):
+        self._place = Port() if wire is None else None
+        self.port_there = self._place.number if self._place else wire.port
         super().__init__(key=False, conf=[
-            f"listen_addresses = '{ADDRESS}'", f"port = {self.port_there}", "ssl = on", "log_statement = 'all'",
+            f"listen_addresses = '{listens}'", f"port = {self.port_there}", "ssl = on", "log_statement = 'all'",
             "log_connections = on", "log_disconnections = on", *conf,
         ])
         # The number of the socket's file, too.
@@ -140,18 +159,22 @@ class ColdServer(Cluster):
         self.ca.chmod(0o644)
         self.base.chmod(0o755)
         hba = self.data / "pg_hba.conf"
-        hba.write_text(f"local all all trust\nhostssl {DATABASE} {ROLE} {ADDRESS}/32 scram-sha-256\n")
-        self.wire = Wire(self.port_there)
+        hba.write_text(f"local all all trust\nhostssl {DATABASE} {ROLE} {comes}/32 scram-sha-256\n")
+        self.wire = wire or Wire(self.port_there)
 
     def destroy(self):
-        self.wire.close()
-        super().destroy()
-        self._place.close()
+        try:
+            super().destroy()
+        finally:
+            self.wire.close()
+            if self._place:
+                self._place.close()
 
     def last_words(self):
         """What may explain why it was not reached."""
-        lines = [line for line in self.log_text().splitlines() if "LOG:  execute" not in line and "LOG:  statement" not in line]
-        return "\n".join([*lines[-60:], *(f"wire: {line}" for line in self.wire.trouble[-20:])])
+        lines = [line[:200] for line in self.log_text().splitlines() if re.match(r"\d{4}-", line)]
+        told = [line for line in lines if not re.search("LOG:  (execute|statement)|DETAIL:|host=.local.|user=postgres ", line)]
+        return "\n".join([*told[-60:], "…", *lines[-20:], *(f"wire: {line}" for line in self.wire.trouble[-20:])])
 
     def documents(self, columns="order_key, table_name, record_key, version", where="true"):
         return self.sql(f"SELECT {columns} FROM cold.document WHERE {where} ORDER BY 1, 2, 3, 4", dbname=DATABASE)
@@ -165,8 +188,8 @@ class ColdServer(Cluster):
             "SELECT count(*), count(DISTINCT (policy, order_key, table_name, record_key, version)) FROM cold.document", dbname=DATABASE)[0]
 
 
-def cold_server(**options):
-    server = ColdServer(**options)
+def cold_server(kind=ColdServer, **options):
+    server = kind(**options)
     try:
         server.start()
         server.create_database(DATABASE)
@@ -180,7 +203,7 @@ def join(db, cold, options=None, mapping=True):
     """Runs what archive_ddl() prints, on both sides, with the blanks filled in."""
     rows = db.sql("SELECT run_on, statement FROM amazon_pii.archive_ddl('cold.document', host => %s, database => %s, role => %s)",
                   [HOST, DATABASE, ROLE], "pii_admin")
-    server_options = {"port": str(cold.wire.port), "hostaddr": ADDRESS, **(options or {})}
+    server_options = {"port": str(cold.wire.port), "hostaddr": cold.wire.address, **(options or {})}
     for place, statement in rows:
         statement = statement.replace("password '…'", f"password '{cold.password}'").replace("PASSWORD '…'", f"PASSWORD '{cold.password}'")
         statement = statement.replace("/etc/ssl/certs/ca-certificates.crt", str(cold.ca))

@@ -1,5 +1,6 @@
 """What a cold server can do to us: nothing is overwritten without proof, nothing of the shop's waits, the cycle says what is wrong and
 goes on by itself, and no document is there twice."""
+import itertools
 import os
 import random
 import subprocess
@@ -257,6 +258,30 @@ def test_the_network_is_cut_without_a_reset(far, cold):
     far.session("pii_admin").close()
     waits(far)
     recovers(far, cold)
+
+
+def test_the_connection_breaks_at_any_statement(far, cold):
+    """Instead of each packet in turn that a cycle sends: of a connection, a statement, the end of a savepoint, a commit. Breaks when the session is
+    left in the middle of a transaction, with the policy's turn, or an error that is one of the server's ends the call."""
+    far.apply_policy(shop_policy(archive=FOREIGN))
+    other = far.connect("pii_admin", options="-c lock_timeout=20s")
+    me = far.value("SELECT pg_backend_pid()", user="pii_admin")
+    for packet in itertools.count(1):
+        # Always the same to do, besides what waits.
+        fill(far, packet, first=packet)
+        cold.wire.break_at = packet
+        counts = run_cycle(far)
+        assert counts["failed"] == 0, packet
+        if cold.wire.break_at is not None:
+            break
+        assert far.sql("SELECT state FROM pg_stat_activity WHERE pid = %s AND xact_start IS NULL", [me]) == [("idle",)], packet
+        assert far.sql("SELECT mode FROM pg_locks WHERE pid = %s", [me]) == [], packet
+    cold.wire.break_at = None
+    # Several accesses, each of several statements, have all been through it.
+    assert packet > 30 and counts["overdue"] == 0
+    with other.cursor() as cursor:
+        cursor.execute("CALL amazon_pii.run_cycle('shop')")
+    recovers(far, cold, packet)
 
 
 def test_an_answer_that_takes_too_long(far, cold):

@@ -74,6 +74,7 @@ ALTER TABLE amazon_pii.audit_entry ADD COLUMN links_before bigint;
 -- \table access_count 20_tables.sql
 -- \table canary 20_tables.sql
 -- \table tombstone_mark 20_tables.sql
+-- \table retrieval_queue 20_tables.sql
 
 -- Which holds are long, since when and why: so far only the audit log says so.
 UPDATE amazon_pii.order_state AS o

@@ -106,6 +106,8 @@ fn archive_status() -> TableIterator<
         name!(up_at, Option<TimestampWithTimeZone>),
         name!(down_since, Option<TimestampWithTimeZone>),
         name!(last_error, Option<String>),
+        name!(to_retrieve, i64),
+        name!(to_retrieve_since, Option<TimestampWithTimeZone>),
     ),
 > {
     let rows = or_raise(
@@ -126,6 +128,8 @@ fn archive_status() -> TableIterator<
             s.up_at,
             s.down_since,
             s.last_error,
+            s.to_retrieve,
+            s.to_retrieve_since,
         )
     }))
 }

@@ -2,6 +2,7 @@
 
 mod automatic;
 mod hold;
+pub mod queued;
 mod restore;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -404,7 +405,7 @@ pub fn unflag(target: &Target<'_>, reason: Option<&str>) -> Result<Vec<Restored>
     let order_keys: Vec<String> = orders.iter().map(|o| o.key.clone()).collect();
     history::write(&plan, "unflag", &order_keys, target.number, reason.as_deref())?;
     as_extension(|| {
-        for table in ["record_state", "orphan", "order_state"] {
+        for table in ["record_state", "orphan", "retrieval_queue", "order_state"] {
             sql::execute(
                 &format!(
                     "DELETE FROM amazon_pii.{} WHERE policy = $1 AND order_key = ANY ($2)",

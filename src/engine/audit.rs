@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use super::plan::Plan;
 use crate::domain::message::Message;
 use crate::domain::vault::MasterKeys;
-use crate::pg::error::Result;
+use crate::pg::error::{Result, role_name};
 use crate::pg::identity::as_extension;
 use crate::pg::sql::{self, Arg, Row};
 use crate::pg::{guc, identity, keys};
@@ -26,6 +26,32 @@ pub struct AuditEntry {
     /// The orders of a batch, where one entry speaks of many.
     #[serde(default)]
     pub lines: Vec<Line>,
+}
+
+/// In whose name something is done.
+#[derive(Debug, Clone)]
+pub struct By {
+    pub user: String,
+    /// The application's own user.
+    pub actor: Option<String>,
+}
+
+impl By {
+    /// The session's user.
+    pub fn session() -> Self {
+        Self {
+            user: identity::session_user(),
+            actor: guc::actor(),
+        }
+    }
+
+    /// The current role: in a trigger, the one that the statement runs as.
+    pub fn role() -> Self {
+        Self {
+            user: role_name(identity::current_role()),
+            actor: guc::actor(),
+        }
+    }
 }
 
 /// What happened to one order of a batch.

@@ -99,6 +99,7 @@ pub fn problems(plan: &Plan) -> Result<Vec<Problem>> {
     out.extend(assign::problem(plan)?);
     out.extend(indexes(plan));
     out.extend(anchors(plan));
+    out.extend(returns(plan));
     out.extend(columns::unnamed(plan)?);
     let (found, open) = unique::problems(plan)?;
     out.extend(found);
@@ -370,6 +371,27 @@ fn indexes(plan: &Plan) -> Vec<Problem> {
         }
     }
     out
+}
+
+/// Orders that come back by themselves do so later where the archive is on another server.
+fn returns(plan: &Plan) -> Vec<Problem> {
+    let Some(foreign) = &plan.archive.foreign else {
+        return Vec::new();
+    };
+    let by_itself = plan.entries.iter().filter(|e| e.retrieve_on_insert.is_some());
+    by_itself
+        .map(|entry| {
+            Problem::new(
+                Severity::Info,
+                format!("linked \"{}\".retrieve_on_insert", entry.alias),
+                format!(
+                    "an order comes back in the background, when {} has answered: no INSERT waits for it",
+                    foreign.shown()
+                ),
+                "Applications that need it at once call amazon_pii.retrieve(); others LISTEN amazon_pii for \"retrieved\".",
+            )
+        })
+        .collect()
 }
 
 fn anchors(plan: &Plan) -> Vec<Problem> {

@@ -63,6 +63,11 @@ impl<'a> Way<'a> {
         self.down.is_some()
     }
 
+    /// Why it is not asked any more in this cycle.
+    pub fn why_down(&self) -> Option<&Error> {
+        self.down.as_ref()
+    }
+
     /// What it has of these orders. Begins with a new transaction, and ends with one.
     ///
     /// # Errors

@@ -40,6 +40,7 @@ use crate::pg::xact::{self, Boundary, Mode};
 use crate::pg::{deadline, guc, keys};
 use crate::worker::helper::Team;
 
+pub use cold::wants_back_in;
 pub use help::{Task, help};
 pub use record::note_error;
 use record::{announce_overdue, overdue};
@@ -241,8 +242,8 @@ impl<'a> Run<'a> {
 }
 
 impl Run<'_> {
-    /// New partitions, keys that triggers could only note, and the sweep when it is due. What fails here is told, and
-    /// keeps nothing that is due from being done.
+    /// New partitions, keys that triggers could only note, orders that returns wait for, and the sweep when it is due. What fails
+    /// here is told, and keeps nothing that is due from being done.
     fn flag(&mut self, sweep: bool) -> Result<()> {
         self.step(|run| trigger_ddl::ensure(run.plan))?;
         self.step(|run| {
@@ -253,6 +254,7 @@ impl Run<'_> {
         })?;
         self.step(|run| run.settle_orphans().map(|_| ()))?;
         self.follow_keys()?;
+        self.bring_back()?;
         if sweep {
             self.step(|run| sweep::request(run.plan))?;
         }

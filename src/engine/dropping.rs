@@ -42,6 +42,7 @@ pub fn drop(policy: &str, given: Option<&str>) -> Result<()> {
             "DELETE FROM amazon_pii.touched WHERE policy = $1",
             "DELETE FROM amazon_pii.orphan WHERE policy = $1",
             "DELETE FROM amazon_pii.news WHERE policy = $1",
+            "DELETE FROM amazon_pii.retrieval_queue WHERE policy = $1",
             "DELETE FROM amazon_pii.sweep_slice WHERE policy = $1",
             "DELETE FROM amazon_pii.aged_table WHERE policy = $1",
             "DELETE FROM amazon_pii.aged_row WHERE policy = $1",

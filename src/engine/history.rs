@@ -5,16 +5,17 @@ use std::collections::HashMap;
 
 use pgrx::pg_sys;
 
+use super::audit::By;
 use super::gather::LiveRecord;
 use super::plan::{Builder, EXPRESSION_HINT, Plan, Table};
 use super::walk::{FIRST, Values, batch_column, batch_rows, by_key, key_parts, key_text, select_all};
 use crate::domain::policy::{Access, History as Document, Policy, Source, Template};
 use crate::pg::error::{Error, Result};
 use crate::pg::ident::{Expr, Ident};
-use crate::pg::identity::{Identity, act_as, as_extension, on_keys, session_user};
+use crate::pg::identity::{Identity, act_as, as_extension, on_keys};
 use crate::pg::sql::{self, Arg};
 use crate::pg::trigger::EngineWrite;
-use crate::pg::{catalog, guc, xact};
+use crate::pg::{catalog, xact};
 
 /// The name under which the history is one of a policy's tables.
 pub const NAME: &str = Policy::HISTORY;
@@ -118,7 +119,7 @@ pub fn write(plan: &Plan, action: &str, orders: &[String], number: &str, reason:
     let Some(history) = &plan.history else { return Ok(()) };
     // Deferred triggers of the caller fire as the caller.
     xact::fire_deferred()?;
-    lines(plan, history, action, orders, number, reason)?;
+    lines(plan, history, &By::session(), action, orders, (number, reason))?;
     xact::defer_again()
 }
 
@@ -129,17 +130,17 @@ pub fn write(plan: &Plan, action: &str, orders: &[String], number: &str, reason:
 pub fn lines(
     plan: &Plan,
     history: &History,
+    by: &By,
     action: &str,
     orders: &[String],
-    number: &str,
-    reason: Option<&str>,
+    (number, reason): (&str, Option<&str>),
 ) -> Result<()> {
-    let (user, actor, at) = (session_user(), guc::actor(), xact::timestamp_text(xact::now()?));
+    let at = xact::timestamp_text(xact::now()?);
     let access = Access {
         number,
         reason,
-        user: &user,
-        actor: actor.as_deref(),
+        user: &by.user,
+        actor: by.actor.as_deref(),
         at: &at,
         action,
     };
@@ -301,10 +302,10 @@ pub fn try_out(plan: &Plan, history: &History, order: &Values) -> Result<()> {
     lines(
         plan,
         history,
+        &By::session(),
         "retrieve",
         &[key_text(order)?],
-        "302-1234567-1234567",
-        Some(&reason),
+        ("302-1234567-1234567", Some(&reason)),
     )
     .map_err(|e| {
         if e.hint_text().is_none() {

@@ -66,6 +66,7 @@ fn nothing_to_do(policy: &str) -> Result<bool> {
                 AND NOT EXISTS (SELECT FROM amazon_pii.orphan r WHERE r.policy = $1 AND r.record_key IS NULL AND r.next_attempt_at <= pg_catalog.now()) \
                 AND NOT EXISTS (SELECT FROM amazon_pii.orphan r WHERE r.policy = $1 AND r.apart = 'due' AND r.next_attempt_at <= pg_catalog.now()) \
                 AND NOT EXISTS (SELECT FROM amazon_pii.renamed r WHERE r.policy = $1) \
+                AND NOT EXISTS (SELECT FROM amazon_pii.retrieval_queue q WHERE q.policy = $1 AND q.next_attempt_at <= pg_catalog.now()) \
                 AND NOT EXISTS (SELECT FROM amazon_pii.order_state o WHERE o.policy = $1 AND o.status = 'flagged' AND o.stale_at <= pg_catalog.now())",
             &[Arg::Text(Some(policy))],
         )

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use super::access::queued;
 use super::by_age;
 use super::files;
 use super::flag::{self, OrderFact};
@@ -258,6 +259,13 @@ pub fn explain(number: &str) -> Result<Vec<Step>> {
                     0 => format!("{}, not archived{alive}", r.str(2)?),
                     version => format!("{}, archived version {version}{alive}", r.str(2)?),
                 },
+            });
+        }
+        for detail in queued::explained(&policy, &key)? {
+            out.push(Step {
+                step: "comes back",
+                object: object.clone(),
+                detail,
             });
         }
         for (object, detail) in files::explained(&policy, &key)? {

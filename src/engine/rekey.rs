@@ -89,6 +89,8 @@ pub fn changed(plan: &Plan, index: usize, call: &TriggerCall) -> Result<()> {
              WHERE r.policy = $1 AND r.order_key = n.old",
             "UPDATE amazon_pii.orphan r SET order_key = n.new FROM ROWS FROM (pg_catalog.unnest($2), pg_catalog.unnest($3)) AS n (old, new) \
              WHERE r.policy = $1 AND r.order_key = n.old",
+            "UPDATE amazon_pii.retrieval_queue r SET order_key = n.new FROM ROWS FROM (pg_catalog.unnest($2), pg_catalog.unnest($3)) AS n (old, new) \
+             WHERE r.policy = $1 AND r.order_key = n.old",
             "UPDATE amazon_pii.order_state r SET follows = n.new FROM ROWS FROM (pg_catalog.unnest($2), pg_catalog.unnest($3)) AS n (old, new) \
              WHERE r.policy = $1 AND r.follows = n.old",
         ] {

@@ -87,6 +87,9 @@ pub fn changed(call: &TriggerCall) -> Result<()> {
                 return Ok(refused);
             }
         }
+        if by_user && call.event == Event::Insert && retrieves(&plan, table) {
+            comes_back = Some((plan.clone(), table));
+        }
         note(&plan, table, call)?;
         if table == 0 && by_user {
             let refused = customer_guard::refusal(&plan, call)?;
@@ -99,23 +102,19 @@ pub fn changed(call: &TriggerCall) -> Result<()> {
             if refused.is_some() {
                 return Ok(refused);
             }
-            if retrieves(&plan, table) {
-                comes_back = Some((plan, table));
-            }
         }
         Ok(None)
     });
     match outcome {
-        Ok(None) => match comes_back {
-            Some((plan, table)) => access::inserted(&plan, table, call),
-            None => Ok(()),
-        },
-        Ok(Some(refusal)) => Err(refusal),
-        Err(e) if e.is_cancel() => Err(e),
-        Err(e) => {
-            remember(policy, alias, call, &e);
-            Ok(())
-        }
+        Ok(None) => {}
+        Ok(Some(refusal)) => return Err(refusal),
+        Err(e) if e.is_cancel() => return Err(e),
+        // A lock that was not to be had, say, is no reason to forget a return.
+        Err(e) => remember(policy, alias, call, &e),
+    }
+    match comes_back {
+        Some((plan, table)) => access::inserted(&plan, table, call),
+        None => Ok(()),
     }
 }
 

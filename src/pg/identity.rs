@@ -265,6 +265,14 @@ pub fn has_role(role: &str) -> bool {
     named(role).is_some_and(|oid| has_privileges(current_role(), oid))
 }
 
+/// Whether a user, by its name, has the privileges of a role that is named.
+pub fn user_has_role(user: &str, role: &str) -> bool {
+    match (named(user), named(role)) {
+        (Some(user), Some(role)) => has_privileges(user, role),
+        _ => false,
+    }
+}
+
 /// Whether there is a role of that name.
 pub fn role_exists(role: &str) -> bool {
     named(role).is_some()

@@ -29,7 +29,7 @@ pub extern "C-unwind" fn amazon_pii_database_main(argument: pg_sys::Datum) {
         Ok(None) => board::tell_outcome(slot, Outcome::Absent),
         Ok(Some(version)) => {
             board::tell_outcome(slot, Outcome::Served);
-            if let Err(e) = serve(&version) {
+            if let Err(e) = serve(&version, slot) {
                 // DROP EXTENSION may have been faster: nowhere to keep the error but the log.
                 worker::log(&e, "the worker's state could not be recorded");
             }
@@ -49,7 +49,7 @@ fn installed_version() -> Result<Option<String>> {
     rows.first().map(|row| row.string(0)).transpose()
 }
 
-fn serve(version: &str) -> Result<()> {
+fn serve(version: &str, slot: usize) -> Result<()> {
     worker::transaction(beat)?;
     let done = version::require_same(version).and_then(|()| {
         if !guc::enabled() {
@@ -61,7 +61,11 @@ fn serve(version: &str) -> Result<()> {
     if let Err(e) = &done {
         worker::log(e, "a cycle ended early");
     }
-    worker::transaction(|| remember(done.err().map(|e| e.stored()).as_deref()))
+    worker::transaction(|| remember(done.err().map(|e| e.stored()).as_deref()))?;
+    if let Some(seconds) = worker::transaction(cycle::wants_back_in)? {
+        board::come_back_in(slot, seconds);
+    }
+    Ok(())
 }
 
 /// The worker was here. This table is the same in every version.

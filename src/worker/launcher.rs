@@ -139,7 +139,7 @@ impl Launcher {
                 continue;
             };
             let pause = match board::outcome(slot) {
-                Outcome::Served => naptime(),
+                Outcome::Served => board::wants_back_in(slot).map_or(naptime(), |soon| soon.min(naptime())),
                 // A database that cannot be reached is looked at as seldom as one that has nothing for us.
                 Outcome::Absent | Outcome::Silent => (naptime() * REST).min(LONGEST_REST).max(naptime()),
             };

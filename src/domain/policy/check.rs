@@ -20,15 +20,6 @@ pub(super) fn consistent(policy: &Policy) -> Result<()> {
         return Err(PolicyError::new("orders.assign_customer.orphan", problem)
             .with_hint("Write \"archive\", the default: the row goes with its order."));
     }
-    let by_itself = policy
-        .linked
-        .iter()
-        .position(|l| l.retrieve_on_insert != RetrieveOnInsert::Never);
-    if let (Some(at), true) = (by_itself, policy.archive.foreign_table.is_some()) {
-        let problem = "an insert cannot wait for an archive that is a foreign table";
-        return Err(PolicyError::new(format!("linked[{at}].retrieve_on_insert"), problem)
-            .with_hint("Let the application call amazon_pii.retrieve() when it has inserted the row."));
-    }
     if !policy.retrieve_for.is_empty()
         && policy
             .linked

@@ -4,13 +4,14 @@ use std::collections::BTreeMap;
 
 use super::{Order, complete, follow_keys};
 use crate::domain::treatment::Outcome;
+use crate::domain::vault::MasterKeys;
 use crate::engine::former::Former;
 use crate::engine::gather::{self, LiveRecord};
 use crate::engine::overwrite::{self, CellWrite, Marks, NewValue, RowWrite};
 use crate::engine::plan::{Plan, Table};
 use crate::engine::records::{self, Fate};
 use crate::engine::scrub;
-use crate::engine::vault::{self, Newest, OrderArchive};
+use crate::engine::vault::{self, Cold, Newest, OrderArchive};
 use crate::engine::walk::{self, Values, key_parts};
 use crate::pg::error::{Error, Result};
 use crate::pg::ident::Ident;
@@ -33,17 +34,33 @@ pub struct Restored {
 pub(super) fn write_back(plan: &Plan, orders: &[Order], number: &str) -> Result<Vec<Restored>> {
     // The caller's pending deferred triggers fire now, as the caller.
     xact::fire_deferred()?;
-    let restored = write_all(plan, orders, number)?;
-    xact::defer_again()?;
-    Ok(restored)
-}
-
-fn write_all(plan: &Plan, orders: &[Order], number: &str) -> Result<Vec<Restored>> {
     let master = keys::master_keys()?;
     follow_keys(plan, &master, orders)?;
     let order_keys: Vec<String> = orders.iter().map(|o| o.key.clone()).collect();
     let cold = vault::fetch(&plan.archive, &plan.policy, &order_keys)?;
-    let archive = vault::open(&plan.archive, &master, &plan.policy, &order_keys, &cold)?;
+    let restored = write_all(plan, &master, orders, &cold, number)?;
+    xact::defer_again()?;
+    Ok(restored)
+}
+
+/// [`write_back`] with what a cycle has fetched from a cold server before it locked anything.
+pub(super) fn write_fetched(
+    plan: &Plan,
+    master: &MasterKeys,
+    orders: &[Order],
+    cold: &Cold,
+    number: &str,
+) -> Result<Vec<Restored>> {
+    xact::fire_deferred()?;
+    follow_keys(plan, master, orders)?;
+    let restored = write_all(plan, master, orders, cold, number)?;
+    xact::defer_again()?;
+    Ok(restored)
+}
+
+fn write_all(plan: &Plan, master: &MasterKeys, orders: &[Order], cold: &Cold, number: &str) -> Result<Vec<Restored>> {
+    let order_keys: Vec<String> = orders.iter().map(|o| o.key.clone()).collect();
+    let archive = vault::open(&plan.archive, master, &plan.policy, &order_keys, cold)?;
     if archive.values().all(|a| !a.keyless) {
         complete(plan, orders, &archive, number)?;
     }

@@ -3,11 +3,40 @@
 use std::collections::HashSet;
 
 use super::Run;
+use crate::engine::access::queued;
+use crate::engine::cold::Found;
 use crate::engine::rekey;
 use crate::engine::state;
 use crate::engine::turn;
 use crate::pg::error::Result;
+use crate::pg::identity::as_extension;
+use crate::pg::sql::{self, Arg};
+use crate::pg::subxact::subtransaction;
 use crate::pg::xact::Mode;
+
+/// Least seconds between two looks at a cold server that did not answer.
+const LEAST: i64 = 5;
+
+/// After how many seconds a cycle should begin, whatever the naptime is: a cold server that did not answer is asked again after as long
+/// as it has been away, and orders that failed to come back have times of their own. `None`: there is no reason to.
+///
+/// # Errors
+/// Errors of the server.
+pub fn wants_back_in() -> Result<Option<u32>> {
+    let rows = as_extension(|| {
+        sql::read(
+            "SELECT pg_catalog.ceil(LEAST( \
+                (SELECT pg_catalog.min(GREATEST($1, EXTRACT(epoch FROM pg_catalog.now() - c.down_since))) FROM amazon_pii.cold_server c \
+                    JOIN amazon_pii.policy p ON p.policy = c.policy WHERE c.down_since IS NOT NULL AND p.enabled AND p.suspended IS NULL), \
+                (SELECT pg_catalog.min(EXTRACT(epoch FROM q.next_attempt_at - pg_catalog.now())) FROM amazon_pii.retrieval_queue q \
+                    JOIN amazon_pii.policy p ON p.policy = q.policy \
+                    WHERE q.next_attempt_at > pg_catalog.now() AND p.enabled AND p.suspended IS NULL)))::bigint",
+            &[Arg::Int(LEAST)],
+        )
+    })?;
+    let seconds = rows.first().map(|r| r.text(0)).transpose()?.flatten();
+    Ok(seconds.map(|s| s.parse().unwrap_or(u32::MAX)))
+}
 
 impl Run<'_> {
     /// Lets the archive follow changes of keys.
@@ -40,6 +69,44 @@ impl Run<'_> {
             }
             Ok(())
         })
+    }
+
+    /// Orders that came with a return or a credit. What the cold server has of them is fetched before anything is locked.
+    pub(super) fn bring_back(&mut self) -> Result<()> {
+        let mut after = 0;
+        loop {
+            let waiting = queued::next(self.plan, after)?;
+            self.boundary.commit()?;
+            let Some(last) = waiting.last() else { return Ok(()) };
+            after = last.id;
+            let orders: Vec<String> = waiting.iter().map(|q| q.order_key.clone()).collect();
+            let mut found = Found::default();
+            if self.plan.archive.foreign.is_some() {
+                match self.batches.cold.look(Mode::Alone, &orders) {
+                    Err(e) if e.is_unreachable() => self.trouble = Some(e),
+                    outcome => found = outcome?,
+                }
+            }
+            if let Some(down) = self.batches.cold.why_down() {
+                queued::wait(&self.plan.policy, down)?;
+                return self.boundary.commit();
+            }
+            for order in &waiting {
+                turn::take(&self.plan.policy, Mode::Alone)?;
+                self.batches.keys.refresh(&self.plan.policy)?;
+                let unread = found.failed.iter().find(|(key, _)| *key == order.order_key);
+                let outcome = match unread {
+                    Some((_, e)) => Err(e.clone()),
+                    None => subtransaction(|| queued::retrieve(self.plan, &self.batches.keys, order, &found.cold)),
+                };
+                match outcome {
+                    Err(e) if e.is_cancel() => return Err(e),
+                    Err(e) => queued::fail(self.plan, &self.batches.keys, order, &e)?,
+                    Ok(()) => {}
+                }
+                self.boundary.commit()?;
+            }
+        }
     }
 
     /// What is still to be sent to a cold server, or to be deleted there; and what is known of it.

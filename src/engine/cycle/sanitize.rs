@@ -2,6 +2,7 @@
 //! what came along of the archive is destroyed.
 
 use super::{Counts, Run, clock};
+use crate::engine::access::queued;
 use crate::engine::home;
 use crate::engine::plan::Plan;
 use crate::engine::purge::{self, Ended, Why};
@@ -42,6 +43,7 @@ pub fn sanitize(policy: &str, boundary: Boundary) -> Result<Counts> {
     let keys = Keyring::load(policy)?;
     boundary.commit()?;
     let mut run = Run::new(&plan, keys, clock, boundary);
+    run.step(|run| queued::forget(&run.plan.policy))?;
     run.flag(true)?;
     run.step(|run| all_at_once(run.plan))?;
     run.batches.clock = super::clock(&plan)?;

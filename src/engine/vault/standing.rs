@@ -36,6 +36,9 @@ pub struct Standing {
     pub unsent_since: Option<TimestampWithTimeZone>,
     /// Orders and records that are to be deleted there.
     pub to_delete: i64,
+    /// Orders that are to come back by themselves when it answers, and since when.
+    pub to_retrieve: i64,
+    pub to_retrieve_since: Option<TimestampWithTimeZone>,
     /// When a cycle used it last.
     pub up_at: Option<TimestampWithTimeZone>,
     /// Since when it does not answer, and why.
@@ -65,12 +68,15 @@ pub fn standing() -> Result<Vec<Standing>> {
         let rows = as_extension(|| {
             sql::read(
                 &format!(
-                    "SELECT d.n, {}, (SELECT pg_catalog.count(*) FROM {schema}.doomed x WHERE x.policy = $1), {}, {}, c.last_error \
+                    "SELECT d.n, {}, (SELECT pg_catalog.count(*) FROM {schema}.doomed x WHERE x.policy = $1), {}, {}, c.last_error, r.n, {} \
                      FROM (SELECT pg_catalog.count(*), pg_catalog.min(t.archived_at) FROM {schema}.document t \
-                        WHERE t.policy = $1 AND t.sent_at IS NULL) AS d (n, since) LEFT JOIN amazon_pii.cold_server c ON c.policy = $1",
+                        WHERE t.policy = $1 AND t.sent_at IS NULL) AS d (n, since) \
+                     CROSS JOIN (SELECT pg_catalog.count(DISTINCT q.order_key), pg_catalog.min(q.queued_at) FROM amazon_pii.retrieval_queue q \
+                        WHERE q.policy = $1) AS r (n, since) LEFT JOIN amazon_pii.cold_server c ON c.policy = $1",
                     micros("d.since"),
                     micros("c.up_at"),
-                    micros("c.down_since")
+                    micros("c.down_since"),
+                    micros("r.since")
                 ),
                 &[Arg::Text(row.text(0)?)],
             )
@@ -86,6 +92,8 @@ pub fn standing() -> Result<Vec<Standing>> {
                 up_at: time(&rest, 3)?,
                 down_since: time(&rest, 4)?,
                 last_error: rest.owned(5)?,
+                to_retrieve: rest.int(6)?,
+                to_retrieve_since: time(&rest, 7)?,
             });
         }
     }

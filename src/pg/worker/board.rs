@@ -3,6 +3,7 @@
 
 use std::cell::Cell;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicUsize, Ordering};
+use std::time::Duration;
 
 use pgrx::prelude::*;
 use pgrx::{PGRXSharedMemory, PgAtomic, PgXactCallbackEvent, pg_shmem_init, register_xact_callback};
@@ -20,6 +21,8 @@ struct Board {
     /// The database that wants a cycle now; 0: none.
     wanted: AtomicU32,
     outcomes: [AtomicU8; SLOTS],
+    /// Seconds after which a worker's database wants its next cycle, where that is sooner than usual; 0: it is not.
+    sooner: [AtomicU32; SLOTS],
 }
 
 impl Default for Board {
@@ -28,6 +31,7 @@ impl Default for Board {
             latch: AtomicUsize::new(0),
             wanted: AtomicU32::new(0),
             outcomes: std::array::from_fn(|_| AtomicU8::new(Outcome::Silent as u8)),
+            sooner: std::array::from_fn(|_| AtomicU32::new(0)),
         }
     }
 }
@@ -97,6 +101,22 @@ pub fn take_wanted() -> Wanted {
 /// Before a worker starts in `slot`.
 pub fn clear_outcome(slot: usize) {
     tell_outcome(slot, Outcome::Silent);
+    if let Some(cell) = board().and_then(|b| b.sooner.get(slot)) {
+        cell.store(0, Ordering::Release);
+    }
+}
+
+/// A worker wants to come back after that many seconds, if that is sooner than usual.
+pub fn come_back_in(slot: usize, seconds: u32) {
+    if let Some(cell) = board().and_then(|b| b.sooner.get(slot)) {
+        cell.store(seconds.max(1), Ordering::Release);
+    }
+}
+
+/// When the worker in `slot` wanted to come back.
+pub fn wants_back_in(slot: usize) -> Option<Duration> {
+    let seconds = board()?.sooner.get(slot)?.load(Ordering::Acquire);
+    (seconds > 0).then(|| Duration::from_secs(seconds.into()))
 }
 
 /// A worker tells the launcher.
