@@ -51,7 +51,8 @@ fn installed_version() -> Result<Option<String>> {
 
 fn serve(version: &str, slot: usize) -> Result<()> {
     worker::transaction(beat)?;
-    let done = if version != env!("CARGO_PKG_VERSION") {
+    let is_ours = version == env!("CARGO_PKG_VERSION");
+    let done = if !is_ours {
         Err(Error::wrong_state(format!(
             "the library is version {}, the extension in this database {version}: ALTER EXTENSION amazon_pii UPDATE",
             env!("CARGO_PKG_VERSION")
@@ -66,7 +67,8 @@ fn serve(version: &str, slot: usize) -> Result<()> {
         worker::log(e, "a cycle ended early");
     }
     worker::transaction(|| remember(done.err().map(|e| e.stored()).as_deref()))?;
-    if let Some(seconds) = worker::transaction(cycle::wants_back_in)? {
+    // The tables of another version may be others.
+    if is_ours && let Some(seconds) = worker::transaction(cycle::wants_back_in)? {
         board::come_back_in(slot, seconds);
     }
     Ok(())
