@@ -51,7 +51,9 @@ fn installed_version() -> Result<Option<String>> {
 
 fn serve(version: &str, slot: usize) -> Result<()> {
     worker::transaction(beat)?;
-    let done = version::require_same(version).and_then(|()| {
+    let same = version::require_same(version);
+    let is_ours = same.is_ok();
+    let done = same.and_then(|()| {
         if !guc::enabled() {
             return Ok(());
         }
@@ -62,7 +64,8 @@ fn serve(version: &str, slot: usize) -> Result<()> {
         worker::log(e, "a cycle ended early");
     }
     worker::transaction(|| remember(done.err().map(|e| e.stored()).as_deref()))?;
-    if let Some(seconds) = worker::transaction(cycle::wants_back_in)? {
+    // The tables of another version may be others.
+    if is_ours && let Some(seconds) = worker::transaction(cycle::wants_back_in)? {
         board::come_back_in(slot, seconds);
     }
     Ok(())
