@@ -30,7 +30,7 @@ pub fn write(
 /// Notes that this database takes the place of another one for a policy.
 ///
 /// # Errors
-/// As [`write`].
+/// As [`write()`].
 pub fn adopted(policy: &str, former: &str) -> Result<()> {
     line(policy, None, What::Adopted, When::AtCommit, &[], Some(former))
 }
