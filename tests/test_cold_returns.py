@@ -297,7 +297,7 @@ def test_a_policy_that_does_not_say_so_any_more(redacted, cold):
     redacted.apply_policy(policy(archive=FOREIGN, retrieve_for=["shop_owner"]))
     comes_back(redacted, 3)
     assert len(redacted.sql(QUEUE)) == 1
-    redacted.sql("SELECT amazon_pii.drop_policy('shop')", user="pii_admin")
+    redacted.sql("SELECT amazon_pii.drop_policy('shop', 'test')", user="pii_admin")
     assert redacted.sql(QUEUE) == []
 
 
