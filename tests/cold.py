@@ -10,6 +10,8 @@ from datetime import datetime, timezone
 
 import trustme
 from cluster import Cluster, wait_until
+from conftest import add_extension, new_database
+from support import open_shop
 
 # What the certificate names, and where connections go without looking that name up.
 HOST = "localhost"
@@ -220,6 +222,14 @@ def join(db, cold, options=None, mapping=True):
         db.sql(f"ALTER SERVER cold OPTIONS ({'SET' if known else 'ADD'} {name} '{value}')")
     # Connections of sessions that are open know the old options.
     return db
+
+
+def shop_beside(server, cold, options=None):
+    """A database of its own with the shop of the tests, joined to the cold server."""
+    db = new_database(server, "template0")
+    add_extension(server, db.name)
+    db.need_contrib("postgres_fdw")
+    return join(open_shop(db), cold, options)
 
 
 def status(db):

@@ -2,8 +2,7 @@
 from pathlib import Path
 
 import pytest
-from cold import DATABASE, FOREIGN, cold_server, join
-from conftest import new_database
+from cold import DATABASE, FOREIGN, cold_server, shop_beside
 from support import fill, open_shop, order_number, refused, run_cycle, shop_policy
 
 CHECK = "SELECT severity, object, problem FROM amazon_pii.backup_check()"
@@ -61,9 +60,7 @@ def test_a_backup_of_the_cold_server_brings_no_shredded_order_back(cluster):
     """Crypto-shredding: breaks when a document that is put back opens again, or is taken for a copy."""
     cold = cold_server()
     try:
-        db = new_database(cluster)
-        db.need_contrib("postgres_fdw")
-        join(open_shop(db), cold)
+        db = shop_beside(cluster, cold)
         fill(db, 4)
         db.apply_policy(shop_policy(archive=FOREIGN))
         run_cycle(db)

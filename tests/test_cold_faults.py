@@ -5,14 +5,12 @@ import os
 import random
 import subprocess
 import threading
-import time
 
-import psycopg2
 import pytest
 from cluster import wait_until
-from cold import DATABASE, FOREIGN, ROLE, back, cold_server, join, status
-from conftest import add_extension, new_database, server_with
-from support import Background, fill, open_shop, order_number, order_value, refused, retrieve, run_cycle, shop_policy, states
+from cold import DATABASE, FOREIGN, ROLE, back, cold_server, shop_beside, status
+from conftest import server_with
+from support import Background, fill, order_number, order_value, refused, retrieve, run_cycle, shop_policy, states
 
 LOCAL = "SELECT count(*) FROM amazon_pii_archive.document"
 TIMEOUT = 1.5
@@ -38,10 +36,7 @@ def cold():
 
 @pytest.fixture
 def far(near, cold):
-    db = new_database(near, "template0")
-    add_extension(db.cluster, db.name)
-    db.need_contrib("postgres_fdw")
-    join(open_shop(db), cold)
+    db = shop_beside(near, cold)
     yield db
     db.drop()
 
@@ -362,10 +357,7 @@ def test_killed_anywhere_between_both_commits(cold):
     rng = random.Random("both commits")
     near = server_with(preload=False, fsync=True, conf=["amazon_pii.batch_size = 10", "amazon_pii.archive_timeout = '5s'"])
     try:
-        db = new_database(near, "template0")
-        add_extension(near, db.name)
-        db.need_contrib("postgres_fdw")
-        join(open_shop(db), cold)
+        db = shop_beside(near, cold)
         fill(db, orders)
         db.apply_policy(shop_policy(archive=FOREIGN))
         for kill in range(1, kills + 1):
@@ -462,10 +454,7 @@ def test_helpers_use_the_server_too(cold):
     # Breaks when the processes of a cycle send each other's documents, or one sends none.
     near = server_with(preload=False, conf=["amazon_pii.workers = 2", "amazon_pii.batch_size = 50"])
     try:
-        db = new_database(near, "template0")
-        add_extension(near, db.name)
-        db.need_contrib("postgres_fdw")
-        join(open_shop(db), cold)
+        db = shop_beside(near, cold)
         fill(db, 600, share=4)
         db.apply_policy(shop_policy(archive=FOREIGN))
         assert run_cycle(db)["redacted"] == 600

@@ -2,11 +2,11 @@
 import psycopg2
 import pytest
 from cluster import wait_until
-from cold import DATABASE, FOREIGN, ROLE, back, cold_server, join
-from conftest import add_extension, new_database, server_with
+from cold import DATABASE, FOREIGN, ROLE, back, cold_server, shop_beside
+from conftest import server_with
 from network import FarServer
-from support import Background, fill, open_shop, order_number, order_value, run_cycle, shop_policy, states
-from test_cold_faults import SLOW, documents_of, recovers, says, shop_is_free
+from support import Background, fill, order_number, order_value, run_cycle, shop_policy, states
+from test_cold_faults import SLOW, recovers, says, shop_is_free
 from test_cold_returns import waiting
 from test_returns import RETURNS, policy
 
@@ -32,10 +32,7 @@ def cold():
 
 @pytest.fixture
 def far(near, cold):
-    db = new_database(near, "template0")
-    add_extension(db.cluster, db.name)
-    db.need_contrib("postgres_fdw")
-    join(open_shop(db), cold, LIMITS)
+    db = shop_beside(near, cold, LIMITS)
     yield db
     db.drop()
 

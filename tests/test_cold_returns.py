@@ -5,10 +5,10 @@ import json
 import psycopg2
 import pytest
 from cluster import wait_until
-from cold import DATABASE, FOREIGN, back, cold_server, join, status
-from conftest import add_extension, new_database, server_with
+from cold import DATABASE, FOREIGN, back, cold_server, shop_beside, status
+from conftest import server_with
 from support import (
-    PLACEHOLDER, Background, add_customer, add_order, end_retrieval, number, open_shop, order_value, refused, retrieve, run_cycle,
+    PLACEHOLDER, Background, add_customer, add_order, end_retrieval, number, order_value, refused, retrieve, run_cycle,
 )
 from test_returns import LOG, RETURNS, comes_back, gift, policy
 
@@ -40,10 +40,7 @@ def cold(shared_cold):
 
 def shop(server, cold, **changes):
     """Orders 1 to 3, redacted, each with a customer of its own; their archive is away."""
-    db = new_database(server, "template0")
-    add_extension(server, db.name)
-    db.need_contrib("postgres_fdw")
-    join(open_shop(db), cold)
+    db = shop_beside(server, cold)
     db.psql(RETURNS)
     for n in (1, 2, 3):
         add_customer(db, n)
@@ -378,10 +375,7 @@ def test_a_change_of_the_key_is_followed(redacted):
 
 def test_a_history_names_who_inserted(cluster, cold):
     """Breaks when the shop's own history says that the worker, or whoever called the cycle, brought the order back."""
-    db = new_database(cluster, "template0")
-    add_extension(cluster, db.name)
-    db.need_contrib("postgres_fdw")
-    join(open_shop(db), cold)
+    db = shop_beside(cluster, cold)
     db.psql(RETURNS)
     db.sql("CREATE TABLE shop.history (id int GENERATED ALWAYS AS IDENTITY PRIMARY KEY, order_id bigint, note text)", user="shop_owner")
     add_order(db, 1)

@@ -1,6 +1,5 @@
 """Cycles, calls and applications at the same time: nobody deadlocks, nothing is done twice, and whoever was last is right."""
 import threading
-import time
 
 import psycopg2
 import pytest

@@ -1,7 +1,7 @@
 """A copy of a database is not the original: nothing happens there by itself, and nothing that is the original's is touched."""
 import pytest
 from cluster import wait_until
-from cold import DATABASE, FOREIGN, cold_server, join, status
+from cold import DATABASE, FOREIGN, cold_server, shop_beside, status
 from conftest import add_extension, copy_of, new_database, server_with
 from support import fill, open_shop, order_number, refused, run_cycle, shop_policy, states
 
@@ -65,9 +65,7 @@ def test_applying_a_policy_in_a_copy_adopts_nothing(cluster):
 
 def test_a_copy_writes_nothing_to_the_cold_server(cluster, cold):
     # Breaks when a staging database deletes what the original still needs, or sends its own.
-    db = new_database(cluster)
-    db.need_contrib("postgres_fdw")
-    join(open_shop(db), cold)
+    db = shop_beside(cluster, cold)
     fill(db, 3)
     db.apply_policy(shop_policy(archive=FOREIGN))
     run_cycle(db)
@@ -114,9 +112,7 @@ def test_a_restored_dump_is_a_copy(cold):
 
 def test_a_sanitized_copy_holds_no_buyer(cluster, cold):
     # Breaks when an order of any state keeps its personal data, or the original or its cold server are touched.
-    db = new_database(cluster)
-    db.need_contrib("postgres_fdw")
-    join(open_shop(db), cold)
+    db = shop_beside(cluster, cold)
     db.apply_policy(shop_policy(archive=FOREIGN))
     fill(db, 4)
     run_cycle(db)

@@ -1,7 +1,7 @@
 """Deleted orders: the rows that they pointed at are remembered and stay due (issue 4)."""
 import pytest
 from support import (
-    PLACEHOLDER, add_customer, add_invoice, add_order, fill, hurry, number, open_shop, order_value, record_states, refused, retrieve, run_cycle,
+    PLACEHOLDER, add_customer, add_invoice, add_order, fill, number, open_shop, order_value, record_states, refused, retrieve, run_cycle,
     shop_policy, sweep, tables_with,
 )
 

@@ -5,8 +5,8 @@ import json
 
 import pytest
 from support import (
-    PLACEHOLDER, add_customer, add_invoice, add_order, between_archiving_and_redacting, documents, fill, number, open_shop, order_value,
-    record_states, refused, retrieve, run_cycle, shop_policy, snapshot, sweep, tables_with,
+    add_customer, add_invoice, add_order, between_archiving_and_redacting, documents, fill, number, open_shop, order_value, record_states,
+    refused, retrieve, run_cycle, shop_policy, snapshot, tables_with,
 )
 
 ONE, ADMIN = number(1), "pii_admin"

@@ -206,6 +206,9 @@ impl Scope<'_> {
                     retrieved_until = CASE WHEN o.retrieved_until IS NOT NULL THEN LEAST(o.retrieved_until, pg_catalog.now()) END, \
                     held_until = CASE WHEN NOT w.act THEN o.held_until END, held_since = CASE WHEN NOT w.act THEN o.held_since END, \
                     hold_reason = CASE WHEN NOT w.act THEN o.hold_reason END, \
+                    archive_held_until = CASE WHEN w.l THEN o.archive_held_until END, \
+                    archive_held_since = CASE WHEN w.l THEN o.archive_held_since END, \
+                    archive_hold_reason = CASE WHEN w.l THEN o.archive_hold_reason END, \
                     effective_at = CASE WHEN w.act THEN LEAST(o.effective_at, pg_catalog.now()) ELSE o.effective_at END, \
                     pushed_by = CASE WHEN NOT w.act THEN o.pushed_by END, \
                     next_due_at = CASE WHEN w.act THEN pg_catalog.now() ELSE o.next_due_at END, \
