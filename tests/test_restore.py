@@ -1,7 +1,7 @@
 """A database with orders in every state, and its archive, in the hands of pg_dump and pg_restore; and an extension that is dropped
 and made again (P10)."""
 import pytest
-from cold import DATABASE, FOREIGN, cold_server, join
+from cold import FOREIGN, cold_server, join
 from conftest import add_extension, new_database, server_with
 from every_state import EVERY_STATE, build, found, goes_on, shown, tables_with, whole_log
 from support import (
