@@ -49,7 +49,7 @@ COMMENT ON COLUMN amazon_pii.policy.effective_from IS 'Before this moment orders
 COMMENT ON COLUMN amazon_pii.policy.postponed_since IS 'Since when effective_from or report_only_until have kept the policy from its work without a break; NULL: they do not';
 COMMENT ON COLUMN amazon_pii.policy.disabled_reason IS 'Why it was switched off; NULL where it never was on';
 COMMENT ON COLUMN amazon_pii.policy.keys_changed_at IS 'When a rotation began: cycles under way read the master keys anew';
-COMMENT ON COLUMN amazon_pii.policy.home IS 'The database in which it is at work, as system identifier and number; NULL: the one of the next cycle';
+COMMENT ON COLUMN amazon_pii.policy.home IS 'The database in which it is at work: system identifier and number; of a cluster made from a backup also where that ended or began; NULL: the one of the next cycle';
 COMMENT ON COLUMN amazon_pii.policy.lineage IS 'Tells policies of one name apart in the tombstone file; copies of the database have it in common';
 COMMENT ON COLUMN amazon_pii.policy.recheck_page IS 'Page of order_state from which redacted orders are looked at again';
 COMMENT ON COLUMN amazon_pii.policy.recheck_left IS 'Pages that are left of today''s share';

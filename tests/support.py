@@ -365,15 +365,24 @@ def between_archiving_and_redacting(db, turn):
 
 
 @contextmanager
-def standby_of(primary, **options):
-    """A running standby of a cluster."""
-    standby = Cluster(**options)
+def backup_of(cluster, *settings, recover=False, standby=False, **options):
+    """A running cluster that was made from a base backup: started as it is, or recovered, or as a standby."""
+    made = Cluster(**options)
     try:
-        shutil.rmtree(standby.data)
-        where = ["-h", primary.base, "-p", primary.port, "-U", "postgres"]
-        standby.run("pg_basebackup", *where, "-D", standby.data, "-R", "-c", "fast")
-        standby.configure(f"unix_socket_directories = '{standby.base}'")
-        standby.start()
-        yield standby
+        shutil.rmtree(made.data)
+        where = ["-h", cluster.base, "-p", cluster.port, "-U", "postgres"]
+        made.run("pg_basebackup", *where, "-D", made.data, "-c", "fast", *(["-R"] if standby else []))
+        made.configure(f"unix_socket_directories = '{made.base}'", *settings)
+        if recover:
+            signal = made.data / "recovery.signal"
+            signal.touch()
+            shutil.chown(signal, made.owner.pw_uid, made.owner.pw_gid)
+        made.start()
+        yield made
     finally:
-        standby.destroy()
+        made.destroy()
+
+
+def standby_of(primary, *settings, **options):
+    """A running standby of a cluster."""
+    return backup_of(primary, *settings, standby=True, **options)

@@ -2,8 +2,8 @@
 import pytest
 from cluster import wait_until
 from cold import DATABASE, FOREIGN, cold_server, shop_beside, status
-from conftest import add_extension, copy_of, new_database, server_with
-from support import fill, open_shop, order_number, refused, run_cycle, shop_policy, states
+from conftest import Database, add_extension, copy_of, new_database, server_with
+from support import backup_of, fill, open_shop, order_number, refused, run_cycle, shop_policy, standby_of, states
 
 HOME = "SELECT home FROM amazon_pii.policy"
 
@@ -39,6 +39,62 @@ def test_the_worker_leaves_a_copy_alone_until_it_is_adopted(preloaded):
         assert set(states(db).values()) == {"original"} and db.value(HOME) != copy.value(HOME)
     finally:
         copy.drop()
+        db.drop()
+
+
+RECOVERED = ("restore_command = 'false'", "recovery_target = 'immediate'", "recovery_target_action = 'promote'")
+
+
+@pytest.mark.parametrize("recover", [False, True], ids=["as it is", "to a point in time"])
+def test_a_cluster_that_was_made_from_a_backup_is_a_copy(recover):
+    """It has its original's identifier, as a standby has. Breaks when its worker redacts before it is adopted, when the original or what is
+    promoted in the place of either has to be adopted, or when a copy cannot be sanitized."""
+    primary = server_with(preload=True, conf=["amazon_pii.naptime = '1s'"])
+    said = "SELECT last_error FROM amazon_pii.status"
+    try:
+        db = new_database(primary, "template0")
+        add_extension(primary, db.name)
+        open_shop(db).apply_policy(shop_policy(enabled=False))
+        fill(db, 4)
+        with backup_of(primary, *(RECOVERED if recover else ()), recover=recover, preload=True) as other:
+            wait_until(lambda: other.sql("SELECT pg_is_in_recovery()") == [(False,)])
+            copy = Database(other, db.name)
+            for database in (copy, db):
+                database.sql("SELECT amazon_pii.enable_policy('shop')", user="pii_admin")
+            wait_until(lambda: "this one is a copy" in (copy.value(said, user="pii_auditor") or ""))
+            wait_until(lambda: set(states(db).values()) == {"redacted"})
+            assert set(states(copy).values()) == {"original"} and db.value(said, user="pii_auditor") is None
+            assert copy.value("SELECT amazon_pii.adopt_copy()", user="pii_admin") == 1
+            wait_until(lambda: set(states(copy).values()) == {"redacted"})
+            assert copy.value(HOME).startswith(f"{db.value(HOME)}/")
+            # What is promoted in its place goes on, and so does what was a copy once.
+            with standby_of(other, "recovery_target = ''", preload=True) as standby:
+                fill(copy, 6, first=5)
+                wait_until(lambda: set(states(copy).values()) == {"redacted"})
+                there = Database(standby, db.name)
+                wait_until(lambda: states(there) == states(copy))
+                other.stop("immediate")
+                standby.run("pg_ctl", "-D", standby.data, "-w", "-s", "promote")
+                fill(there, 8, first=7)
+                wait_until(lambda: set(states(there).values()) == {"redacted"} and len(states(there)) == 8)
+                assert there.value("SELECT amazon_pii.adopt_copy()", user="pii_admin") == 0
+                assert there.value(HOME).startswith(f"{db.value(HOME)}/")
+    finally:
+        primary.destroy()
+
+
+def test_a_backup_that_was_started_can_be_sanitized(cluster):
+    db = new_database(cluster)
+    open_shop(db).apply_policy(shop_policy())
+    fill(db, 3, age="1 day")
+    try:
+        with refused("55000", "is no copy"):
+            db.sql("CALL amazon_pii.sanitize_copy('shop')", user="pii_admin")
+        with backup_of(cluster) as other:
+            copy = Database(other, db.name)
+            copy.sql("CALL amazon_pii.sanitize_copy('shop')", user="pii_admin")
+            assert set(states(copy).values()) == {"redacted"} and set(states(db).values()) == {"original"}
+    finally:
         db.drop()
 
 

@@ -9,6 +9,7 @@ pub mod json_text;
 pub mod lag;
 pub mod message;
 pub mod number;
+pub mod origin;
 pub mod pace;
 pub mod policy;
 pub mod preset;

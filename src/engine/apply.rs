@@ -15,8 +15,9 @@ use crate::domain::preset;
 use crate::domain::reason::{self, ReasonError};
 use crate::pg::error::{Error, Result};
 use crate::pg::identity::{as_extension, require_role, session_user};
+use crate::pg::origin::this_database;
 use crate::pg::sql::{self, Arg};
-use crate::pg::xact::{this_database, timestamp_text};
+use crate::pg::xact::timestamp_text;
 use crate::pg::{catalog, identity, invalidation, keys};
 
 /// Parses a document and makes it ready in the caller's name, checking that the caller owns every table.

@@ -6,19 +6,27 @@ use super::plan::Plan;
 use super::tombstone;
 use crate::pg::error::{Error, Result};
 use crate::pg::identity::{as_extension, on_keys, require_role};
+use crate::pg::origin::this_database;
 use crate::pg::sql::{self, Arg};
-use crate::pg::xact::{self, Boundary};
+use crate::pg::xact::Boundary;
+
+/// The condition that a policy, `p`, is at work in the database $2. Where nothing tells that this is no copy of a cluster that was once
+/// adopted, it may be what was promoted in its place.
+pub const IS_HERE: &str = "(p.home IS NULL OR p.home = $2 OR pg_catalog.split_part(p.home, '/', 1) = $2)";
 
 /// Refuses a cycle in a copy: the worker's, and any that would write to a cold server. A policy that was never told where it is, is here.
 ///
 /// # Errors
 /// The policy was applied in another database, which this one is a copy of.
 pub fn refuse_elsewhere(plan: &Plan, boundary: Boundary) -> Result<()> {
-    let here = xact::this_database();
+    let here = this_database();
     let rows = on_keys(|| {
         sql::write(
-            "WITH n AS (UPDATE amazon_pii.policy p SET home = $2 WHERE p.policy = $1 AND p.home IS NULL RETURNING p.home) \
-             SELECT COALESCE((SELECT n.home FROM n), p.home) = $2 FROM amazon_pii.policy p WHERE p.policy = $1",
+            // ident-ok: made of constants.
+            &format!(
+                "WITH n AS (UPDATE amazon_pii.policy p SET home = $2 WHERE p.policy = $1 AND p.home IS NULL) \
+                 SELECT {IS_HERE} FROM amazon_pii.policy p WHERE p.policy = $1"
+            ),
             &[Arg::Text(Some(&plan.policy)), Arg::Text(Some(&here))],
         )
     })?;
@@ -40,8 +48,9 @@ pub fn refuse_elsewhere(plan: &Plan, boundary: Boundary) -> Result<()> {
 pub fn is_here(policy: &str) -> Result<bool> {
     let rows = on_keys(|| {
         sql::read(
-            "SELECT COALESCE(p.home, $2) = $2 FROM amazon_pii.policy p WHERE p.policy = $1",
-            &[Arg::Text(Some(policy)), Arg::Text(Some(&xact::this_database()))],
+            // ident-ok: made of constants.
+            &format!("SELECT {IS_HERE} FROM amazon_pii.policy p WHERE p.policy = $1"),
+            &[Arg::Text(Some(policy)), Arg::Text(Some(&this_database()))],
         )
     })?;
     rows.first().map_or(Ok(true), |r| r.bool(0))
@@ -53,11 +62,15 @@ pub fn is_here(policy: &str) -> Result<bool> {
 /// The caller is no member of `amazon_pii_admin`; a named policy does not exist.
 pub fn adopt(policy: Option<&str>) -> Result<i64> {
     require_role(&["amazon_pii_admin"], "adopt a copy")?;
-    let here = xact::this_database();
+    let here = this_database();
     let rows = as_extension(|| {
         sql::write(
-            "UPDATE amazon_pii.policy p SET home = $2, last_error = NULL FROM amazon_pii.policy o \
-             WHERE o.policy = p.policy AND ($1 IS NULL OR p.policy = $1) RETURNING p.policy, p.version, COALESCE(o.home, $2) <> $2, o.home",
+            // ident-ok: made of constants.
+            &format!(
+                "UPDATE amazon_pii.policy o SET home = CASE WHEN {IS_HERE} THEN COALESCE(p.home, $2) ELSE $2 END, last_error = NULL \
+                 FROM amazon_pii.policy p \
+                 WHERE p.policy = o.policy AND ($1 IS NULL OR p.policy = $1) RETURNING p.policy, p.version, NOT {IS_HERE}, p.home"
+            ),
             &[Arg::Text(policy), Arg::Text(Some(&here))],
         )
     })?;

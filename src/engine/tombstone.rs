@@ -1,9 +1,11 @@
 //! What a destruction of archives leaves behind outside of the database: a line of the tombstone file, before it commits.
 
+use super::home::IS_HERE;
 use crate::domain::tombstone::{TOGETHER, Tombstone, What, new_id};
 use crate::domain::vault::MasterKeys;
 use crate::pg::error::{Error, Result};
 use crate::pg::identity::{as_extension, on_keys};
+use crate::pg::origin::this_database;
 use crate::pg::sql::{self, Arg};
 use crate::pg::xact::{self, Mode, Own};
 use crate::pg::{keys, tombstones};
@@ -56,18 +58,21 @@ fn line(
     };
     let rows = on_keys(|| {
         sql::read(
-            "SELECT p.lineage FROM amazon_pii.policy p WHERE p.policy = $1",
-            &[Arg::Text(Some(policy))],
+            // ident-ok: made of constants.
+            &format!(
+                "SELECT p.lineage, CASE WHEN {IS_HERE} THEN COALESCE(p.home, $2) ELSE $2 END FROM amazon_pii.policy p WHERE p.policy = $1"
+            ),
+            &[Arg::Text(Some(policy)), Arg::Text(Some(&this_database()))],
         )
     })?;
-    let lineage = rows.first().ok_or_else(|| Error::internal("no row"))?.string(0)?;
+    let row = rows.first().ok_or_else(|| Error::internal("no row"))?;
     let tombstone = Tombstone {
         id: new_id().map_err(|e| Error::internal(e.to_string()))?,
         at: xact::timestamp_text(xact::now()?),
         what,
         policy: policy.to_owned(),
-        lineage,
-        home: xact::this_database(),
+        lineage: row.string(0)?,
+        home: row.string(1)?,
         orders: orders.to_vec(),
         of: of.map(str::to_owned),
     };

@@ -15,6 +15,7 @@ pub mod ident;
 pub mod identity;
 pub mod invalidation;
 pub mod keys;
+pub mod origin;
 mod params;
 pub mod prepared;
 pub mod replicas;

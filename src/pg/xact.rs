@@ -275,14 +275,6 @@ pub fn is_own(xid: u32) -> bool {
     unsafe { pg_sys::TransactionIdIsCurrentTransactionId(pg_sys::TransactionId::from_inner(xid)) }
 }
 
-/// Which database this is: the cluster's identifier, and the database's number in it. Standbys have their primary's; a restored dump, a
-/// database made from another one, and a cluster that pg_upgrade made have others.
-pub fn this_database() -> String {
-    // SAFETY: plain getters.
-    let (cluster, database) = unsafe { (pg_sys::GetSystemIdentifier(), pg_sys::MyDatabaseId) };
-    format!("{cluster}:{}", database.to_u32())
-}
-
 /// The current time in UTC, from the server.
 ///
 /// # Errors

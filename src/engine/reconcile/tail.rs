@@ -10,9 +10,10 @@ use crate::engine::tombstone::lock_of;
 use crate::engine::vault::{self, Place};
 use crate::pg::error::{Error, Result};
 use crate::pg::identity::{as_extension, on_keys};
+use crate::pg::keys;
+use crate::pg::origin::this_database;
 use crate::pg::sql::{self, Arg};
 use crate::pg::tombstones::{self, Book};
-use crate::pg::{keys, xact};
 
 /// Orders that are looked at together.
 const TOGETHER: usize = 5000;
@@ -239,7 +240,7 @@ impl Tail {
         let rows = on_keys(|| {
             sql::read(
                 "SELECT p.policy, p.lineage, COALESCE(p.home, $2), p.document FROM amazon_pii.policy p WHERE $1 IS NULL OR p.policy = $1",
-                &[Arg::Text(policy), Arg::Text(Some(&xact::this_database()))],
+                &[Arg::Text(policy), Arg::Text(Some(&this_database()))],
             )
         })?;
         let mut out = BTreeMap::new();
