@@ -15,13 +15,13 @@ pub fn marker(timeline: u32, history: Option<&str>, label: Option<&str>) -> Opti
 
 /// The last point in time to which somebody had a backup recovered.
 fn recovered_to(history: &str) -> Option<String> {
-    let ends = history.lines().filter_map(|line| {
+    let mut ends = history.lines().filter_map(|line| {
         let mut words = line.trim().splitn(3, '\t');
         let (timeline, position) = (words.next()?.trim().parse::<u32>().ok()?, words.next()?.trim());
         let reason = words.next()?.trim();
         (reason != UNBOUNDED).then(|| format!("{timeline}@{position}"))
     });
-    ends.last()
+    ends.next_back()
 }
 
 /// Where the backup begins that was started as it is, without any recovery. What was started as a standby, or recovered, is on
