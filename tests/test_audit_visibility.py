@@ -160,7 +160,7 @@ def test_an_operator_reads_personal_data_nowhere_else(shop):
             continue
         readable.add(name)
         assert not [word for word in PII if word in str(rows)], name
-    views = {"audit_log", "status", "unclassified", "runs", "by_age", "files", "orders", "records", "overdue", "upcoming"}
+    views = {"audit_log", "status", "unclassified", "runs", "by_age", "files", "orders", "records", "overdue", "upcoming", "kept_longer"}
     assert readable == {f"amazon_pii.{view}" for view in views}
     for name, kind in relations:
         for write in ("DELETE FROM {}", "TRUNCATE {}", "LOCK TABLE {}", "COPY {} TO STDOUT", "ALTER TABLE {} OWNER TO clerk"):
