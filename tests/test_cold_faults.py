@@ -38,7 +38,16 @@ def cold():
 def far(near, cold):
     db = shop_beside(near, cold)
     yield db
+    db.sql("ALTER SYSTEM RESET amazon_pii.archive_timeout")
+    db.cluster.reload()
     db.drop()
+
+
+def patient(db):
+    """No time limit has a part in what comes: a slow machine is no fault of an order's. The next test's server has its own again."""
+    db.sql("ALTER SYSTEM SET amazon_pii.archive_timeout = '60s'")
+    db.cluster.reload()
+    wait_until(lambda: db.value("SHOW amazon_pii.archive_timeout") in ("1min", "60s"))
 
 
 def shop_is_free(db):
@@ -259,6 +268,7 @@ def test_the_connection_breaks_at_any_statement(far, cold):
     """Instead of each packet in turn that a cycle sends: of a connection, a statement, the end of a savepoint, a commit. Breaks when the session is
     left in the middle of a transaction, with the policy's turn, or an error that is one of the server's ends the call."""
     far.apply_policy(shop_policy(archive=FOREIGN))
+    patient(far)
     other = far.connect("pii_admin", options="-c lock_timeout=20s")
     me = far.value("SELECT pg_backend_pid()", user="pii_admin")
     for packet in itertools.count(1):
@@ -266,7 +276,7 @@ def test_the_connection_breaks_at_any_statement(far, cold):
         fill(far, packet, first=packet)
         cold.wire.break_at = packet
         counts = run_cycle(far)
-        assert counts["failed"] == 0, packet
+        assert counts["failed"] == 0, (packet, far.sql("SELECT order_key, last_error FROM amazon_pii.orders WHERE last_error IS NOT NULL"))
         if cold.wire.break_at is not None:
             break
         assert far.sql("SELECT state FROM pg_stat_activity WHERE pid = %s AND xact_start IS NULL", [me]) == [("idle",)], packet
