@@ -3,7 +3,7 @@
 # make bench            measures what the extension costs and writes bench/RESULT.md; ORDERS, DUE, ROUNDS, FULL=1
 # make install          builds and installs into PG_CONFIG=… (default: Debian's PostgreSQL 15)
 # make package          a Debian package
-# make test-upgrade     pg_upgrade from PostgreSQL 16 to 18 with the extension in both, which it builds; FROM=, TO=
+# make test-upgrade     pg_upgrade from PostgreSQL 15 to 18 with the extension in both, which it builds; FROM=, TO=
 # make pytest ARGS=…    the tests against servers alone, of the extension as it is installed
 
 export PG PG_CONFIG KEEP
