@@ -10,8 +10,8 @@ use crate::pg::origin::this_database;
 use crate::pg::sql::{self, Arg};
 use crate::pg::xact::Boundary;
 
-/// The condition that a policy, `p`, is at work in the database $2. Where nothing tells that this is no copy of a cluster that was once
-/// adopted, it may be what was promoted in its place.
+/// The condition that a policy, `p`, is at work in the database $2. One of a cluster that no file tells from its original may be what was
+/// promoted in the place of a copy that was adopted, and that a file did tell.
 pub const IS_HERE: &str = "(p.home IS NULL OR p.home = $2 OR pg_catalog.split_part(p.home, '/', 1) = $2)";
 
 /// Refuses a cycle in a copy: the worker's, and any that would write to a cold server. A policy that was never told where it is, is here.

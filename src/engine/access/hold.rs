@@ -6,17 +6,6 @@ use crate::pg::error::{Error, Result};
 use crate::pg::identity::{as_extension, require_role};
 use crate::pg::sql::{self, Arg};
 
-/// States in which there is something to redact, or an archive to keep.
-const HOLDS_PII: &[&str] = &[
-    "flagged",
-    "scheduled",
-    "archived",
-    "failed",
-    "retrieved",
-    "redacted",
-    "gone",
-];
-
 /// Whether there is nothing left but the archive, over `o`.
 const ARCHIVE_ONLY: &str = "o.status IN ('redacted', 'gone')";
 
@@ -59,7 +48,7 @@ pub fn hold(target: &Target<'_>, reason: Option<&str>, until: &str) -> Result<()
         target,
         Some(reason),
         "hold",
-        |order: &Order| HOLDS_PII.contains(&order.status.as_str()) && !order.ending,
+        |order: &Order| order.status != "purged" && !order.ending,
         (
             "holds no personal data any more, or is to be redacted at once",
             "What is purged cannot be held, and nothing that is to be erased or forgotten.",
