@@ -264,9 +264,11 @@ def test_the_network_is_cut_without_a_reset(far, cold):
     recovers(far, cold)
 
 
-def test_the_connection_breaks_at_any_statement(far, cold):
+@pytest.mark.parametrize("alone", [False, True], ids=["several orders", "one order"])
+def test_the_connection_breaks_at_any_statement(far, cold, alone):
     """Instead of each packet in turn that a cycle sends: of a connection, a statement, the end of a savepoint, a commit. Breaks when the session is
-    left in the middle of a transaction, with the policy's turn, or an error that is one of the server's ends the call."""
+    left in the middle of a transaction, with the policy's turn, or an error that is one of the server's ends the call, or is taken for the order's
+    where there is only one."""
     far.apply_policy(shop_policy(archive=FOREIGN))
     patient(far)
     other = far.connect("pii_admin", options="-c lock_timeout=20s")
@@ -281,6 +283,8 @@ def test_the_connection_breaks_at_any_statement(far, cold):
             break
         assert far.sql("SELECT state FROM pg_stat_activity WHERE pid = %s AND xact_start IS NULL", [me]) == [("idle",)], packet
         assert far.sql("SELECT mode FROM pg_locks WHERE pid = %s", [me]) == [], packet
+        if alone:
+            assert run_cycle(far)["overdue"] == 0, packet
     cold.wire.break_at = None
     # Several accesses, each of several statements, have all been through it.
     assert packet > 30 and counts["overdue"] == 0

@@ -193,18 +193,21 @@ impl<'a> Way<'a> {
         };
         turn::take(&self.plan.policy, mode)?;
         vault::in_time(foreign, || {
-            let result = subtransaction(access);
-            match result {
-                // The server may fail to commit.
-                Ok(value) => match self.boundary.try_commit() {
-                    Ok(()) => Ok(value),
-                    Err(e) => Err(vault::error(foreign, e)),
-                },
+            let mut made = false;
+            let result = subtransaction(|| {
+                let value = access()?;
+                made = true;
+                Ok(value)
+            });
+            let committed = match result {
+                Ok(value) => self.boundary.try_commit().map(|()| value),
                 Err(e) => {
                     self.boundary.rollback();
                     Err(e)
                 }
-            }
+            };
+            // The server has a part in what ends an access, too: the savepoint's release, and the commit.
+            committed.map_err(|e| if made { vault::error(foreign, e) } else { e })
         })
     }
 
