@@ -2,6 +2,7 @@
 import secrets
 import subprocess
 import tempfile
+import threading
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -17,6 +18,8 @@ RETRIEVALS = 200
 IDLE_CALLS = 50
 SINGLE_UPDATES = 5000
 UPDATE_TURNS = 7
+# Seconds in which an application's sessions begin.
+WARMING = 2
 
 
 class Measures:
@@ -113,47 +116,76 @@ class Measures:
 
     def memory_and_after(self):
         """Private memory in the course of a cycle; then, on what it left, cycles with nothing due and retrievals."""
-        with self.bench.copy("big") as db:
-            db.sql("SELECT * FROM amazon_pii.policies", user="pii_admin")
-            pid = db.session("pii_admin").info.backend_pid
-            watcher = db.connect()
-
-            def look():
-                with watcher.cursor() as cursor:
-                    cursor.execute("SELECT COALESCE(max(redacted), 0) FROM amazon_pii.runs WHERE finished_at IS NULL")
-                    return cursor.fetchone()[0], private_bytes(pid)
-
-            with Sampler(look) as sampler:
-                self.bench.cycle(db, self.sizes.big_due)
-            watcher.close()
-            self.note_memory(sampler.seen)
+        with self.bench.copy("ready") as db:
+            self.memory(db, self.sizes.due)
             self.bench.settle(db)
             self.idle(db)
             self.verify(db)
             self.retrievals(db)
             self.rotation(db)
 
-    def note_memory(self, samples):
-        """At the beginning: as far as a tenth was done, the first batch included. At the end: the last tenth."""
-        due = self.sizes.big_due
-        first = [size for done, size in samples if 0 < done <= due / 10]
-        last = [size for done, size in samples if done >= due * 9 / 10]
-        if not first or not last:
-            self.skipped["memory"] = "the cycle was too short to be watched"
-            return
-        self.add("memory", max(size for _, size in samples))
-        self.add("memory growth", max(last) / max(first))
-        self.tell("memory", f"{max(first) / 1e6:.1f} MB at the beginning, {max(last) / 1e6:.1f} MB at the end")
+    def large(self):
+        """Ten times the orders, where the size of the tables is the question: once, one thing after the other in one database."""
+        s, of = self.sizes, "large "
+        self.bench.build("large", s.large, s.same_due, extension=True)
+        db = self.bench.only("large")
+        seconds, _ = self.bench.cycle(db, s.same_due)
+        self.add("due in large", seconds / s.same_due)
+        self.tell("due in large", f"{seconds / s.same_due * 1e6:.0f} µs a due order")
+        self.idle(db, of)
+        # The first one finds what was imported, and is not measured.
+        self.bench.cycle(db, 0, sweep=True, before=s.same_due)
+        self.bench.settle(db)
+        self.sweep(db, s.same_due, of)
+        say(f"making {s.large_due:,} orders due")
+        shop.make_due(db, s.same_due, s.large_due)
+        self.bench.settle(db)
+        self.memory(db, s.large_due, of, before=s.same_due)
+        self.bench.settle(db)
+        self.verify(db, of)
+        self.retrievals(db, of)
 
-    def idle(self, db):
+    def memory(self, db, due, of="", before=0):
+        db.sql("SELECT * FROM amazon_pii.policies", user="pii_admin")
+        pid = db.session("pii_admin").info.backend_pid
+        watcher = db.connect()
+
+        def look():
+            with watcher.cursor() as cursor:
+                cursor.execute("SELECT COALESCE(max(redacted), 0) FROM amazon_pii.runs WHERE finished_at IS NULL")
+                return cursor.fetchone()[0], private_bytes(pid)
+
+        with Sampler(look) as sampler:
+            seconds, _ = self.bench.cycle(db, due, before=before)
+        watcher.close()
+        # At the beginning: as far as a tenth was done, the first batch included. At the end: the last tenth.
+        first = [size for done, size in sampler.seen if 0 < done <= due / 10]
+        last = [size for done, size in sampler.seen if done >= due * 9 / 10]
+        if not first or not last:
+            self.skipped[of + "memory"] = "the cycle was too short to be watched"
+            return
+        self.add(of + "memory", max(size for _, size in sampler.seen))
+        self.add(of + "memory growth", max(last) / max(first))
+        self.tell(of + "memory", f"{max(first) / 1e6:.1f} MB at the beginning, {max(last) / 1e6:.1f} MB at the end; {seconds:.2f} s")
+
+    def idle(self, db, of=""):
         before = self.bench.scans(db)
         db.sql("SELECT * FROM amazon_pii.policies", user="pii_admin")
         times = [self.bench.timed(db, "CALL amazon_pii.run_cycle('shop')", "pii_admin")[0] for _ in range(IDLE_CALLS)]
         self.nothing_scanned(db, before, "cycles with nothing due")
-        self.add("idle", median(times))
-        self.tell("nothing due", f"{median(times) * 1e3:.2f} ms")
+        self.add(of + "idle", median(times))
+        self.tell(of + "nothing due", f"{median(times) * 1e3:.2f} ms")
 
-    def verify(self, db):
+    def sweep(self, db, redacted=0, of=""):
+        swept, _ = self.bench.cycle(db, 0, sweep=True, before=redacted)
+        # The pass is the work of one process; so is the count.
+        db.sql("SET max_parallel_workers_per_gather = 0")
+        counted, _, _ = self.bench.timed(db, "SELECT count(*) FROM shop.orders WHERE channel = 'amazon'")
+        self.add(of + "sweep", swept)
+        self.add(of + "count", counted)
+        self.tell(of + "sweep", f"{swept:.2f} s, count(*) {counted:.2f} s")
+
+    def verify(self, db, of=""):
         """A search in which nothing is found, and the private memory of its session."""
         db.sql("SELECT * FROM amazon_pii.policies", user="pii_admin")
         pid = db.session("pii_admin").info.backend_pid
@@ -161,11 +193,11 @@ class Measures:
             seconds, _, rows = self.bench.timed(db, "SELECT * FROM amazon_pii.verify('shop', 'schema')", "pii_admin")
         if rows:
             raise SystemExit(f"error: verify has found {rows}")
-        self.add("verify", seconds)
-        self.add("verify memory", max(sampler.seen, default=0))
-        self.tell("verify", f"{seconds:.2f} s, {self.found['verify memory'][-1] / 1e6:.0f} MB")
+        self.add(of + "verify", seconds)
+        self.add(of + "verify memory", max(sampler.seen, default=0))
+        self.tell(of + "verify", f"{seconds:.2f} s, {self.found[of + 'verify memory'][-1] / 1e6:.0f} MB")
 
-    def retrievals(self, db):
+    def retrievals(self, db, of=""):
         numbers = [n for (n,) in db.sql(
             "SELECT order_number FROM amazon_pii.orders WHERE status = 'redacted' ORDER BY md5(order_number) LIMIT %s", [RETRIEVALS])]
         before = self.bench.scans(db)
@@ -177,9 +209,9 @@ class Measures:
                 cursor.execute("SELECT * FROM amazon_pii.retrieve(%s, 'measurement')", [number])
                 times.append(time.perf_counter() - started)
         self.nothing_scanned(db, before, "retrievals")
-        self.add("retrieve p50", median(times))
-        self.add("retrieve p99", percentile(times, 99))
-        self.tell("retrieval", f"p50 {median(times) * 1e3:.1f} ms, p99 {percentile(times, 99) * 1e3:.1f} ms")
+        self.add(of + "retrieve p50", median(times))
+        self.add(of + "retrieve p99", percentile(times, 99))
+        self.tell(of + "retrieval", f"p50 {median(times) * 1e3:.1f} ms, p99 {percentile(times, 99) * 1e3:.1f} ms")
 
     def rotation(self, db):
         """Every data key under a new master key."""
@@ -191,8 +223,8 @@ class Measures:
         finally:
             # The next database begins with the first key again.
             key.write_text(old)
-        if rows != [(self.sizes.big_due, 0)]:
-            raise SystemExit(f"error: {self.sizes.big_due} data keys should have been wrapped anew, not {rows}")
+        if rows != [(self.sizes.due, 0)]:
+            raise SystemExit(f"error: {self.sizes.due} data keys should have been wrapped anew, not {rows}")
         self.add("rotation", seconds)
         self.tell("rotation of the master key", f"{seconds:.2f} s")
 
@@ -203,22 +235,17 @@ class Measures:
 
     def retrospect(self):
         """Flagging what was there before the policy, and a sweep that finds everything known."""
-        orders = self.sizes.big
-        with self.bench.copy("big without") as db:
+        orders = self.sizes.orders
+        with self.bench.copy("shop") as db:
             db.sql("CREATE EXTENSION amazon_pii")
             db.apply_policy(shop.policy(**shop.FAR))
             seconds, _ = self.bench.cycle(db, 0)
             flagged = db.value("SELECT count(*) FROM amazon_pii.orders")
             assert flagged == (orders + 1) // 2, f"{flagged} orders were flagged"
             self.add("retrospect", seconds)
+            self.tell("flagging in retrospect", f"{seconds:.2f} s")
             self.bench.settle(db)
-            swept, _ = self.bench.cycle(db, 0, sweep=True)
-            # The pass is the work of one process; so is the count.
-            db.sql("SET max_parallel_workers_per_gather = 0")
-            counted, _, _ = self.bench.timed(db, "SELECT count(*) FROM shop.orders WHERE channel = 'amazon'")
-        self.add("sweep", swept)
-        self.add("count", counted)
-        self.tell("flagging in retrospect", f"{seconds:.2f} s; sweep {swept:.2f} s, count(*) {counted:.2f} s")
+            self.sweep(db)
 
     # What the shop itself notices
 
@@ -283,22 +310,28 @@ END;
         if not (BINDIR / "pgbench").exists():
             self.skipped["latency during"] = "this server has no pgbench"
             return
-        seconds = int(min(max(self.found["cycle"][-1] * 0.8, 3), 30))
+        cycle = self.found["cycle"][-1]
+        alone = min(max(cycle, 5), 20)
+        jobs = []
         with self.bench.copy("ready") as db:
-            alone = [latency for _, latency in self.traffic(db, seconds)]
-            cycle = Background(db, "CALL amazon_pii.run_cycle('shop')")
-            during = self.traffic(db, seconds)
-            cycle.result(600)
-            ended = db.value("SELECT extract(epoch FROM max(finished_at))::float FROM amazon_pii.runs WHERE redacted > 0")
-        # What came when the cycle was over does not count.
-        during = [latency for at, latency in during if at <= ended]
+            timer = threading.Timer(WARMING + alone, lambda: jobs.append(Background(db, "CALL amazon_pii.run_cycle('shop')")))
+            timer.start()
+            seen = self.traffic(db, int(WARMING + alone + 2 * cycle + 2))
+            timer.join()
+            jobs[0].result(600)
+            began, ended = db.sql("SELECT extract(epoch FROM min(started_at))::float, extract(epoch FROM max(finished_at))::float "
+                                  "FROM amazon_pii.runs WHERE redacted > 0")[0]
+        # The application's sessions are there when the cycle begins; what comes when it is over does not count.
+        first = min(at for at, _ in seen) + WARMING
+        without = [latency for at, latency in seen if first <= at < began]
+        during = [latency for at, latency in seen if began <= at <= ended]
         if not during:
             self.skipped["latency during"] = "the cycle was too short to be watched"
             return
-        self.add("latency without", percentile(alone, 99))
+        self.add("latency without", percentile(without, 99))
         self.add("latency during", percentile(during, 99))
         self.add("longest during", max(during))
-        self.tell("latency", f"p99 {percentile(alone, 99) * 1e3:.2f} ms, during a cycle {percentile(during, 99) * 1e3:.2f} ms, "
+        self.tell("latency", f"p99 {percentile(without, 99) * 1e3:.2f} ms, during a cycle {percentile(during, 99) * 1e3:.2f} ms, "
                              f"longest {max(during) * 1e3:.0f} ms, of {len(during)}")
 
     def traffic(self, db, seconds):

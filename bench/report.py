@@ -63,18 +63,20 @@ def rows(measures):
 
     ratio("cycle : plain", f"cycle over {s.due:,} due orders, one worker : plain", 1.5, "cycle", "plain")
     ratio("cycle, two workers : plain", "the same, two workers : plain", 1.0, "two workers", "plain")
-    costs = [f"due in {orders}" for orders in s.tables]
+    costs = {f"due in {orders}": orders for orders in s.tables} | ({"due in large": s.large} if s.large else {})
     low, high = min(costs, key=found.get), max(costs, key=found.get)
-    sizes = ", ".join(f"{orders:,}" for orders in s.tables)
+    sizes = ", ".join(f"{orders:,}" for orders in costs.values())
     ratio("small and large tables", f"cost of a due order, {s.same_due:,} due, in tables of {sizes} orders: highest : lowest", 1.25, high, low)
     for kind, goal, text in (("partitioned", 1.25, "100 partitions by date"), ("uuid", 1.2, "uuid keys"),
                              ("composite", 1.2, "composite keys")):
-        ratio(text, f"cost of a due order, {text} : plain table, bigint", goal, kind, costs[0])
-    amount("nothing due", f"cycle with nothing due, {s.big:,} orders; no table is scanned", 5, "ms", "idle", 1e3,
-           lambda f: seconds(f["idle"]))
-    amount("private memory", f"private memory of a cycle, {s.big_due:,} due", 100, "MB", "memory", 1e-6,
-           lambda f: f"{f['memory'] / 1e6:.1f} MB")
-    amount("private memory, end : beginning", "the same, last tenth : first tenth", 1.05, "×", "memory growth", 1, lambda f: "")
+        ratio(text, f"cost of a due order, {text} : plain table, bigint", goal, kind, f"due in {s.tables[0]}")
+    # What only tables of that size can tell is told of the largest that there are.
+    of, orders, due = ("large ", s.large, s.large_due) if s.large else ("", s.orders, s.due)
+    amount("nothing due", f"cycle with nothing due, {orders:,} orders; no table is scanned", 5, "ms", of + "idle", 1e3,
+           lambda f: seconds(f[of + "idle"]))
+    amount("private memory", f"private memory of a cycle, {due:,} due", 100, "MB", of + "memory", 1e-6,
+           lambda f: f"{f[of + 'memory'] / 1e6:.1f} MB")
+    amount("private memory, end : beginning", "the same, last tenth : first tenth", 1.05, "×", of + "memory growth", 1, lambda f: "")
     ratio("import", f"import, COPY of {s.orders:,} orders with addresses, customers, invoices : without the extension", 1.2,
           "import with", "import without")
     ratio("import, orders alone", "the orders table alone", 1.5, "import orders with", "import orders without")
@@ -86,19 +88,20 @@ def rows(measures):
     if "longest during" in found:
         out[-1].raw += f", longest {seconds(found['longest during'])}"
     ratio("WAL of a cycle : bare", "WAL of a cycle : bare", 1.6, "cycle wal", "bare wal", megabytes)
-    amount("retrieval, p99", f"retrieval of an order, {s.big_due:,} archived, p99; no table is scanned", 30, "ms", "retrieve p99", 1e3,
-           lambda f: f"p50 {seconds(f['retrieve p50'])}, p99 {seconds(f['retrieve p99'])}")
-    ratio("sweep : count(*)", f"sweep of {s.big:,} orders, all known : SELECT count(*) by one process", 2.0, "sweep", "count")
+    amount("retrieval, p99", f"retrieval of an order, {due:,} archived, p99; no table is scanned", 30, "ms", of + "retrieve p99", 1e3,
+           lambda f: f"p50 {seconds(f[of + 'retrieve p50'])}, p99 {seconds(f[of + 'retrieve p99'])}")
+    ratio("sweep : count(*)", f"sweep of {orders:,} orders, all known : SELECT count(*) by one process", 2.0, of + "sweep", of + "count")
     out.append(Row("", "flagging of existing orders at the first enabling", None, "µs an order",
-                   found["retrospect"] / ((s.big + 1) // 2) * 1e6, seconds(found["retrospect"])))
-    if "verify" in found:
-        out.append(Row("", f"verify, {s.big_due:,} orders redacted, in tables of {s.big:,}", None, "s a million orders",
-                       found["verify"] / s.big * 1e6, f"{seconds(found['verify'])}, {megabytes(found['verify memory'])} of private memory"))
+                   found["retrospect"] / ((s.orders + 1) // 2) * 1e6, seconds(found["retrospect"])))
+    if of + "verify" in found:
+        out.append(Row("", f"verify, {due:,} orders redacted, in tables of {orders:,}", None, "s a million orders",
+                       found[of + "verify"] / orders * 1e6,
+                       f"{seconds(found[of + 'verify'])}, {megabytes(found[of + 'verify memory'])} of private memory"))
     else:
-        out.append(Row("", "verify", None, "", None, "", why("verify")))
+        out.append(Row("", "verify", None, "", None, "", why(of + "verify")))
     if "rotation" in found:
-        out.append(Row("", f"rotation of the master key, {s.big_due:,} orders archived", None, "µs an order",
-                       found["rotation"] / s.big_due * 1e6, seconds(found["rotation"])))
+        out.append(Row("", f"rotation of the master key, {s.due:,} orders archived", None, "µs an order",
+                       found["rotation"] / s.due * 1e6, seconds(found["rotation"])))
     else:
         out.append(Row("", "rotation of the master key", None, "", None, "", why("rotation")))
     return out
@@ -135,6 +138,8 @@ def table(header, lines):
 
 def when(measures):
     rounds = f"median of {measures.sizes.rounds} rounds" if measures.sizes.rounds > 1 else "one round"
+    if measures.sizes.large:
+        rounds += f"; {measures.sizes.large:,} orders once"
     return f"{date.today().isoformat()}, {machine()}, {rounds}"
 
 

@@ -156,6 +156,14 @@ def fill(db, orders, due, kind="bigint"):
             db.sql(text.format(first=first, last=min(first + SLICE - 1, orders), due=due, id=w["id"]), user="shop_owner")
 
 
+def make_due(db, already, due):
+    """So many orders more, the oldest of those that are not."""
+    for first in range(already, already + due, SLICE):
+        last = min(first + SLICE, already + due)
+        db.sql(f"UPDATE shop.orders SET shipped_at = shipped_at - interval '30 days' WHERE id > {2 * first} AND id <= {2 * last} "
+               "AND channel = 'amazon'", user="shop_owner")
+
+
 def add_foreign_keys(db, kind="bigint"):
     db.sql(FOREIGN_KEYS.format(**words(kind)), user="shop_owner")
 

@@ -208,7 +208,7 @@ fn ready(call: &TriggerCall) -> Result<(Option<Rc<Plan>>, Rc<str>)> {
     }
     let (plan, query) = subtransaction(|| {
         let [policy, _] = made_for(call)?;
-        invalidation::watch(std::iter::once(call.relation))?;
+        invalidation::watch(std::iter::once(call.relation));
         let plan = Plan::cached(&policy)?;
         let own = plan.assign.is_some() && speaks_for(plan.orders(), call)?;
         let number = plan

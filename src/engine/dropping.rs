@@ -49,7 +49,7 @@ pub fn drop(policy: &str, given: Option<&str>) -> Result<()> {
         ] {
             sql::execute(statement, &[Arg::Text(Some(policy))])?;
         }
-        invalidation::announce_policy_change()?;
+        invalidation::announce_policy_change();
         Ok((version, left))
     })?;
     trigger_ddl::drop_all(policy)?;

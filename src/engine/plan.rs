@@ -22,10 +22,10 @@ use pgrx::pg_sys;
 
 use crate::domain::policy::{Policy, Shared, Treatment as Rule};
 use crate::domain::treatment::{Outcome, Shape, Treatment};
-use crate::pg::catalog::TableFacts;
+use crate::pg::catalog::{self, TableFacts};
 use crate::pg::error::{Error, Result};
 use crate::pg::ident::{self, Expr, Ident, Relation};
-use crate::pg::identity;
+use crate::pg::identity::{self, as_extension};
 
 /// What to do about an expression that the server does not accept.
 pub const EXPRESSION_HINT: &str = "Try it in a SELECT from the table, as the table's owner; functions and types of other schemas need their schema's name.";
@@ -333,9 +333,11 @@ impl Plan {
     /// # Errors
     /// The first thing that cannot work, naming the object.
     pub fn build(document: Policy, search_path: &str, oids: &[pg_sys::Oid]) -> Result<Self> {
+        let facts = as_extension(|| catalog::facts(oids))?;
         let mut builder = Builder {
             document: &document,
             search_path,
+            facts: &facts,
             tables: Vec::new(),
             entries: Vec::new(),
         };
@@ -343,7 +345,6 @@ impl Plan {
         let orders_oid = oids.first().copied().unwrap_or(pg_sys::InvalidOid);
         let table = builder.table(orders_oid, &orders.table, orders.key.as_deref())?;
         let cells = builder.cells(table, &orders.redact, "orders")?;
-        builder.files(table, orders.files.as_deref(), "orders")?;
         builder.kept(table, &orders.keep, "orders")?;
         builder.files(table, orders.files.as_deref(), "orders")?;
         builder.marks(table, &orders.mark, "orders")?;

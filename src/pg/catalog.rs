@@ -160,110 +160,136 @@ pub fn operator(compare: Compare, left: pg_sys::Oid, right: pg_sys::Oid) -> Stri
     }
 }
 
-/// Everything about one table; `None` when it no longer exists.
+/// Everything about these tables, those left out that no longer exist. Together: a session's first statements on the catalogs cost
+/// more to plan than to run.
 ///
 /// # Errors
 /// Errors of the server.
-pub fn facts(oid: pg_sys::Oid) -> Result<Option<TableFacts>> {
-    let rows = sql::read(
-        "SELECT n.nspname, c.relname, c.relowner, c.relkind, \
+pub fn facts(oids: &[pg_sys::Oid]) -> Result<Vec<TableFacts>> {
+    let ask = |query: &str| sql::read(query, &[Arg::Oids(oids)]);
+    let tables = ask("SELECT c.oid, n.nspname, c.relname, c.relowner, c.relkind, \
                 EXISTS (SELECT FROM pg_catalog.pg_rewrite r WHERE r.ev_class = c.oid), \
                 c.relkind = 'r' AND EXISTS (SELECT FROM pg_catalog.pg_inherits i WHERE i.inhparent = c.oid), \
                 c.relrowsecurity AND c.relforcerowsecurity, c.relpersistence = 'p' \
-         FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = $1",
-        &[Arg::Oid(oid)],
-    )?;
-    let Some(row) = rows.first() else { return Ok(None) };
-    let columns = sql::read(
-        "WITH RECURSIVE base (start, oid, typmod) AS ( \
-            SELECT a.atttypid, a.atttypid, a.atttypmod FROM pg_catalog.pg_attribute a WHERE a.attrelid = $1 AND a.attnum > 0 AND NOT a.attisdropped \
+         FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = ANY ($1)")?;
+    let mut found = tables.iter().map(table).collect::<Result<Vec<_>>>()?;
+    let columns = ask("WITH RECURSIVE base (start, oid, typmod) AS ( \
+            SELECT a.atttypid, a.atttypid, a.atttypmod FROM pg_catalog.pg_attribute a WHERE a.attrelid = ANY ($1) AND a.attnum > 0 AND NOT a.attisdropped \
             UNION \
             SELECT b.start, t.typbasetype, t.typtypmod FROM base b JOIN pg_catalog.pg_type t ON t.oid = b.oid WHERE t.typtype = 'd') \
-         SELECT a.attname, a.atttypid, b.oid, a.attnotnull, a.attgenerated <> '', t.typelem <> 0 AND t.typlen = -1, \
+         SELECT a.attrelid, a.attname, a.atttypid, b.oid, a.attnotnull, a.attgenerated <> '', t.typelem <> 0 AND t.typlen = -1, \
                 CASE WHEN b.oid IN (1042, 1043) AND GREATEST(b.typmod, a.atttypmod) > 4 THEN GREATEST(b.typmod, a.atttypmod) - 4 END, a.attnum, \
                 pg_catalog.format_type(a.atttypid, a.atttypmod), t.typtype = 'c', a.attidentity <> '', a.atthasdef \
          FROM pg_catalog.pg_attribute a \
          JOIN base b ON b.start = a.atttypid JOIN pg_catalog.pg_type t ON t.oid = b.oid AND t.typtype <> 'd' \
-         WHERE a.attrelid = $1 AND a.attnum > 0 AND NOT a.attisdropped \
+         WHERE a.attrelid = ANY ($1) AND a.attnum > 0 AND NOT a.attisdropped \
            AND (a.atttypid <> b.oid OR b.typmod = a.atttypmod) \
-         ORDER BY a.attnum",
-        &[Arg::Oid(oid)],
-    )?;
-    let mut seen = std::collections::BTreeSet::new();
-    let columns = columns
-        .iter()
-        .map(column)
-        .collect::<Result<Vec<_>>>()?
-        .into_iter()
-        .filter(|c| seen.insert(c.number))
-        .collect();
-    let keys = sql::read(
-        "SELECT pg_catalog.array_to_string(ARRAY(SELECT pg_catalog.to_json(a.attname::text)::text \
+         ORDER BY a.attrelid, a.attnum")?;
+    for row in &columns {
+        let (oid, column) = (row.oid(0)?, column(row)?);
+        if let Some(table) = of(&mut found, oid)
+            && table.columns.last().is_none_or(|last| last.number != column.number)
+        {
+            table.columns.push(column);
+        }
+    }
+    let keys = ask("SELECT i.indrelid, pg_catalog.array_to_string(ARRAY(SELECT pg_catalog.to_json(a.attname::text)::text \
                   FROM pg_catalog.unnest(i.indkey::int2[]) WITH ORDINALITY AS k (n, o) \
                   JOIN pg_catalog.pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.n ORDER BY k.o), ',') \
-         FROM pg_catalog.pg_index i WHERE i.indrelid = $1 AND i.indisunique AND i.indimmediate AND i.indisvalid \
+         FROM pg_catalog.pg_index i WHERE i.indrelid = ANY ($1) AND i.indisunique AND i.indimmediate AND i.indisvalid \
            AND i.indpred IS NULL AND i.indexprs IS NULL AND i.indnkeyatts = i.indnatts \
            AND NOT EXISTS (SELECT FROM pg_catalog.unnest(i.indkey::int2[]) AS k (n) \
                            JOIN pg_catalog.pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.n WHERE NOT a.attnotnull) \
-         ORDER BY i.indisprimary DESC, i.indexrelid",
-        &[Arg::Oid(oid)],
-    )?;
-    let indexed = sql::read(
-        "SELECT pg_catalog.array_to_string(ARRAY(SELECT pg_catalog.to_json(a.attname::text)::text \
+         ORDER BY i.indisprimary DESC, i.indexrelid")?;
+    for row in &keys {
+        if let Some(table) = of(&mut found, row.oid(0)?) {
+            table.keys.push(names(row)?);
+        }
+    }
+    let indexed = ask("SELECT i.indrelid, pg_catalog.array_to_string(ARRAY(SELECT pg_catalog.to_json(a.attname::text)::text \
                   FROM pg_catalog.unnest(i.indkey::int2[]) WITH ORDINALITY AS k (n, o) \
                   JOIN pg_catalog.pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.n \
                   WHERE k.o <= i.indnkeyatts ORDER BY k.o), ','), \
                 CASE WHEN i.indkey[0] = 0 THEN pg_catalog.pg_get_indexdef(i.indexrelid, 1, false) END \
          FROM pg_catalog.pg_index i JOIN pg_catalog.pg_class c ON c.oid = i.indexrelid \
          JOIN pg_catalog.pg_am m ON m.oid = c.relam \
-         WHERE i.indrelid = $1 AND i.indisvalid AND i.indpred IS NULL AND m.amname IN ('btree', 'hash')",
-        &[Arg::Oid(oid)],
+         WHERE i.indrelid = ANY ($1) AND i.indisvalid AND i.indpred IS NULL AND m.amname IN ('btree', 'hash')")?;
+    for row in &indexed {
+        if let Some(table) = of(&mut found, row.oid(0)?) {
+            table.indexed.push(names(row)?);
+            table.indexed_expressions.extend(row.owned(2)?);
+        }
+    }
+    Ok(found)
+}
+
+/// What changes whenever [`facts`] of these tables may, and stays when they are vacuumed or analyzed.
+///
+/// # Errors
+/// Errors of the server.
+pub fn print(oids: &[pg_sys::Oid]) -> Result<String> {
+    let rows = sql::read(
+        "SELECT pg_catalog.concat_ws(' ', pg_catalog.count(*), pg_catalog.hashtextextended(pg_catalog.string_agg(x.t, ' ' ORDER BY x.t), 0)) FROM ( \
+            SELECT pg_catalog.concat_ws(' ', 'c', c.oid, c.xmin) FROM pg_catalog.pg_class c WHERE c.oid = ANY ($1) \
+            UNION ALL SELECT pg_catalog.concat_ws(' ', 'a', a.attrelid, a.attnum, a.xmin) FROM pg_catalog.pg_attribute a WHERE a.attrelid = ANY ($1) \
+            UNION ALL SELECT pg_catalog.concat_ws(' ', 't', t.oid, t.xmin) FROM pg_catalog.pg_type t \
+                WHERE t.oid = ANY (ARRAY(SELECT a.atttypid FROM pg_catalog.pg_attribute a WHERE a.attrelid = ANY ($1))) \
+            UNION ALL SELECT pg_catalog.concat_ws(' ', 'i', i.indexrelid, i.xmin) FROM pg_catalog.pg_index i WHERE i.indrelid = ANY ($1) \
+            UNION ALL SELECT pg_catalog.concat_ws(' ', 'h', h.inhrelid, h.xmin) FROM pg_catalog.pg_inherits h WHERE h.inhparent = ANY ($1) \
+            UNION ALL SELECT pg_catalog.concat_ws(' ', 'r', r.oid, r.xmin) FROM pg_catalog.pg_rewrite r WHERE r.ev_class = ANY ($1)) AS x (t)",
+        &[Arg::Oids(oids)],
     )?;
-    Ok(Some(TableFacts {
+    rows.first().ok_or_else(|| Error::internal("no row"))?.string(0)
+}
+
+/// The one of these tables that has this OID.
+fn of(tables: &mut [TableFacts], oid: pg_sys::Oid) -> Option<&mut TableFacts> {
+    tables.iter_mut().find(|t| t.relation.oid == oid)
+}
+
+fn table(row: &Row) -> Result<TableFacts> {
+    Ok(TableFacts {
         relation: Relation {
-            oid,
-            schema: Ident::new(row.str(0)?),
-            name: Ident::new(row.str(1)?),
+            oid: row.oid(0)?,
+            schema: Ident::new(row.str(1)?),
+            name: Ident::new(row.str(2)?),
         },
-        owner: row.oid(2)?,
-        kind: row.str(3)?.chars().next().unwrap_or('?'),
-        has_rules: row.bool(4)?,
-        has_children: row.bool(5)?,
-        forced_rls: row.bool(6)?,
-        persistent: row.bool(7)?,
-        columns,
-        keys: keys.iter().map(names).collect::<Result<_>>()?,
-        indexed: indexed.iter().map(names).collect::<Result<_>>()?,
-        indexed_expressions: indexed
-            .iter()
-            .filter_map(|r| r.owned(1).transpose())
-            .collect::<Result<_>>()?,
-    }))
+        owner: row.oid(3)?,
+        kind: row.str(4)?.chars().next().unwrap_or('?'),
+        has_rules: row.bool(5)?,
+        has_children: row.bool(6)?,
+        forced_rls: row.bool(7)?,
+        persistent: row.bool(8)?,
+        columns: Vec::new(),
+        keys: Vec::new(),
+        indexed: Vec::new(),
+        indexed_expressions: Vec::new(),
+    })
 }
 
 fn column(row: &Row) -> Result<Column> {
     Ok(Column {
-        name: Ident::new(row.str(0)?),
-        type_oid: row.oid(1)?,
-        base_type: row.oid(2)?,
-        not_null: row.bool(3)?,
-        generated: row.bool(4)?,
-        is_array: row.bool(5)?,
+        name: Ident::new(row.str(1)?),
+        type_oid: row.oid(2)?,
+        base_type: row.oid(3)?,
+        not_null: row.bool(4)?,
+        generated: row.bool(5)?,
+        is_array: row.bool(6)?,
         max_length: row
-            .text(6)?
+            .text(7)?
             .map(|n| n.parse().map_err(|_| Error::internal("a type modifier is no number")))
             .transpose()?,
-        number: row.int(7)?,
-        type_shown: row.string(8)?,
-        is_composite: row.bool(9)?,
-        identity: row.bool(10)?,
-        has_default: row.bool(11)?,
+        number: row.int(8)?,
+        type_shown: row.string(9)?,
+        is_composite: row.bool(10)?,
+        identity: row.bool(11)?,
+        has_default: row.bool(12)?,
     })
 }
 
 /// Names that came as the inside of a JSON array, so that any character may be in them.
 fn names(row: &Row) -> Result<Vec<String>> {
-    serde_json::from_str(&format!("[{}]", row.str(0)?)).map_err(|_| Error::internal("column names of an index"))
+    serde_json::from_str(&format!("[{}]", row.str(1)?)).map_err(|_| Error::internal("column names of an index"))
 }
 
 /// Whether a table holds rows itself, rather than by its partitions.

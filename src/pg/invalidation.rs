@@ -6,12 +6,11 @@ use std::collections::BTreeSet;
 use pgrx::pg_sys;
 use pgrx::prelude::*;
 
-use super::error::Result;
-use super::identity::as_extension;
-use super::sql::{self, Arg};
 
 thread_local! {
     static GENERATION: Cell<u64> = const { Cell::new(1) };
+    static POLICIES: Cell<u64> = const { Cell::new(1) };
+    static OWN: Cell<u32> = const { Cell::new(0) };
     static WATCHED: RefCell<BTreeSet<u32>> = const { RefCell::new(BTreeSet::new()) };
     static REGISTERED: Cell<bool> = const { Cell::new(false) };
 }
@@ -21,11 +20,13 @@ pub fn generation() -> u64 {
     GENERATION.get()
 }
 
-/// Watches tables, and the tables that hold the policies.
-///
-/// # Errors
-/// Errors of the server.
-pub fn watch(relations: impl Iterator<Item = pg_sys::Oid>) -> Result<()> {
+/// Changes whenever a policy or a schema may have, in whatever session; not for a watched table alone.
+pub fn generation_of_policies() -> u64 {
+    POLICIES.get()
+}
+
+/// Watches tables, and the table that holds the policies.
+pub fn watch(relations: impl Iterator<Item = pg_sys::Oid>) {
     if !REGISTERED.replace(true) {
         // SAFETY: registered once a backend, for its whole life; the callback only sets backend-local values.
         unsafe {
@@ -38,41 +39,46 @@ pub fn watch(relations: impl Iterator<Item = pg_sys::Oid>) -> Result<()> {
             );
         }
     }
-    // Whoever writes to the shop's tables need not have rights on our schema.
-    let own = as_extension(|| sql::read("SELECT 'amazon_pii.policy'::pg_catalog.regclass::pg_catalog.oid", &[]))?;
-    let own = own.iter().map(|r| r.oid(0)).collect::<Result<Vec<_>>>()?;
-    WATCHED.with_borrow_mut(|w| w.extend(relations.chain(own).map(u32::from)));
-    Ok(())
+    OWN.set(policies().map_or(0, u32::from));
+    WATCHED.with_borrow_mut(|w| w.extend(relations.map(u32::from)));
+}
+
+/// The table that holds the policies.
+fn policies() -> Option<pg_sys::Oid> {
+    // SAFETY: catalog lookups inside a transaction with NUL-terminated names; missing names give InvalidOid.
+    let oid = unsafe {
+        match pg_sys::get_namespace_oid(c"amazon_pii".as_ptr(), true) {
+            pg_sys::InvalidOid => pg_sys::InvalidOid,
+            schema => pg_sys::get_relname_relid(c"policy".as_ptr(), schema),
+        }
+    };
+    (oid != pg_sys::InvalidOid).then_some(oid)
 }
 
 /// Tells every session that a policy has changed, at commit.
-///
-/// # Errors
-/// Errors of the server.
-pub fn announce_policy_change() -> Result<()> {
-    let rows = sql::read(
-        "SELECT $1::pg_catalog.regclass::pg_catalog.oid",
-        &[Arg::Text(Some("amazon_pii.policy"))],
-    )?;
-    for row in &rows {
-        let oid = row.oid(0)?;
+pub fn announce_policy_change() {
+    if let Some(oid) = policies() {
         // SAFETY: sends an invalidation message for an existing relation at the end of the transaction.
         unsafe { pg_sys::CacheInvalidateRelcacheByRelid(oid) };
     }
-    Ok(())
 }
 
 #[pg_guard]
 extern "C-unwind" fn schema_changed(_arg: pg_sys::Datum, _cache: i32, _hash: u32) {
+    POLICIES.set(POLICIES.get() + 1);
     GENERATION.set(GENERATION.get() + 1);
 }
 
 #[pg_guard]
 extern "C-unwind" fn relation_changed(_arg: pg_sys::Datum, relation: pg_sys::Oid) {
-    let ours = relation == pg_sys::InvalidOid
+    let all = relation == pg_sys::InvalidOid || u32::from(relation) == OWN.get();
+    let ours = all
         || WATCHED
             .try_with(|w| w.try_borrow().is_ok_and(|w| w.contains(&u32::from(relation))))
             .unwrap_or(true);
+    if all {
+        POLICIES.set(POLICIES.get() + 1);
+    }
     if ours {
         GENERATION.set(GENERATION.get() + 1);
     }

@@ -21,6 +21,7 @@ pub enum Arg<'a> {
     Typed(pg_sys::Oid, Option<&'a str>),
     Texts(Vec<Option<&'a str>>),
     Ints(Vec<i64>),
+    Oids(&'a [pg_sys::Oid]),
     ByteArrays(Vec<&'a [u8]>),
     /// A value as the server has it.
     Raw(pg_sys::Oid, pg_sys::Datum),
@@ -59,6 +60,10 @@ pub(super) unsafe fn datum(arg: &Arg<'_>) -> Result<(pg_sys::Oid, Option<pg_sys:
             Arg::Ints(items) => {
                 let values = items.iter().map(|i| Ok(Some(pg_sys::Datum::from(*i))));
                 (pg_sys::INT8ARRAYOID, Some(array(pg_sys::INT8OID, values)?))
+            }
+            Arg::Oids(items) => {
+                let values = items.iter().map(|o| Ok(Some(pg_sys::Datum::from(*o))));
+                (pg_sys::OIDARRAYOID, Some(array(pg_sys::OIDOID, values)?))
             }
             Arg::ByteArrays(items) => {
                 let bytes: Vec<_> = items.iter().map(|b| Some(*b)).collect();

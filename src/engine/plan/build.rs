@@ -8,13 +8,15 @@ use crate::domain::treatment::{Shape, Treatment};
 use crate::pg::catalog::{self, TableFacts};
 use crate::pg::error::{Error, Result};
 use crate::pg::ident::Expr;
-use crate::pg::identity::{Identity, act_as, as_extension};
+use crate::pg::identity::{Identity, act_as};
 use crate::pg::sql::{self, Arg};
 
 /// Makes a document ready, piece by piece.
 pub struct Builder<'a> {
     pub(super) document: &'a Policy,
     pub(super) search_path: &'a str,
+    /// Of every table that the document names.
+    pub(super) facts: &'a [TableFacts],
     pub tables: Vec<Table>,
     pub(super) entries: Vec<Entry>,
 }
@@ -25,6 +27,7 @@ impl Builder<'_> {
         let mut apart = Builder {
             document: self.document,
             search_path: self.search_path,
+            facts: self.facts,
             tables: Vec::new(),
             entries: Vec::new(),
         };
@@ -44,8 +47,8 @@ impl Builder<'_> {
                 )))
             };
         }
-        let facts = as_extension(|| catalog::facts(oid))?
-            .ok_or_else(|| Error::undefined(format!("table {shown} does not exist")))?;
+        let facts = self.facts.iter().find(|f| f.relation.oid == oid).cloned();
+        let facts = facts.ok_or_else(|| Error::undefined(format!("table {shown} does not exist")))?;
         refuse_kind(&facts)?;
         let name = facts.relation.shown();
         let key: Vec<String> = match key {
@@ -242,6 +245,7 @@ impl Builder<'_> {
         let mut own = Builder {
             document: self.document,
             search_path: self.search_path,
+            facts: self.facts,
             tables: Vec::new(),
             entries: Vec::new(),
         };

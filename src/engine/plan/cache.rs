@@ -3,9 +3,12 @@
 use std::cell::RefCell;
 use std::rc::Rc;
 
+use pgrx::pg_sys;
+
 use super::columns::{self, Known};
 use super::{Plan, path};
 use crate::domain::policy::Policy;
+use crate::pg::catalog;
 use crate::pg::error::{Error, Result};
 use crate::pg::identity::as_extension;
 use crate::pg::invalidation;
@@ -69,6 +72,9 @@ impl Record {
 /// A plan, what it was made of, and the generation of the catalog in which it was.
 struct Kept {
     generation: u64,
+    policies: u64,
+    /// Of its tables.
+    print: String,
     record: Record,
     plan: Rc<Plan>,
 }
@@ -77,14 +83,36 @@ thread_local! {
     static KEPT: RefCell<Vec<Kept>> = const { RefCell::new(Vec::new()) };
 }
 
-/// What the session keeps of a policy in this generation of the catalog.
-fn kept(policy: &str, fits: impl Fn(&Record) -> bool) -> Option<Rc<Plan>> {
+impl Record {
+    fn tables(&self) -> Result<Vec<pg_sys::Oid>> {
+        self.relations.iter().map(|r| r.oid(1)).collect()
+    }
+}
+
+/// What the session keeps of a policy, if it is as good as new: nothing was said of its tables, or, where something was, they are what
+/// they were. To be vacuumed or analyzed is no change.
+fn kept(policy: &str, fits: impl Fn(&Kept) -> bool) -> Result<Option<Rc<Plan>>> {
     let generation = invalidation::generation();
-    KEPT.with_borrow(|kept| {
-        kept.iter()
-            .find(|k| k.generation == generation && k.plan.policy == policy && fits(&k.record))
-            .map(|k| Rc::clone(&k.plan))
-    })
+    let find = |k: &&Kept| k.plan.policy == policy && fits(k);
+    let known = KEPT.with_borrow(|kept| {
+        let k = kept.iter().find(find)?;
+        Some((k.generation, k.print.clone(), Rc::clone(&k.plan), k.record.tables()))
+    });
+    let Some((at, print, plan, tables)) = known else {
+        return Ok(None);
+    };
+    if at != generation {
+        if as_extension(|| catalog::print(&tables?))? != print {
+            return Ok(None);
+        }
+        KEPT.with_borrow_mut(|kept| {
+            let same = kept.iter_mut().find(|k| Rc::ptr_eq(&k.plan, &plan));
+            if let Some(same) = same {
+                same.generation = generation;
+            }
+        });
+    }
+    Ok(Some(plan))
 }
 
 impl Plan {
@@ -93,7 +121,11 @@ impl Plan {
     /// # Errors
     /// As [`Plan::load`].
     pub fn cached(policy: &str) -> Result<Rc<Self>> {
-        kept(policy, |_| true).map_or_else(|| Self::current(policy), Ok)
+        let policies = invalidation::generation_of_policies();
+        match kept(policy, |k| k.policies == policies)? {
+            Some(plan) => Ok(plan),
+            None => Self::current(policy),
+        }
     }
 
     /// [`Plan::load`], from what the session keeps where neither the policy nor one of its tables has changed.
@@ -101,19 +133,23 @@ impl Plan {
     /// # Errors
     /// As [`Plan::load`].
     pub fn current(policy: &str) -> Result<Rc<Self>> {
+        let policies = invalidation::generation_of_policies();
         let record = Record::read(policy)?;
-        if let Some(plan) = kept(policy, |known| *known == record) {
+        if let Some(plan) = kept(policy, |k| k.policies == policies && k.record == record)? {
             return Ok(plan);
         }
         // Watched before it is built: what changes meanwhile makes the plan old at once.
-        let tables = record.relations.iter().map(|r| r.oid(1)).collect::<Result<Vec<_>>>()?;
-        invalidation::watch(tables.into_iter())?;
-        let generation = invalidation::generation();
+        let tables = record.tables()?;
+        invalidation::watch(tables.iter().copied());
+        let (generation, policies) = (invalidation::generation(), invalidation::generation_of_policies());
+        let print = as_extension(|| catalog::print(&tables))?;
         let plan = Rc::new(Self::from_record(policy, &record)?);
         KEPT.with_borrow_mut(|kept| {
-            kept.retain(|k| k.generation == generation && k.plan.policy != policy);
+            kept.retain(|k| k.policies == policies && k.plan.policy != policy);
             kept.push(Kept {
                 generation,
+                policies,
+                print,
                 record,
                 plan: Rc::clone(&plan),
             });
