@@ -158,9 +158,10 @@ class Measures:
         with Sampler(look) as sampler:
             seconds, _ = self.bench.cycle(db, due, before=before)
         watcher.close()
-        # At the beginning: as far as a tenth was done, the first batch included. At the end: the last tenth.
+        # Batches, at the beginning: as far as a tenth was done, the first one included; at the end: the last tenth. When all is done
+        # comes ANALYZE, which has a sample of each table in memory.
         first = [size for done, size in sampler.seen if 0 < done <= due / 10]
-        last = [size for done, size in sampler.seen if done >= due * 9 / 10]
+        last = [size for done, size in sampler.seen if due * 9 / 10 <= done < due]
         if not first or not last:
             self.skipped[of + "memory"] = "the cycle was too short to be watched"
             return

@@ -97,8 +97,7 @@ def test_shared_memory_is_nobodys_own():
 
 
 def measured(**found):
-    sizes = SimpleNamespace(orders=1_000_000, due=100_000, rounds=3, tables=[100_000, 1_000_000], same_due=10_000, big=1_000_000,
-                            big_due=100_000)
+    sizes = SimpleNamespace(orders=1_000_000, due=100_000, rounds=3, tables=[100_000, 1_000_000], same_due=10_000, large=0, large_due=0)
     m = Measures(None, sizes)
     m.skipped["aes"] = "this server has no pgcrypto"
     values = {"bare": [4, 9, 5], "plain": [8.0], "cycle": [12.0], "retrospect": [30.0], "due in 100000": [1e-4],
@@ -116,6 +115,15 @@ def test_the_table_shows_ratios_goals_and_what_is_missing():
     assert "| bare | four set-based UPDATEs in one transaction, nothing kept | 5.00 s | 0.62 |" in text
     assert "| this server has no pgcrypto |" in text
     assert os.uname().nodename not in text and str(ROOT) not in text
+
+
+def test_large_tables_are_told_of_where_they_were_measured():
+    m = measured(idle=[0.001], **{"large idle": [0.002], "due in large": [2e-4]})
+    m.sizes.large, m.sizes.large_due = 10_000_000, 1_000_000
+    text = report.markdown(m, "settings")
+    assert "in tables of 100,000, 1,000,000, 10,000,000 orders: highest : lowest | ≤ 1.25 × | 2.00 × | 200 µs : 100 µs |" in text
+    assert "| cycle with nothing due, 10,000,000 orders; no table is scanned | ≤ 5 ms | 2.00 ms |" in text
+    assert "10,000,000 orders once" in text
 
 
 def test_the_plot_is_xml_and_shows_what_misses_its_goal():

@@ -280,6 +280,21 @@ def test_an_update_of_what_no_policy_reads_costs_no_statement(counted, rows, cha
     assert statements(counted, lambda: update(counted, "UPDATE shop.orders SET shop_note = 'x' WHERE id = 7")) > 0
 
 
+ANYTHING = "UPDATE shop.orders SET total = total + 1 WHERE id = 7"
+
+
+def test_a_table_that_is_only_analyzed_is_not_looked_at_anew(counted):
+    """Breaks when each session reads the policy and its tables again whenever autovacuum was there, or when it does not see a change."""
+    fill(counted, 30, age="5 days")
+    update(counted, ANYTHING)
+    fill(counted, 3000, first=31, age="5 days")
+    counted.sql("VACUUM (ANALYZE) shop.orders, shop.addresses, shop.customers")
+    assert statements(counted, lambda: update(counted, ANYTHING)) == 1
+    assert statements(counted, lambda: update(counted, ANYTHING)) == 0
+    update(counted, "ALTER TABLE shop.addresses ADD COLUMN extra text")
+    assert statements(counted, lambda: update(counted, ANYTHING)) > 10
+
+
 IMPORTS = {
     "orders": lambda db, ids: copy(db, "shop.orders", "id, external_no, channel, shipped_at, total",
                                    (f"{i}\t{number(i)}\t{'amazon' if i % 2 else 'web'}\t2024-01-01\t1" for i in ids)),

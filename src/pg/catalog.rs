@@ -193,27 +193,31 @@ pub fn facts(oids: &[pg_sys::Oid]) -> Result<Vec<TableFacts>> {
             table.columns.push(column);
         }
     }
-    let keys = ask("SELECT i.indrelid, pg_catalog.array_to_string(ARRAY(SELECT pg_catalog.to_json(a.attname::text)::text \
+    let keys = ask(
+        "SELECT i.indrelid, pg_catalog.array_to_string(ARRAY(SELECT pg_catalog.to_json(a.attname::text)::text \
                   FROM pg_catalog.unnest(i.indkey::int2[]) WITH ORDINALITY AS k (n, o) \
                   JOIN pg_catalog.pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.n ORDER BY k.o), ',') \
          FROM pg_catalog.pg_index i WHERE i.indrelid = ANY ($1) AND i.indisunique AND i.indimmediate AND i.indisvalid \
            AND i.indpred IS NULL AND i.indexprs IS NULL AND i.indnkeyatts = i.indnatts \
            AND NOT EXISTS (SELECT FROM pg_catalog.unnest(i.indkey::int2[]) AS k (n) \
                            JOIN pg_catalog.pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.n WHERE NOT a.attnotnull) \
-         ORDER BY i.indisprimary DESC, i.indexrelid")?;
+         ORDER BY i.indisprimary DESC, i.indexrelid",
+    )?;
     for row in &keys {
         if let Some(table) = of(&mut found, row.oid(0)?) {
             table.keys.push(names(row)?);
         }
     }
-    let indexed = ask("SELECT i.indrelid, pg_catalog.array_to_string(ARRAY(SELECT pg_catalog.to_json(a.attname::text)::text \
+    let indexed = ask(
+        "SELECT i.indrelid, pg_catalog.array_to_string(ARRAY(SELECT pg_catalog.to_json(a.attname::text)::text \
                   FROM pg_catalog.unnest(i.indkey::int2[]) WITH ORDINALITY AS k (n, o) \
                   JOIN pg_catalog.pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.n \
                   WHERE k.o <= i.indnkeyatts ORDER BY k.o), ','), \
                 CASE WHEN i.indkey[0] = 0 THEN pg_catalog.pg_get_indexdef(i.indexrelid, 1, false) END \
          FROM pg_catalog.pg_index i JOIN pg_catalog.pg_class c ON c.oid = i.indexrelid \
          JOIN pg_catalog.pg_am m ON m.oid = c.relam \
-         WHERE i.indrelid = ANY ($1) AND i.indisvalid AND i.indpred IS NULL AND m.amname IN ('btree', 'hash')")?;
+         WHERE i.indrelid = ANY ($1) AND i.indisvalid AND i.indpred IS NULL AND m.amname IN ('btree', 'hash')",
+    )?;
     for row in &indexed {
         if let Some(table) = of(&mut found, row.oid(0)?) {
             table.indexed.push(names(row)?);

@@ -6,7 +6,6 @@ use std::collections::BTreeSet;
 use pgrx::pg_sys;
 use pgrx::prelude::*;
 
-
 thread_local! {
     static GENERATION: Cell<u64> = const { Cell::new(1) };
     static POLICIES: Cell<u64> = const { Cell::new(1) };
