@@ -127,23 +127,27 @@ class Measures:
     def large(self):
         """Ten times the orders, where the size of the tables is the question: once, one thing after the other in one database."""
         s, of = self.sizes, "large "
-        self.bench.build("large", s.large, s.same_due, extension=True)
+        self.bench.build("large", s.large, 0, extension=True)
         db = self.bench.only("large")
+        # The first one finds what was imported, and is not measured.
+        self.bench.cycle(db, 0, sweep=True)
+        self.bench.settle(db)
+        self.sweep(db, of)
+        self.make_due(db, 0, s.same_due)
         seconds, _ = self.bench.cycle(db, s.same_due)
         self.add("due in large", seconds / s.same_due)
         self.tell("due in large", f"{seconds / s.same_due * 1e6:.0f} µs a due order")
         self.idle(db, of)
-        # The first one finds what was imported, and is not measured.
-        self.bench.cycle(db, 0, sweep=True, before=s.same_due)
-        self.bench.settle(db)
-        self.sweep(db, s.same_due, of)
-        say(f"making {s.large_due:,} orders due")
-        shop.make_due(db, s.same_due, s.large_due)
-        self.bench.settle(db)
+        self.make_due(db, s.same_due, s.large_due)
         self.memory(db, s.large_due, of, before=s.same_due)
         self.bench.settle(db)
         self.verify(db, of)
         self.retrievals(db, of)
+
+    def make_due(self, db, already, due):
+        say(f"making {due:,} orders due")
+        shop.make_due(db, already, due)
+        self.bench.settle(db)
 
     def memory(self, db, due, of="", before=0):
         db.sql("SELECT * FROM amazon_pii.policies", user="pii_admin")
@@ -158,10 +162,9 @@ class Measures:
         with Sampler(look) as sampler:
             seconds, _ = self.bench.cycle(db, due, before=before)
         watcher.close()
-        # Batches, at the beginning: as far as a tenth was done, the first one included; at the end: the last tenth. When all is done
-        # comes ANALYZE, which has a sample of each table in memory.
+        # Batches: the first tenth, and the last but one. After the last batch comes ANALYZE, which has a sample of each table in memory.
         first = [size for done, size in sampler.seen if 0 < done <= due / 10]
-        last = [size for done, size in sampler.seen if due * 9 / 10 <= done < due]
+        last = [size for done, size in sampler.seen if due * 8 / 10 <= done < due * 9 / 10]
         if not first or not last:
             self.skipped[of + "memory"] = "the cycle was too short to be watched"
             return
@@ -177,8 +180,8 @@ class Measures:
         self.add(of + "idle", median(times))
         self.tell(of + "nothing due", f"{median(times) * 1e3:.2f} ms")
 
-    def sweep(self, db, redacted=0, of=""):
-        swept, _ = self.bench.cycle(db, 0, sweep=True, before=redacted)
+    def sweep(self, db, of=""):
+        swept, _ = self.bench.cycle(db, 0, sweep=True)
         # The pass is the work of one process; so is the count.
         db.sql("SET max_parallel_workers_per_gather = 0")
         counted, _, _ = self.bench.timed(db, "SELECT count(*) FROM shop.orders WHERE channel = 'amazon'")

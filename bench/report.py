@@ -76,7 +76,7 @@ def rows(measures):
            lambda f: seconds(f[of + "idle"]))
     amount("private memory", f"private memory of a cycle, {due:,} due", 100, "MB", of + "memory", 1e-6,
            lambda f: f"{f[of + 'memory'] / 1e6:.1f} MB")
-    amount("private memory, end : beginning", "the same, batches of the last tenth : of the first tenth", 1.05, "×", of + "memory growth", 1, lambda f: "")
+    amount("private memory, end : beginning", "the same, batches of the ninth tenth : of the first", 1.05, "×", of + "memory growth", 1, lambda f: "")
     ratio("import", f"import, COPY of {s.orders:,} orders with addresses, customers, invoices : without the extension", 1.2,
           "import with", "import without")
     ratio("import, orders alone", "the orders table alone", 1.5, "import orders with", "import orders without")
