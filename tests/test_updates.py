@@ -284,7 +284,9 @@ ANYTHING = "UPDATE shop.orders SET total = total + 1 WHERE id = 7"
 
 
 CHANGED = ["ALTER TABLE shop.addresses ADD COLUMN extra text", "ALTER TABLE shop.addresses ALTER COLUMN city TYPE varchar(400)",
-           "ALTER TABLE shop.customers RENAME TO clients", "CREATE UNIQUE INDEX ON shop.customers (id, phone)"]
+           "ALTER TABLE shop.customers RENAME TO clients", "CREATE UNIQUE INDEX ON shop.customers (id, phone)",
+           # The session looks between two changes of one transaction.
+           f"BEGIN; ALTER TABLE shop.addresses RENAME city TO town; {ANYTHING}; ALTER TABLE shop.addresses RENAME town TO place; COMMIT"]
 
 
 @pytest.mark.parametrize("changed", CHANGED)

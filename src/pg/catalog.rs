@@ -227,20 +227,21 @@ pub fn facts(oids: &[pg_sys::Oid]) -> Result<Vec<TableFacts>> {
     Ok(found)
 }
 
-/// What changes whenever [`facts`] of these tables may, and stays when they are vacuumed or analyzed.
+/// What changes whenever [`facts`] of these tables may, and stays when they are vacuumed or analyzed. A row of a catalog that one
+/// transaction writes twice is told by its place.
 ///
 /// # Errors
 /// Errors of the server.
 pub fn print(oids: &[pg_sys::Oid]) -> Result<String> {
     let rows = sql::read(
         "SELECT pg_catalog.concat_ws(' ', pg_catalog.count(*), pg_catalog.hashtextextended(pg_catalog.string_agg(x.t, ' ' ORDER BY x.t), 0)) FROM ( \
-            SELECT pg_catalog.concat_ws(' ', 'c', c.oid, c.xmin) FROM pg_catalog.pg_class c WHERE c.oid = ANY ($1) \
-            UNION ALL SELECT pg_catalog.concat_ws(' ', 'a', a.attrelid, a.attnum, a.xmin) FROM pg_catalog.pg_attribute a WHERE a.attrelid = ANY ($1) \
-            UNION ALL SELECT pg_catalog.concat_ws(' ', 't', t.oid, t.xmin) FROM pg_catalog.pg_type t \
+            SELECT pg_catalog.concat_ws(' ', 'c', c.oid, c.xmin, c.ctid) FROM pg_catalog.pg_class c WHERE c.oid = ANY ($1) \
+            UNION ALL SELECT pg_catalog.concat_ws(' ', 'a', a.attrelid, a.attnum, a.xmin, a.ctid) FROM pg_catalog.pg_attribute a WHERE a.attrelid = ANY ($1) \
+            UNION ALL SELECT pg_catalog.concat_ws(' ', 't', t.oid, t.xmin, t.ctid) FROM pg_catalog.pg_type t \
                 WHERE t.oid = ANY (ARRAY(SELECT a.atttypid FROM pg_catalog.pg_attribute a WHERE a.attrelid = ANY ($1))) \
-            UNION ALL SELECT pg_catalog.concat_ws(' ', 'i', i.indexrelid, i.xmin) FROM pg_catalog.pg_index i WHERE i.indrelid = ANY ($1) \
-            UNION ALL SELECT pg_catalog.concat_ws(' ', 'h', h.inhrelid, h.xmin) FROM pg_catalog.pg_inherits h WHERE h.inhparent = ANY ($1) \
-            UNION ALL SELECT pg_catalog.concat_ws(' ', 'r', r.oid, r.xmin) FROM pg_catalog.pg_rewrite r WHERE r.ev_class = ANY ($1)) AS x (t)",
+            UNION ALL SELECT pg_catalog.concat_ws(' ', 'i', i.indexrelid, i.xmin, i.ctid) FROM pg_catalog.pg_index i WHERE i.indrelid = ANY ($1) \
+            UNION ALL SELECT pg_catalog.concat_ws(' ', 'h', h.inhrelid, h.xmin, h.ctid) FROM pg_catalog.pg_inherits h WHERE h.inhparent = ANY ($1) \
+            UNION ALL SELECT pg_catalog.concat_ws(' ', 'r', r.oid, r.xmin, r.ctid) FROM pg_catalog.pg_rewrite r WHERE r.ev_class = ANY ($1)) AS x (t)",
         &[Arg::Oids(oids)],
     )?;
     rows.first().ok_or_else(|| Error::internal("no row"))?.string(0)
