@@ -302,6 +302,22 @@ def test_a_table_that_is_only_analyzed_is_not_looked_at_anew(counted, changed):
     assert statements(counted, lambda: update(counted, ANYTHING)) > 10
 
 
+@pytest.mark.parametrize("isolation", ["read committed", "repeatable read", "serializable"])
+def test_a_policy_that_changes_under_a_transaction_is_known_after_it(shop, isolation):
+    """Breaks when a session takes what its transaction sees for what the server said: the old policy, for good."""
+    add_order(shop, 7, shipped="5 days", channel="web")
+    add_order(shop, 8, shipped="5 days", channel="web")
+    update(shop, "UPDATE shop.orders SET shop_note = 'a'")
+    with shop.session("shop_owner").cursor() as cursor:
+        cursor.execute(f"BEGIN ISOLATION LEVEL {isolation}; SELECT 1")
+        shop.apply_policy(shop_policy(orders={**ORDERS, "amazon": "total = 77"}))
+        cursor.execute("UPDATE shop.orders SET total = 5 WHERE id = 8")
+        cursor.execute("COMMIT")
+    shop.sql("VACUUM (ANALYZE) shop.orders")
+    update(shop, "UPDATE shop.orders SET total = 77 WHERE id = 7")
+    assert shop.sql("SELECT order_key FROM amazon_pii.order_state") == [('["7"]',)]
+
+
 IMPORTS = {
     "orders": lambda db, ids: copy(db, "shop.orders", "id, external_no, channel, shipped_at, total",
                                    (f"{i}\t{number(i)}\t{'amazon' if i % 2 else 'web'}\t2024-01-01\t1" for i in ids)),

@@ -229,7 +229,7 @@ fn ready(call: &TriggerCall) -> Result<(Option<Rc<Plan>>, Rc<str>)> {
         r.retain(|k| k.trigger != call.trigger);
         r.push(Ready {
             trigger: call.trigger,
-            generation: invalidation::generation(),
+            generation,
             plan: plan.clone(),
             query: query.clone(),
         });

@@ -132,7 +132,7 @@ pub fn left_of(call: &TriggerCall) -> Result<Left> {
             Differing::Unknown => Left::Everything,
         },
     };
-    KNOWN.with_borrow_mut(|k| k.push((call.trigger, invalidation::generation(), watched)));
+    KNOWN.with_borrow_mut(|k| k.push((call.trigger, generation, watched)));
     Ok(left)
 }
 

@@ -19,9 +19,20 @@ pub fn generation() -> u64 {
     GENERATION.get()
 }
 
-/// Changes whenever a policy or a schema may have, in whatever session; not for a watched table alone.
-pub fn generation_of_policies() -> u64 {
-    POLICIES.get()
+/// What had been said of changes at some moment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Stamp {
+    pub generation: u64,
+    /// Changes whenever a policy or a schema may have; not for a watched table alone.
+    pub policies: u64,
+}
+
+/// What has been said until now.
+pub fn stamp() -> Stamp {
+    Stamp {
+        generation: GENERATION.get(),
+        policies: POLICIES.get(),
+    }
 }
 
 /// Watches tables, and the table that holds the policies.

@@ -1,6 +1,7 @@
 //! Statements in, rows of text out. Parameters are built inside the SPI session and die with it; results leave by their
 //! types' output functions, so a value is never cast and never becomes a float on its way.
 
+use std::cell::Cell;
 use std::ffi::{CStr, CString, c_char, c_int};
 use std::ptr;
 
@@ -72,7 +73,7 @@ fn run(query: &str, args: &[Arg<'_>], want: Want, call: Option<&TriggerCall>) ->
                     given.types.as_mut_ptr(),
                     given.values.as_mut_ptr(),
                     given.nulls.as_ptr(),
-                    false,
+                    AS_OF_NOW.get(),
                     0,
                 );
                 if status < 0 {
@@ -82,6 +83,41 @@ fn run(query: &str, args: &[Arg<'_>], want: Want, call: Option<&TriggerCall>) ->
             }
         })
     })
+}
+
+thread_local! {
+    /// Statements keep to the snapshot that is there: SPI calls that read-only.
+    static AS_OF_NOW: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Ends [`as_of_now`], on every way out.
+struct UntilNow(bool);
+
+impl Drop for UntilNow {
+    fn drop(&mut self) {
+        AS_OF_NOW.set(self.0);
+    }
+}
+
+/// Runs queries that see what is committed now, and what this transaction did, also where its isolation level has it see what was when
+/// it began: what the server says of changes knows no such level. They only read.
+///
+/// # Errors
+/// As `f`.
+pub fn as_of_now<T>(f: impl FnOnce() -> Result<T>) -> Result<T> {
+    // SAFETY: plain getters; inside a transaction; popped on both ways out, by the abort if an error of the server unwinds.
+    unsafe {
+        if pg_sys::XactIsoLevel < pg_sys::XACT_REPEATABLE_READ as c_int {
+            return f();
+        }
+        pg_sys::CommandCounterIncrement();
+        pg_sys::PushActiveSnapshot(pg_sys::GetLatestSnapshot());
+        let until = UntilNow(AS_OF_NOW.replace(true));
+        let result = f();
+        drop(until);
+        pg_sys::PopActiveSnapshot();
+        result
+    }
 }
 
 /// Parameters as SPI wants them.

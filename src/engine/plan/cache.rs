@@ -11,7 +11,7 @@ use crate::domain::policy::Policy;
 use crate::pg::catalog;
 use crate::pg::error::{Error, Result};
 use crate::pg::identity::as_extension;
-use crate::pg::invalidation;
+use crate::pg::invalidation::{self, Stamp};
 use crate::pg::sql::{self, Arg, Row};
 
 /// A policy as our tables have it, and the owners that its tables have now.
@@ -69,11 +69,11 @@ impl Record {
     }
 }
 
-/// A plan, what it was made of, and the generation of the catalog in which it was.
+/// A plan, what it was made of, and when, as far as the server had said by then what changes.
 struct Kept {
-    generation: u64,
-    policies: u64,
-    /// Of its tables.
+    stamp: Stamp,
+    tables: Vec<pg_sys::Oid>,
+    /// Of these tables.
     print: String,
     record: Record,
     plan: Rc<Plan>,
@@ -83,32 +83,29 @@ thread_local! {
     static KEPT: RefCell<Vec<Kept>> = const { RefCell::new(Vec::new()) };
 }
 
-impl Record {
-    fn tables(&self) -> Result<Vec<pg_sys::Oid>> {
-        self.relations.iter().map(|r| r.oid(1)).collect()
-    }
-}
-
-/// What the session keeps of a policy, if it is as good as new: nothing was said of its tables, or, where something was, they are what
-/// they were. To be vacuumed or analyzed is no change.
-fn kept(policy: &str, fits: impl Fn(&Kept) -> bool) -> Result<Option<Rc<Plan>>> {
-    let generation = invalidation::generation();
-    let find = |k: &&Kept| k.plan.policy == policy && fits(k);
+/// What the session keeps of a policy, if it `fits` and is as good as new: nothing was said of its tables since, or, where something
+/// was, they are what they were. To be vacuumed or analyzed is no change.
+fn kept(policy: &str, fits: impl Fn(&Record) -> bool) -> Result<Option<Rc<Plan>>> {
+    let now = invalidation::stamp();
     let known = KEPT.with_borrow(|kept| {
-        let k = kept.iter().find(find)?;
-        Some((k.generation, k.print.clone(), Rc::clone(&k.plan), k.record.tables()))
+        let found = kept.iter().find(|k| k.plan.policy == policy)?;
+        let good = found.stamp.policies == now.policies && fits(&found.record);
+        good.then(|| {
+            let print = (found.stamp != now).then(|| (found.tables.clone(), found.print.clone()));
+            (Rc::clone(&found.plan), print)
+        })
     });
-    let Some((at, print, plan, tables)) = known else {
+    let Some((plan, changed)) = known else {
         return Ok(None);
     };
-    if at != generation {
-        if as_extension(|| catalog::print(&tables?))? != print {
+    if let Some((tables, print)) = changed {
+        if as_extension(|| catalog::print(&tables))? != print {
             return Ok(None);
         }
         KEPT.with_borrow_mut(|kept| {
             let same = kept.iter_mut().find(|k| Rc::ptr_eq(&k.plan, &plan));
             if let Some(same) = same {
-                same.generation = generation;
+                same.stamp = now;
             }
         });
     }
@@ -121,8 +118,7 @@ impl Plan {
     /// # Errors
     /// As [`Plan::load`].
     pub fn cached(policy: &str) -> Result<Rc<Self>> {
-        let policies = invalidation::generation_of_policies();
-        match kept(policy, |k| k.policies == policies)? {
+        match sql::as_of_now(|| kept(policy, |_| true))? {
             Some(plan) => Ok(plan),
             None => Self::current(policy),
         }
@@ -133,27 +129,51 @@ impl Plan {
     /// # Errors
     /// As [`Plan::load`].
     pub fn current(policy: &str) -> Result<Rc<Self>> {
-        let policies = invalidation::generation_of_policies();
-        let record = Record::read(policy)?;
-        if let Some(plan) = kept(policy, |k| k.policies == policies && k.record == record)? {
-            return Ok(plan);
-        }
-        // Watched before it is built: what changes meanwhile makes the plan old at once.
-        let tables = record.tables()?;
+        // What changes is said whatever the transaction sees.
+        sql::as_of_now(|| {
+            if KEPT.with_borrow(|kept| kept.iter().any(|k| k.plan.policy == policy)) {
+                let record = Record::read(policy)?;
+                if let Some(plan) = kept(policy, |known| *known == record)? {
+                    return Ok(plan);
+                }
+            }
+            Self::anew(policy)
+        })
+    }
+
+    /// Nothing that it is made of is older than the stamp and the print that it is kept with, or it is not kept.
+    fn anew(policy: &str) -> Result<Rc<Self>> {
+        let tables = tables(policy)?;
         invalidation::watch(tables.iter().copied());
-        let (generation, policies) = (invalidation::generation(), invalidation::generation_of_policies());
+        let stamp = invalidation::stamp();
         let print = as_extension(|| catalog::print(&tables))?;
+        let record = Record::read(policy)?;
+        let mut others = record.relations.iter().map(|r| r.oid(1));
+        let are_watched = others.all(|oid| oid.is_ok_and(|oid| tables.contains(&oid)));
         let plan = Rc::new(Self::from_record(policy, &record)?);
         KEPT.with_borrow_mut(|kept| {
-            kept.retain(|k| k.policies == policies && k.plan.policy != policy);
-            kept.push(Kept {
-                generation,
-                policies,
-                print,
-                record,
-                plan: Rc::clone(&plan),
-            });
+            kept.retain(|k| k.stamp.policies == stamp.policies && k.plan.policy != policy);
+            if are_watched && stamp == invalidation::stamp() {
+                kept.push(Kept {
+                    stamp,
+                    tables,
+                    print,
+                    record,
+                    plan: Rc::clone(&plan),
+                });
+            }
         });
         Ok(plan)
     }
+}
+
+/// The tables of a policy.
+fn tables(policy: &str) -> Result<Vec<pg_sys::Oid>> {
+    let rows = as_extension(|| {
+        sql::read(
+            "SELECT DISTINCT t.relation::oid FROM amazon_pii.policy_table t WHERE t.policy = $1",
+            &[Arg::Text(Some(policy))],
+        )
+    })?;
+    rows.iter().map(|r| r.oid(0)).collect()
 }
