@@ -6,6 +6,8 @@ use std::collections::BTreeSet;
 use pgrx::pg_sys;
 use pgrx::prelude::*;
 
+use super::catalog;
+
 thread_local! {
     static GENERATION: Cell<u64> = const { Cell::new(1) };
     static POLICIES: Cell<u64> = const { Cell::new(1) };
@@ -55,14 +57,7 @@ pub fn watch(relations: impl Iterator<Item = pg_sys::Oid>) {
 
 /// The table that holds the policies.
 fn policies() -> Option<pg_sys::Oid> {
-    // SAFETY: catalog lookups inside a transaction with NUL-terminated names; missing names give InvalidOid.
-    let oid = unsafe {
-        match pg_sys::get_namespace_oid(c"amazon_pii".as_ptr(), true) {
-            pg_sys::InvalidOid => pg_sys::InvalidOid,
-            schema => pg_sys::get_relname_relid(c"policy".as_ptr(), schema),
-        }
-    };
-    (oid != pg_sys::InvalidOid).then_some(oid)
+    catalog::find(Some("amazon_pii"), "policy").ok().flatten()
 }
 
 /// Tells every session that a policy has changed, at commit.
