@@ -190,12 +190,13 @@ def test_wakes_at_commit_and_only_then(sleepy_shop):
     wait_until(lambda: buyer(sleepy_shop) == "[Redacted]")
 
 
-def test_wake_during_a_cycle_is_not_lost(sleepy_shop):
+@pytest.mark.parametrize("awaken", [wake, lambda db: db.cluster.reload()], ids=["by a function", "by a reload"])
+def test_wake_during_a_cycle_is_not_lost(sleepy_shop, awaken):
     db = sleepy_shop
     pid = catch_in_the_act(db)
     late = "INSERT INTO shop.orders VALUES (2, '302-0000000-0000002', now() - interval '40 days', %s)"
     db.sql(late, [BUYER], user="shop_owner")
-    wake(db)
+    awaken(db)
     hurry(db)
     os.kill(pid, signal.SIGTERM)
     wait_until(lambda: buyer(db, 2) == "[Redacted]")

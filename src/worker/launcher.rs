@@ -83,8 +83,9 @@ impl Launcher {
     fn tick(&mut self) -> Duration {
         let now = Instant::now();
         if worker::reload_if_asked() {
-            // Everything may have changed, and the DBA wants to see it.
+            // Everything may have changed, and the DBA wants to see it, also where a worker is about to end.
             self.due.clear();
+            self.runs.iter_mut().flatten().for_each(|run| run.again = true);
             self.look_at = now;
             self.complained = false;
             self.unknown_complained = false;
