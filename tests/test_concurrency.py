@@ -171,6 +171,84 @@ def test_a_change_while_a_cycle_is_between_its_two_transactions(shop, change, lo
     assert shop.value(look) == kept
 
 
+# What an order had none of when it was copied: where, before, and what comes while a cycle is at it.
+ADDITIONS = {
+    "a row": ("addresses", "SELECT", "INSERT INTO shop.addresses (order_id, name) VALUES (6, 'Late')"),
+    "a cell of a linked row": ("invoice_lines", "UPDATE shop.invoice_lines SET note = NULL WHERE invoice_id = 6",
+                               "UPDATE shop.invoice_lines SET note = 'Late' WHERE id = 61"),
+    "a cell of the order": ("orders", "UPDATE shop.orders SET gift_message = NULL, shop_note = NULL WHERE id = 6",
+                            "UPDATE shop.orders SET gift_message = 'Late' WHERE id = 6"),
+    "the order itself": ("orders", "UPDATE shop.orders SET gift_message = NULL, shop_note = NULL WHERE id = 6",
+                         "WITH gone AS (DELETE FROM shop.orders WHERE id = 6 RETURNING *) SELECT * INTO TEMP again FROM gone; "
+                         "INSERT INTO shop.orders SELECT * FROM again; UPDATE shop.orders SET gift_message = 'Late' WHERE id = 6"),
+}
+
+
+def late(db, table):
+    return db.value(f"SELECT count(*) FROM shop.{table} AS t WHERE t::text LIKE '%%Late%%'")
+
+
+@pytest.mark.parametrize("first", ["redacted for the first time", "looked at again"])
+@pytest.mark.parametrize("table, before, change", ADDITIONS.values(), ids=ADDITIONS)
+def test_what_is_added_while_a_cycle_is_between_its_two_transactions(shop, table, before, change, first):
+    """P7. Breaks when an order is done with although something was added to it after its rows were read."""
+    shop.psql(before)
+    if first == "looked at again":
+        run_cycle(shop)
+        shop.sql("UPDATE shop.addresses SET phone = '+49 555 2' WHERE order_id = 6", user="shop_owner")
+    with shop.connect(autocommit=False) as turn:
+        call = between_archiving_and_redacting(shop, turn)
+        shop.psql(change)
+        assert late(shop, table) == 1
+        turn.rollback()
+    call.result()
+    shop.sql("UPDATE amazon_pii.order_state SET next_attempt_at = NULL")
+    run_cycle(shop)
+    assert late(shop, table) == 0
+    assert_done_with(shop, 6)
+
+
+def assert_done_with(db, order):
+    assert order_row(db, order) == ("redacted",)
+    assert db.sql("SELECT next_due_at FROM amazon_pii.order_state WHERE order_key = %s", [f'["{order}"]']) == [(None,)]
+    assert db.value("SELECT count(*) FROM amazon_pii.touched") == 0
+
+
+@pytest.mark.parametrize("many", [0, 1000], ids=["one order", "many orders"])
+def test_a_row_of_an_order_that_is_due_to_be_looked_at_again(shop, many):
+    """P7. Breaks when an order that is redacted, and about to be looked at again, is looked at while a transaction that adds to it is
+    open, and then not any more."""
+    fill(shop, 60 + many, first=61)
+    run_cycle(shop)
+    shop.sql("UPDATE shop.addresses SET name = 'Edited' WHERE order_id >= 6", user="shop_owner")
+    with shop.connect("shop_owner", autocommit=False) as writer:
+        writer.cursor().execute("INSERT INTO shop.addresses (order_id, name) SELECT i, 'Late' FROM generate_series(6, %s) AS i", [60 + many])
+        run_cycle(shop)
+        writer.commit()
+    run_cycle(shop)
+    assert late(shop, "addresses") == 0
+    assert_done_with(shop, 6)
+
+
+def test_a_row_of_an_order_that_is_being_looked_at_again(shop):
+    """P7. Breaks when a row that is added while a cycle has its redacted order locked is not looked for later, or a cycle that meets
+    such a note goes round in circles while somebody else has the order."""
+    run_cycle(shop)
+    shop.sql("UPDATE shop.addresses SET name = 'Edited' WHERE order_id = 6", user="shop_owner")
+    with shop.connect(autocommit=False) as other, other.cursor() as cycle:
+        cycle.execute("""SELECT FROM amazon_pii.order_state WHERE order_key = '["6"]' AND next_due_at <= now() FOR UPDATE""")
+        assert cycle.rowcount == 1
+        shop.sql("INSERT INTO shop.addresses (order_id, name) VALUES (6, 'Late')", user="shop_owner")
+        assert shop.sql("SELECT entry, row_key FROM amazon_pii.touched") == [("", '["6"]')]
+        run_cycle(shop)
+        # What a cycle does that has found it clean.
+        cycle.execute("""UPDATE amazon_pii.order_state SET next_due_at = NULL WHERE order_key = '["6"]'""")
+        other.commit()
+    run_cycle(shop)
+    assert late(shop, "addresses") == 0
+    assert_done_with(shop, 6)
+
+
 def test_a_row_that_went_to_another_order_between_the_two_transactions(shop):
     # Breaks when a row is overwritten for an order that it does not belong to any more.
     fill(shop, 1000, first=1000, channel="web", age="1 day")

@@ -16,9 +16,13 @@ use crate::pg::trigger::engine_is_writing;
 /// An order that is redacted and has nothing due. A subquery, so that the moment is worked out once.
 const DONE: &str = "(status = 'redacted' AND (next_due_at IS NULL OR next_due_at > (SELECT pg_catalog.now())))";
 
-/// One that will be redacted soon.
+/// One that will be redacted soon, or looked at again.
 const SOON: &str = "(COALESCE(retrieved_until, redact_due_at) < (SELECT pg_catalog.now() + '8 days'::interval) \
-    AND status IN ('scheduled', 'archived', 'failed', 'retrieved'))";
+    AND status IN ('scheduled', 'archived', 'failed', 'retrieved') OR status = 'redacted' AND next_due_at <= (SELECT pg_catalog.now()))";
+
+/// How long before its time a cycle may take an order: within a window those that cannot wait for the end of the next one. And a
+/// moment more, for clocks are read one after the other.
+const AHEAD: [&str; 2] = ["1 minute", "4 days"];
 
 /// From this many on, a range of the index is read: keys of one import lie close together.
 const MANY: usize = 1000;
@@ -111,10 +115,11 @@ fn digits(number: i64) -> (i64, Option<u32>) {
 }
 
 /// One that is redacted becomes due. One that will be soon is kept from being redacted until this transaction is over, so
-/// that its new rows are seen; if a cycle is at it already, or was meanwhile, it is noted for the next.
+/// that its new rows are seen. A cycle may be between copying and overwriting it: what is written here tells it to look again. If
+/// somebody has it locked, it is noted for the next.
 fn mark(plan: &Plan, concerned: &Concerned) -> Result<()> {
     if !concerned.done.is_empty() {
-        prepared::execute(
+        let marked = prepared::execute(
             &[
                 "UPDATE amazon_pii.order_state SET next_due_at = pg_catalog.now() WHERE policy IS NOT DISTINCT FROM $1 \
                 AND order_key = ANY ($2) AND ",
@@ -123,17 +128,34 @@ fn mark(plan: &Plan, concerned: &Concerned) -> Result<()> {
             .concat(),
             &[Arg::Text(Some(&plan.policy)), Arg::texts(&concerned.done)],
         )?;
+        // Whoever made one of them due meanwhile has perhaps looked at it already.
+        if usize::try_from(marked) != Ok(concerned.done.len()) {
+            prepared::execute(
+                "INSERT INTO amazon_pii.touched (policy, entry, row_key) SELECT $1, '', k FROM pg_catalog.unnest($2) AS k",
+                &[Arg::Text(Some(&plan.policy)), Arg::texts(&concerned.done)],
+            )?;
+        }
     }
     if !concerned.soon.is_empty() {
         let (keys, places): (Vec<_>, Vec<_>) = concerned.soon.iter().map(|(k, at)| (k.as_str(), at.as_str())).unzip();
         // By their places, where they were a moment ago: looking for each once more costs more than the lock. One that has
         // moved since is noted.
         prepared::execute(
-            "WITH kept AS (SELECT order_key FROM amazon_pii.order_state WHERE policy IS NOT DISTINCT FROM $1 AND ctid = ANY ($3::tid[]) \
-                AND status IN ('scheduled', 'archived', 'failed', 'retrieved') FOR KEY SHARE SKIP LOCKED) \
+            "WITH locked AS MATERIALIZED (SELECT order_key, ctid AS place, \
+                next_due_at <= pg_catalog.clock_timestamp() + $4::interval AS taken, status <> 'redacted' AS waits \
+                FROM amazon_pii.order_state WHERE policy IS NOT DISTINCT FROM $1 AND ctid = ANY ($3::tid[]) \
+                AND status IN ('scheduled', 'archived', 'failed', 'retrieved', 'redacted') FOR KEY SHARE SKIP LOCKED), \
+             told AS (UPDATE amazon_pii.order_state SET next_due_at = next_due_at WHERE policy IS NOT DISTINCT FROM $1 \
+                AND ctid = ANY (ARRAY(SELECT ctid FROM amazon_pii.order_state WHERE policy IS NOT DISTINCT FROM $1 \
+                    AND ctid = ANY (ARRAY(SELECT place FROM locked WHERE taken)) FOR NO KEY UPDATE SKIP LOCKED)) RETURNING order_key) \
              INSERT INTO amazon_pii.touched (policy, entry, row_key) SELECT $1, '', k FROM pg_catalog.unnest($2) AS k \
-             WHERE k NOT IN (SELECT order_key FROM kept)",
-            &[Arg::Text(Some(&plan.policy)), Arg::texts(&keys), Arg::texts(&places)],
+             WHERE k NOT IN (SELECT order_key FROM locked WHERE waits AND NOT taken UNION ALL SELECT order_key FROM told)",
+            &[
+                Arg::Text(Some(&plan.policy)),
+                Arg::texts(&keys),
+                Arg::texts(&places),
+                Arg::Text(Some(AHEAD[usize::from(plan.document.window.is_some())])),
+            ],
         )?;
     }
     Ok(())

@@ -29,6 +29,8 @@ pub struct Archived {
     pub bytes: usize,
     /// What each order of the batch lists now, and the rows that were read.
     pub found: Vec<(Rc<RecordList>, Vec<LiveRecord>)>,
+    /// The orders whose state was written, and by whom.
+    pub written: HashMap<String, String>,
 }
 
 /// A record, by the position of its order in the batch.
@@ -72,7 +74,7 @@ pub fn batch(plan: &Plan, keys: &MasterKeys, batch: &[Due], cold: &Cold) -> Resu
             lines.push(line(due, format!("{count} records")));
         }
     }
-    state::archived(plan, &complete)?;
+    let written = state::archived(plan, &complete)?;
     let anew = batch.iter().filter(|d| d.purged).map(|d| d.order_key.as_str());
     let anew: Vec<&str> = anew.filter(|key| counts.contains_key(key)).collect();
     state::archived_anew(plan, &anew)?;
@@ -84,7 +86,12 @@ pub fn batch(plan: &Plan, keys: &MasterKeys, batch: &[Due], cold: &Cold) -> Resu
     for record in live.records {
         found[record.order].1.push(record);
     }
-    Ok(Archived { orders, bytes, found })
+    Ok(Archived {
+        orders,
+        bytes,
+        found,
+        written,
+    })
 }
 
 /// What there is of a batch, in the tables and in the archive.

@@ -148,7 +148,7 @@ impl<'a> Batches<'a> {
         let (copy, known) = self.know(copy)?;
         let mut to_redact = ready;
         let mut bytes = 0;
-        for (mut orders, archived) in
+        for (mut orders, mut archived) in
             self.contained(copy, |run, orders| archive::batch(run.plan, &run.keys, orders, &known))?
         {
             self.counts.archived += archived.orders;
@@ -159,6 +159,9 @@ impl<'a> Batches<'a> {
                     due.listed = records.text();
                 }
                 due.records = records;
+                if let Some(by) = archived.written.remove(&due.order_key) {
+                    due.written_by = by;
+                }
                 due.seen = Some(seen).filter(|_| due.redact);
                 due.copied = true;
             }

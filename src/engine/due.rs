@@ -41,6 +41,9 @@ pub struct Due {
     pub records: Rc<RecordList>,
     /// What the order's state says of them, as far as this batch knows.
     pub listed: Option<String>,
+    /// Which transaction has written the order's state last, as far as this batch knows. Whoever adds something to an order that a
+    /// cycle may be at writes it.
+    pub written_by: String,
     /// This batch has stored its copy.
     pub copied: bool,
     /// It was redacted in this cycle, and comes back for rows that triggers wrote because of that.
@@ -109,6 +112,7 @@ impl Due {
             purged: row.bool(8)?,
             archive_held: row.bool(10)?,
             generation: row.int(9)?,
+            written_by: row.string(11)?,
             copied: false,
             came_back: false,
             seen: None,
@@ -158,7 +162,7 @@ impl Share {
 
 /// What [`Due`] holds of an order, from `o`.
 const COLUMNS: &str = "o.order_key, o.order_number, o.status, o.archived_at IS NOT NULL, o.attempts, o.redacted_version, o.records, \
-     o.asked, o.purged_at IS NOT NULL, COALESCE(o.key_generation, 0), COALESCE(o.archive_held_until > pg_catalog.now(), false)";
+     o.asked, o.purged_at IS NOT NULL, COALESCE(o.key_generation, 0), COALESCE(o.archive_held_until > pg_catalog.now(), false), o.xmin";
 
 /// The condition that an order has yet to be redacted for the first time, over `o`.
 pub const UNTOUCHED: &str =
@@ -229,7 +233,7 @@ pub fn take(plan: &Plan, clock: &Clock, share: &Share, limit: i64) -> Result<Vec
     rows.iter()
         .map(|r| {
             Ok(Due {
-                redact: r.bool(11)?,
+                redact: r.bool(12)?,
                 ..Due::read(r)?
             })
         })
@@ -320,7 +324,7 @@ pub fn take_again(plan: &Plan, clock: &Clock, batch: Vec<Due>) -> Result<Vec<Due
     let mut locked = HashMap::with_capacity(rows.len());
     for row in &rows {
         let due = Due {
-            redact: row.bool(11)?,
+            redact: row.bool(12)?,
             ..Due::read(row)?
         };
         locked.insert(due.order_key.clone(), due);
@@ -350,7 +354,7 @@ pub fn relock(plan: &Plan, clock: &Clock, batch: Vec<Due>) -> Result<Vec<Due>> {
             // Meanwhile it may have been retrieved or held: whether it is due is asked again.
             // ident-ok: made of constants.
             &format!(
-                "SELECT o.order_key, o.status, o.asked, o.purged_at IS NOT NULL, o.records, COALESCE(o.archive_held_until > pg_catalog.now(), false) \
+                "SELECT o.order_key, o.status, o.asked, o.purged_at IS NOT NULL, o.records, COALESCE(o.archive_held_until > pg_catalog.now(), false), o.xmin \
                  FROM amazon_pii.order_state o \
                  WHERE o.policy IS NOT DISTINCT FROM $1 AND o.order_key = ANY ($3) \
                  AND o.status IN ('scheduled', 'archived', 'redacted', 'retrieved', 'failed') AND ({redact_due}) \
@@ -367,12 +371,16 @@ pub fn relock(plan: &Plan, clock: &Clock, batch: Vec<Due>) -> Result<Vec<Due>> {
     })?;
     let locked: HashMap<&str, &Row> = rows.iter().map(|r| Ok((r.str(0)?, r))).collect::<Result<_>>()?;
     let mut out = Vec::with_capacity(batch.len());
-    for due in batch {
+    for mut due in batch {
         let Some(now) = locked.get(due.order_key.as_str()) else {
             continue;
         };
         // Another cycle may have done it, or have listed another row: then it is taken again as it is now.
         if (now.str(1)? != "redacted" || due.status == "redacted") && now.text(4)? == due.listed.as_deref() {
+            // Somebody has added rows meanwhile, it may be.
+            if now.str(6)? != due.written_by {
+                due.seen = None;
+            }
             let (asked, purged, archive_held) = (Asked::of(now.text(2)?)?, now.bool(3)?, now.bool(5)?);
             out.push(Due {
                 asked,

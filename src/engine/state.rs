@@ -1,5 +1,7 @@
 //! Transitions of orders and records, each one statement for a batch, as the extension's owner.
 
+use std::collections::HashMap;
+
 use super::due::Due;
 use super::plan::Plan;
 use super::records::RecordList;
@@ -13,17 +15,17 @@ fn keys(batch: &[&Due]) -> Vec<String> {
 }
 
 /// Orders whose copy is complete, with what they list now. One that is redacted or retrieved stays so; it has been looked
-/// at again.
+/// at again. Returns by whom each is written now.
 ///
 /// # Errors
 /// Errors of the server.
-pub fn archived(plan: &Plan, batch: &[(&Due, &RecordList)]) -> Result<()> {
+pub fn archived(plan: &Plan, batch: &[(&Due, &RecordList)]) -> Result<HashMap<String, String>> {
     if batch.is_empty() {
-        return Ok(());
+        return Ok(HashMap::new());
     }
     let (keys, records) = lists(batch.iter().copied());
-    on_keys(|| {
-        sql::execute(
+    let rows = on_keys(|| {
+        sql::write(
             "UPDATE amazon_pii.order_state o SET \
                 status = CASE WHEN status IN ('redacted', 'retrieved') THEN status ELSE 'archived' END, \
                 archived_at = COALESCE(archived_at, pg_catalog.now()), records = n.r, \
@@ -32,7 +34,7 @@ pub fn archived(plan: &Plan, batch: &[(&Due, &RecordList)]) -> Result<()> {
                                    ELSE GREATEST(redact_due_at, held_until) END, \
                 next_attempt_at = NULL, last_error = NULL \
              FROM ROWS FROM (pg_catalog.unnest($1), pg_catalog.unnest($2), pg_catalog.unnest($3)) AS n (p, k, r) \
-             WHERE o.policy = n.p AND o.order_key = n.k",
+             WHERE o.policy = n.p AND o.order_key = n.k RETURNING o.order_key, o.xmin",
             &[
                 policy_each(plan, keys.len()),
                 Arg::texts(&keys),
@@ -40,7 +42,7 @@ pub fn archived(plan: &Plan, batch: &[(&Due, &RecordList)]) -> Result<()> {
             ],
         )
     })?;
-    Ok(())
+    rows.iter().map(|r| Ok((r.string(0)?, r.string(1)?))).collect()
 }
 
 /// What orders list now, some of whose rows were archived alone.
@@ -71,7 +73,7 @@ pub fn listed(plan: &Plan, batch: &[Due]) -> Result<()> {
 /// Errors of the server.
 pub fn copied(plan: &Plan, batch: &[&Due]) -> Result<()> {
     let pending = batch.iter().filter(|d| d.copied && !d.archived);
-    archived(plan, &pending.map(|d| (*d, &*d.records)).collect::<Vec<_>>())
+    archived(plan, &pending.map(|d| (*d, &*d.records)).collect::<Vec<_>>()).map(|_| ())
 }
 
 /// The policy's name once for each row of a batch. Compared with a constant, the planner would believe that few rows bear

@@ -33,8 +33,12 @@ struct Note {
 pub fn settle(plan: &Plan) -> Result<(i64, Option<Error>)> {
     let mut flagged = 0;
     let mut trouble = None;
+    // What is noted anew meanwhile, for an order that somebody has locked, is the next cycle's.
+    let Some(last) = last(plan)? else {
+        return Ok((flagged, trouble));
+    };
     loop {
-        let notes = take(plan)?;
+        let notes = take(plan, last)?;
         if notes.is_empty() {
             return Ok((flagged, trouble));
         }
@@ -67,12 +71,25 @@ pub fn settle(plan: &Plan) -> Result<(i64, Option<Error>)> {
     }
 }
 
-fn take(plan: &Plan) -> Result<Vec<Note>> {
+fn last(plan: &Plan) -> Result<Option<i64>> {
+    let rows = as_extension(|| {
+        sql::read(
+            "SELECT pg_catalog.max(touched_id) FROM amazon_pii.touched WHERE policy = $1",
+            &[Arg::Text(Some(&plan.policy))],
+        )
+    })?;
+    match rows.first() {
+        Some(row) if row.text(0)?.is_some() => row.int(0).map(Some),
+        _ => Ok(None),
+    }
+}
+
+fn take(plan: &Plan, last: i64) -> Result<Vec<Note>> {
     let rows = as_extension(|| {
         sql::write(
-            "SELECT touched_id, entry, row_key, attempts FROM amazon_pii.touched WHERE policy = $1 \
+            "SELECT touched_id, entry, row_key, attempts FROM amazon_pii.touched WHERE policy = $1 AND touched_id <= $3 \
              AND next_attempt_at <= pg_catalog.now() ORDER BY touched_id LIMIT $2 FOR UPDATE SKIP LOCKED",
-            &[Arg::Text(Some(&plan.policy)), Arg::Int(STEP)],
+            &[Arg::Text(Some(&plan.policy)), Arg::Int(STEP), Arg::Int(last)],
         )
     })?;
     rows.iter()
