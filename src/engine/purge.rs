@@ -190,13 +190,24 @@ pub fn let_go(policy: &str) -> Result<()> {
     Ok(())
 }
 
-/// Purges the next orders whose archive is past its time. Returns how many.
+/// Whether this version of the policy still says so; it stays until the transaction is over.
+fn still_says(plan: &Plan) -> Result<bool> {
+    let rows = as_extension(|| {
+        sql::write(
+            "SELECT true FROM amazon_pii.policy p WHERE p.policy = $1 AND p.version = $2 AND p.enabled AND p.suspended IS NULL FOR SHARE",
+            &[Arg::Text(Some(&plan.policy)), Arg::Int(plan.version)],
+        )
+    })?;
+    Ok(!rows.is_empty())
+}
+
+/// Purges the next orders whose archive is past its time, unless the policy has become another. Returns how many.
 ///
 /// # Errors
 /// As [`end`].
 pub fn step(plan: &Plan, keys: &MasterKeys, limit: i64) -> Result<usize> {
     let past = past(&plan.policy, &plan.document.archive_for, limit)?;
-    if past.is_empty() {
+    if past.is_empty() || !still_says(plan)? {
         return Ok(0);
     }
     let rows = on_keys(|| {

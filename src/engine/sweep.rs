@@ -106,7 +106,7 @@ pub fn slice(plan: &Plan, clock: &Clock) -> Result<Option<Slice>> {
     let rows = as_extension(|| {
         sql::write(
             "SELECT COALESCE(sweep_started_at > swept_at, sweep_started_at IS NOT NULL), \
-                    swept_at IS NULL OR swept_at <= $2::timestamptz - '1 day'::interval, sweep_after, rechecked_at IS NULL, swept_at IS NULL \
+                    swept_at IS NULL OR swept_at <= $2::timestamptz - '1 day'::interval, sweep_after, rechecked_at IS NULL, swept_at IS NULL, version \
              FROM amazon_pii.policy WHERE policy = $1 FOR UPDATE",
             &[Arg::Text(Some(&plan.policy)), Arg::Text(Some(&clock.now))],
         )
@@ -114,6 +114,10 @@ pub fn slice(plan: &Plan, clock: &Clock) -> Result<Option<Slice>> {
     let row = rows
         .first()
         .ok_or_else(|| Error::undefined(format!("policy \"{}\" was dropped", plan.policy)))?;
+    // What a new version has asked for is not done by the old one.
+    if row.int(5)? != plan.version {
+        return Ok(None);
+    }
     let (under_way, due) = (row.bool(0)?, row.bool(1)?);
     if !under_way && !due {
         return recheck::step(plan, clock);
