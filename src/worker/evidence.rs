@@ -27,11 +27,9 @@ const LINGER: Duration = Duration::from_secs(2);
 /// What a caller waits for wakes it; this is for a worker that was killed.
 const POLL: Duration = Duration::from_millis(100);
 
-/// How long a caller waits for a slot that others are leaving.
+/// How long a caller waits for a slot that others are leaving: that of a worker which has ended is free when the postmaster has
+/// noticed.
 const PATIENCE: Duration = Duration::from_secs(2);
-
-/// The slot of a worker that has just ended is free when the postmaster has noticed.
-const BRIEFLY: Duration = Duration::from_millis(50);
 
 /// What the other process is told to record; `E` and `A` are borrowed by whoever asks.
 #[derive(Debug, Serialize, Deserialize)]
@@ -111,9 +109,10 @@ fn start(errand: Errand) -> Option<Handle> {
     let began = Instant::now();
     loop {
         let started = Handle::start(EVIDENCE, errand);
-        if started.is_some() || began.elapsed() > PATIENCE || !desk::dismiss() && began.elapsed() > BRIEFLY {
+        if started.is_some() || began.elapsed() > PATIENCE {
             return started;
         }
+        desk::dismiss();
         worker::sleep(Duration::from_millis(5));
     }
 }
@@ -135,20 +134,27 @@ pub extern "C-unwind" fn amazon_pii_evidence_main(argument: pg_sys::Datum) {
     };
     worker::enter(Connection::Database(errand.database));
     worker::commit_durably();
-    serve(segment);
-    let Some(desk) = desk::Own::take(errand.database) else {
-        return;
-    };
+    serve(&segment);
+    // Whoever is woken, and asks for the next access at once, is to find the desk free.
+    let desk = desk::Own::take(errand.database);
+    segment.wake();
+    drop(segment);
+    let Some(desk) = desk else { return };
     while let Some(handle) = desk.next(LINGER) {
         worker::reload_if_asked();
-        if let Some(segment) = Segment::attach(handle) {
+        let segment = Segment::attach(handle);
+        if let Some(segment) = &segment {
             serve(segment);
         }
         desk.done();
+        if let Some(segment) = &segment {
+            segment.wake();
+        }
     }
 }
 
-fn serve(segment: Segment) {
+/// Does what is asked for, and says so; the caller has yet to be woken.
+fn serve(segment: &Segment) {
     worker::report_running("amazon_pii: recording an access");
     let answer = match write(&segment.request()) {
         Ok(None) => Answer::Done,

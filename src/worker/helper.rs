@@ -109,6 +109,7 @@ pub extern "C-unwind" fn amazon_pii_helper_main(argument: pg_sys::Datum) {
         }
     };
     segment.answer(&answer);
+    segment.wake();
     worker::report_idle();
 }
 

@@ -132,7 +132,7 @@ impl Segment {
         }
     }
 
-    /// The worker's last word, said once.
+    /// The worker's last word, said once; [`Segment::wake`] wakes who waits for it.
     pub fn answer(&self, answer: &Answer) {
         let header = self.header();
         let (state, words) = match answer {
@@ -149,8 +149,13 @@ impl Segment {
                 .copy_from_nonoverlapping(words.as_ptr(), length);
             (*header).answer_length.store(length as u32, Ordering::Relaxed);
             (*header).state.store(state, Ordering::Release);
-            desk::set_latch((*header).latch);
         }
+    }
+
+    /// Wakes who waits for the answer.
+    pub fn wake(&self) {
+        // SAFETY: written once, before the worker was asked.
+        desk::set_latch(unsafe { (*self.header()).latch });
     }
 
     /// What the worker said.
