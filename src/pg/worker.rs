@@ -204,6 +204,8 @@ pub fn enter(connection: Connection) {
     for (name, value) in SETTINGS {
         set(name, value);
     }
+    // What it was started with may be older than what the server has told it since.
+    reload_if_asked();
 }
 
 /// # Safety
