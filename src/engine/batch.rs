@@ -40,6 +40,8 @@ pub struct Batches<'a> {
     pub boundary: Boundary,
     /// What this process did.
     pub counts: Counts,
+    /// Who is told when it is committed.
+    pub tell: Option<&'a dyn Fn(&Counts)>,
     pub share: Share,
     /// Other processes of the same cycle have the same turn.
     pub mode: Mode,
@@ -69,6 +71,7 @@ impl<'a> Batches<'a> {
             clock,
             boundary,
             counts: Counts::default(),
+            tell: None,
             share: Share::whole(),
             mode: Mode::Alone,
             pace: Pace::new(boundary),
@@ -168,7 +171,7 @@ impl<'a> Batches<'a> {
             to_redact.extend(orders);
         }
         let mut waited_for = xact::is_waited_for();
-        self.boundary.commit()?;
+        self.commit()?;
         let copying = self.taken.elapsed();
 
         let (mut to_redact, proof) = self.ship(to_redact)?;
@@ -193,7 +196,7 @@ impl<'a> Batches<'a> {
             self.last.extend(last);
         }
         waited_for |= xact::is_waited_for();
-        self.boundary.commit()?;
+        self.commit()?;
         self.pace.learn(&Batch {
             orders,
             took: copying.max(begun.elapsed()),
@@ -201,6 +204,15 @@ impl<'a> Batches<'a> {
             waited_for,
         });
         Ok(())
+    }
+
+    /// Commits a part of a batch, which counts from then on.
+    fn commit(&self) -> Result<()> {
+        self.boundary.commit_and(|| {
+            if let Some(tell) = self.tell {
+                tell(&self.counts);
+            }
+        })
     }
 
     /// What a cold server has of orders that are to be archived: without a lock on them, which are taken again afterwards.

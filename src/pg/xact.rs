@@ -27,15 +27,26 @@ impl Boundary {
     /// # Errors
     /// Errors of COMMIT unwind.
     pub fn commit(self) -> Result<()> {
+        self.commit_and(|| ())
+    }
+
+    /// [`Boundary::commit`], and something that must be done when it is committed, even where a cancel or the session's end comes
+    /// right then: plain code, which cannot fail.
+    ///
+    /// # Errors
+    /// As [`Boundary::commit`].
+    pub fn commit_and(self, then: impl FnOnce()) -> Result<()> {
         // SAFETY: no subtransaction is open and no SPI session but the procedure's own: every step of the engine
         // closes what it opened.
         unsafe {
             match self {
                 Self::Procedure => {
                     pg_sys::SPI_commit();
+                    then();
                 }
                 Self::Worker => {
                     pg_sys::CommitTransactionCommand();
+                    then();
                     // A worker that writes must say so itself, or autovacuum never hears of the dead rows.
                     pg_sys::pgstat_report_stat(false);
                     // Nobody else moves now() on in a worker.
@@ -390,10 +401,20 @@ impl Own {
         })
     }
 
-    /// Gives back what [`Own::hold`] took.
+    /// Gives back what [`Own::hold`] took, if no rollback did: the server warns of a lock that is not there.
     pub fn release(self) {
-        // SAFETY: a complete tag.
-        unsafe { pg_sys::LockRelease(&self.tag(), pg_sys::ExclusiveLock as pg_sys::LOCKMODE, true) };
+        let (tag, mode) = (self.tag(), pg_sys::ExclusiveLock as pg_sys::LOCKMODE);
+        // SAFETY: a complete tag, taken once more at most and given back as often.
+        unsafe {
+            let held = match pg_sys::LockAcquire(&tag, mode, true, true) {
+                pg_sys::LockAcquireResult::LOCKACQUIRE_NOT_AVAIL => 0,
+                pg_sys::LockAcquireResult::LOCKACQUIRE_OK => 1,
+                _ => 2,
+            };
+            for _ in 0..held {
+                pg_sys::LockRelease(&tag, mode, true);
+            }
+        }
     }
 
     fn tag(self) -> pg_sys::LOCKTAG {

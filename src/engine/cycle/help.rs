@@ -45,6 +45,7 @@ pub fn help(task: Task, tell: impl Fn(&Counts)) -> Result<()> {
     batches.share = task.share;
     batches.mode = Mode::Shared;
     batches.unreconciled = reconcile::left_alone(&task.policy)?.0;
+    batches.tell = Some(&tell);
     boundary.commit()?;
     loop {
         let batch = batches.take()?;
@@ -55,7 +56,6 @@ pub fn help(task: Task, tell: impl Fn(&Counts)) -> Result<()> {
         } else {
             batches.work(batch)?;
         }
-        tell(&batches.counts);
     }
 }
 
