@@ -145,11 +145,14 @@ impl<'a> Way<'a> {
         }
         let all: Vec<&str> = orders.iter().map(String::as_str).collect();
         let mut parts = vec![all.as_slice()];
+        let mut slow = HashSet::new();
         while let Some(part) = parts.pop() {
             if part.is_empty() {
                 continue;
             }
-            let error = match self.apart(mode, || access(part)) {
+            // Who has the policy's turn is no order's fault, and no server's.
+            turn::take(&self.plan.policy, mode)?;
+            let error = match self.apart(|| access(part)) {
                 Ok(result) => {
                     self.up = true;
                     done.push(result);
@@ -164,6 +167,8 @@ impl<'a> Way<'a> {
                 break;
             }
             match part {
+                // A moment's slowness is no order's fault either.
+                [order] if error.is_out_of_time() && slow.insert(*order) => parts.push(part),
                 [order] => failed.push(((*order).to_owned(), error)),
                 _ if error.is_out_of_time() => {
                     let (first, rest) = part.split_at(part.len() / 2);
@@ -179,19 +184,19 @@ impl<'a> Way<'a> {
     /// Whether it answers at all.
     fn answers(&self, mode: Mode) -> Result<bool> {
         let (place, policy) = (&self.plan.archive, &self.plan.policy);
-        match self.apart(mode, || vault::fetch(place, policy, &["[]"])) {
+        turn::take(policy, mode)?;
+        match self.apart(|| vault::fetch(place, policy, &["[]"])) {
             Ok(_) => Ok(true),
             Err(e) if e.is_cancel() => Err(e),
             Err(_) => Ok(false),
         }
     }
 
-    /// Runs an access in a transaction of its own.
-    fn apart<T>(&self, mode: Mode, access: impl FnOnce() -> Result<T>) -> Result<T> {
+    /// Runs an access, and ends the transaction.
+    fn apart<T>(&self, access: impl FnOnce() -> Result<T>) -> Result<T> {
         let Some(foreign) = &self.plan.archive.foreign else {
             return Err(Error::internal("an archive has no foreign table"));
         };
-        turn::take(&self.plan.policy, mode)?;
         vault::in_time(foreign, || {
             let mut made = false;
             let result = subtransaction(|| {

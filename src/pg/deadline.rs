@@ -101,7 +101,7 @@ pub fn within<T>(f: impl FnOnce() -> Result<T>) -> Result<T> {
     if milliseconds == 0 || !LIMITED.get() {
         return f();
     }
-    bounded(milliseconds, Error::too_slow, f)
+    bounded(milliseconds, f, |_| Err(Error::too_slow()))
 }
 
 /// Runs an access to a foreign archive, by whomever, no longer than `amazon_pii.archive_timeout`.
@@ -109,10 +109,16 @@ pub fn within<T>(f: impl FnOnce() -> Result<T>) -> Result<T> {
 /// # Errors
 /// As `f`; the time is over.
 pub fn for_archive<T>(over: impl FnOnce() -> Error, f: impl FnOnce() -> Result<T>) -> Result<T> {
-    bounded(guc::archive_timeout(), over, f)
+    // What is committed is done, however late.
+    bounded(guc::archive_timeout(), f, |result| result.map_err(|_| over()))
 }
 
-fn bounded<T>(milliseconds: c_int, over: impl FnOnce() -> Error, f: impl FnOnce() -> Result<T>) -> Result<T> {
+/// Where the time runs out, `late` says what becomes of a result that is no error of `f`'s own.
+fn bounded<T>(
+    milliseconds: c_int,
+    f: impl FnOnce() -> Result<T>,
+    late: impl FnOnce(Result<T>) -> Result<T>,
+) -> Result<T> {
     // What runs inside of it shares the time of the outermost.
     if RUNNING.get() {
         return f();
@@ -130,6 +136,6 @@ fn bounded<T>(milliseconds: c_int, over: impl FnOnce() -> Error, f: impl FnOnce(
     });
     match result {
         Err(e) if !e.is_cancel() => Err(e),
-        _ => Err(over()),
+        result => late(result),
     }
 }
