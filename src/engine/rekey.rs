@@ -5,6 +5,7 @@ use std::collections::{HashMap, HashSet};
 
 use super::plan::{Entry, Plan, Table};
 use super::records::RecordList;
+use super::state;
 use super::touched::orders_above;
 use super::vault::{self, Cold};
 use super::walk::{self, key_text};
@@ -299,7 +300,8 @@ pub fn settle(plan: &Plan, keys: &MasterKeys, cold: &Cold, unread: &HashSet<&str
         }
         let moved = subtransaction(|| follow(plan, keys, &notes[at..], cold));
         match moved {
-            Ok(()) => {}
+            // What kept it from being moved before is over.
+            Ok(()) => state::untroubled(plan, note.order.as_deref().unwrap_or(&note.new))?,
             Err(e) if e.is_cancel() => return Err(e),
             Err(e) => failed.push((
                 note.order.clone().unwrap_or_else(|| last_key(&notes[at..]).to_owned()),

@@ -214,6 +214,21 @@ pub fn troubled(plan: &Plan, order: &str, error: &Error) -> Result<()> {
     Ok(())
 }
 
+/// An order whose archive needed attention, and does not any more; a failed order keeps its error.
+///
+/// # Errors
+/// Errors of the server.
+pub fn untroubled(plan: &Plan, order: &str) -> Result<()> {
+    on_keys(|| {
+        sql::execute(
+            "UPDATE amazon_pii.order_state o SET last_error = NULL \
+             WHERE policy = $1 AND order_key = $2 AND last_error IS NOT NULL AND attempts = 0",
+            &[Arg::Text(Some(&plan.policy)), Arg::Text(Some(order))],
+        )
+    })?;
+    Ok(())
+}
+
 /// Orders whose rows somebody has locked, or that were edited since they were archived: set back without blame.
 ///
 /// # Errors
