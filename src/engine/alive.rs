@@ -37,7 +37,7 @@ pub enum Keeper {
     /// An order of the policy that asks, tracked or not.
     Own(String),
     /// An order of another policy.
-    Other(String),
+    Other { policy: String, order: String },
     /// That it has too many users to look at here.
     Unsure,
 }
@@ -154,7 +154,10 @@ impl Look<'_> {
             let keeper = if self.own {
                 Keeper::Own(order)
             } else {
-                Keeper::Other(order)
+                Keeper::Other {
+                    policy: self.plan.policy.clone(),
+                    order,
+                }
             };
             self.out[open[row]].get_or_insert(keeper);
         }
@@ -277,6 +280,14 @@ fn own_keys(table: &Table, entry: &Entry, rows: &[Values]) -> Option<Vec<(usize,
 const LET_GO: &str =
     "(o.status = 'redacted' AND (o.next_due_at IS NULL OR o.next_due_at > pg_catalog.clock_timestamp()))";
 
+/// An order of another policy lets go when it is due.
+fn let_go_elsewhere(other: &Plan) -> String {
+    format!(
+        "COALESCE(o.status = 'redacted' OR (o.status = 'archived' AND {}), false)",
+        redact_due(other)
+    )
+}
+
 /// Those users that still need the row, with the second in which they will let go at the earliest.
 ///
 /// Orders of other policies let go when they are due: their cycles take no turns with this one, and two that waited for
@@ -302,10 +313,10 @@ fn alive(
         sql::read(
             // ident-ok: made of constants.
             &format!(
-                "SELECT o.order_key, {LET_GO} OR (NOT $5 AND (o.status = 'redacted' OR (o.status = 'archived' AND {}))), \
+                "SELECT o.order_key, {LET_GO} OR (NOT $5 AND {}), \
                     pg_catalog.date_part('epoch', LEAST(GREATEST(o.redact_due_at, o.retrieved_until, o.held_until), '9999-01-01'::timestamptz))::bigint \
                  FROM amazon_pii.order_state o WHERE o.policy IS NOT DISTINCT FROM $1 AND o.order_key = ANY ($3)",
-                redact_due(plan)
+                let_go_elsewhere(plan)
             ),
             &[
                 Arg::Text(Some(&plan.policy)),
@@ -345,15 +356,23 @@ pub struct Waiting {
 ///
 /// # Errors
 /// Errors of the server.
-pub fn settle(plan: &Plan, clock: &Clock, waiting: &[Waiting], together: bool) -> Result<Vec<String>> {
+pub fn settle(
+    plan: &Plan,
+    others: &[Rc<Plan>],
+    clock: &Clock,
+    waiting: &[Waiting],
+    together: bool,
+) -> Result<Vec<String>> {
     let mut by_keeper: HashMap<&str, Vec<&str>> = HashMap::new();
+    let mut elsewhere: HashMap<(&str, &str), Vec<&str>> = HashMap::new();
     let mut unsure = Vec::new();
     for row in waiting {
         match &row.keeper {
             // Who works alone saw everything that there is.
             Keeper::Own(keeper) if together => by_keeper.entry(keeper).or_default().push(&row.order_key),
             Keeper::Unsure => unsure.push(row.order_key.clone()),
-            Keeper::Own(_) | Keeper::Other(_) => {}
+            Keeper::Own(_) => {}
+            Keeper::Other { policy, order } => elsewhere.entry((policy, order)).or_default().push(&row.order_key),
         }
     }
     if !unsure.is_empty() {
@@ -389,7 +408,42 @@ pub fn settle(plan: &Plan, clock: &Clock, waiting: &[Waiting], together: bool) -
         }
         come_back(plan, clock, &back)?;
     }
+    if !elsewhere.is_empty() {
+        // Cycles of two policies take no turns: last of all, so that no two wait for each other.
+        turn::before_commit_of_any()?;
+        let mut back: Vec<&str> = Vec::new();
+        for other in others {
+            let theirs = || elsewhere.iter().filter(|((policy, _), _)| *policy == other.policy);
+            let gone = gone_elsewhere(other, clock, &theirs().map(|((_, order), _)| *order).collect::<Vec<_>>())?;
+            let gone = theirs().filter(|((_, order), _)| gone.contains(*order));
+            back.extend(gone.flat_map(|(_, waiting)| waiting));
+        }
+        come_back(plan, clock, &back)?;
+    }
     Ok(unsure)
+}
+
+/// Those of some orders of another policy that have let go of shared rows.
+fn gone_elsewhere(other: &Plan, clock: &Clock, orders: &[&str]) -> Result<HashSet<String>> {
+    if orders.is_empty() {
+        return Ok(HashSet::new());
+    }
+    let rows = on_keys(|| {
+        sql::read(
+            // ident-ok: made of constants.
+            &format!(
+                "SELECT o.order_key FROM amazon_pii.order_state o WHERE o.policy IS NOT DISTINCT FROM $1 AND o.order_key = ANY ($3) AND {}",
+                let_go_elsewhere(other)
+            ),
+            &[
+                Arg::Text(Some(&other.policy)),
+                Arg::Text(Some(&clock.now)),
+                Arg::texts(orders),
+                Arg::Text(Some(&clock.redact)),
+            ],
+        )
+    })?;
+    rows.iter().map(|r| r.string(0)).collect()
 }
 
 /// Redacted orders that this cycle takes once more.

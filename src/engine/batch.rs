@@ -192,7 +192,7 @@ impl<'a> Batches<'a> {
                 self.settle(&orders, &outcome)?;
                 waiting.extend(outcome.waiting);
             }
-            let last = alive::settle(self.plan, &self.clock, &waiting, self.mode == Mode::Shared)?;
+            let last = alive::settle(self.plan, &others, &self.clock, &waiting, self.mode == Mode::Shared)?;
             self.last.extend(last);
         }
         waited_for |= xact::is_waited_for();

@@ -139,7 +139,7 @@ pub fn batch(
         };
         let order_key = &batch[*first].order_key;
         let witness = match keeper {
-            Keeper::Own(order) | Keeper::Other(order) => order,
+            Keeper::Own(order) | Keeper::Other { order, .. } => order,
             // It is the one that comes back for the row.
             Keeper::Unsure => order_key,
         };

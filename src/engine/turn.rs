@@ -47,6 +47,15 @@ pub fn before_commit(policy: &str) -> Result<()> {
     lock(policy, Kind::Commit)?.take(Mode::Alone)
 }
 
+/// [`before_commit`] among the cycles of all policies. After that, where both are wanted.
+///
+/// # Errors
+/// As [`take`].
+pub fn before_commit_of_any() -> Result<()> {
+    // No policy has this name.
+    before_commit("")
+}
+
 /// The right to have helpers, for one cycle of a policy at a time; until the guard gives it back, or a rollback does.
 ///
 /// # Errors
