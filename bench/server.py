@@ -157,13 +157,13 @@ class Sampler(threading.Thread):
 
 
 def private_bytes(pid):
-    """Memory that would be free if the process ended: private pages of its private mappings. Pages of shared memory count as
+    """Memory that would be free if the process ended: what it has written to its private mappings. Pages of shared memory count as
     private, too, while only one process has touched them; those mappings are left out."""
     total, private = 0, False
     for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
         words = line.split()
         if len(words) > 1 and len(words[1]) == 4 and words[1][3] in "ps":
             private = words[1][3] == "p"
-        elif private and words[0] in ("Private_Clean:", "Private_Dirty:"):
+        elif private and words[0] == "Private_Dirty:":
             total += int(words[1]) * 1024
     return total

@@ -8,7 +8,7 @@ import psycopg2
 import pytest
 from cluster import pg_config
 from conftest import add_extension, new_database, server_with
-from support import number, open_shop, shop_policy
+from support import number, open_shop, payloads, shop_policy
 
 CANARY = "Kanarienvogel"
 # As text, in other case, and as bytea is shown.
@@ -115,8 +115,7 @@ class Listener:
     def end(self):
         self._end.set()
         self._thread.join()
-        self.listening.poll()
-        self.payloads = [n.payload for n in self.listening.notifies]
+        self.payloads = payloads(self.listening)
         assert self.payloads and self.seen
         return self.heard + self.payloads + [str(row) for row in self.seen]
 

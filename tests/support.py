@@ -239,6 +239,13 @@ CREATE TRIGGER stop BEFORE UPDATE ON shop.invoice_lines FOR EACH ROW EXECUTE FUN
 """
 
 
+def payloads(listener):
+    """What a session that listens was told so far: what others committed before is in its queue before the answer to a query."""
+    listener.cursor().execute("SELECT 1")
+    listener.poll()
+    return [n.payload for n in listener.notifies]
+
+
 def stop_at(db, table, row):
     """From now on the update of this row does not end; go_on() takes that back for the updates that come after it."""
     if not db.value("SELECT to_regclass('shop.stop') IS NOT NULL"):
@@ -271,7 +278,7 @@ def report_statistics(db, *users):
             db.sql("INSERT INTO public.reports DEFAULT VALUES")
         pid = db.value("SELECT pg_backend_pid()", user=user)
         db.session(user).close()
-        wait_until(lambda: not db.sql("SELECT FROM pg_stat_activity WHERE pid = %s", [pid]))
+        wait_until(lambda: not db.sql("SELECT 1 FROM pg_stat_activity WHERE pid = %s", [pid]))
     wait_until(lambda: db.value("SELECT n_tup_ins = (SELECT count(*) FROM public.reports) FROM pg_stat_user_tables WHERE relname = 'reports'"))
 
 
@@ -347,20 +354,27 @@ def documents(db, schema="amazon_pii_archive"):
     return {tuple(row[:4]): bytes(row[4]) for row in rows}
 
 
+WAITS_FOR_TURN = """SELECT count(*) FROM pg_locks WHERE locktype = 'object' AND classid = 'amazon_pii.policy'::regclass
+    AND NOT granted AND pid = %s"""
+
+
+def queue_for_turn(db, session):
+    """A session that waits for the policy's turn, in a thread that ends when it has it."""
+    waiter = threading.Thread(target=lambda: session.cursor().execute("SELECT amazon_pii.take_turn('shop')"), daemon=True)
+    waiter.start()
+    wait_until(lambda: db.value(WAITS_FOR_TURN, [session.info.backend_pid]) == 1)
+    return waiter
+
+
 def between_archiving_and_redacting(db, turn):
     """A cycle that has committed its first copies and waits for its turn to overwrite; `turn` keeps it waiting."""
     table = db.connect(autocommit=False)
     table.cursor().execute("LOCK TABLE amazon_pii_archive.document IN SHARE MODE")
     call = Background(db, "CALL amazon_pii.run_cycle()").wait_for_lock(db)
-    take = "SELECT amazon_pii.take_turn('shop')"
-    waiting = """SELECT count(*) FROM pg_locks WHERE locktype = 'object' AND classid = 'amazon_pii.policy'::regclass
-        AND NOT granted AND pid = %s"""
-    waiter = threading.Thread(target=lambda: turn.cursor().execute(take), daemon=True)
-    waiter.start()
-    wait_until(lambda: db.value(waiting, [turn.info.backend_pid]) == 1)
+    waiter = queue_for_turn(db, turn)
     table.commit()
     waiter.join(30)
-    wait_until(lambda: db.value(waiting, [call.pid]) == 1)
+    wait_until(lambda: db.value(WAITS_FOR_TURN, [call.pid]) == 1)
     return call
 
 

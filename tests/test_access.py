@@ -191,12 +191,12 @@ def test_hold_and_release(shop):
 def test_a_hold_ends_by_itself(shop):
     """Breaks when the end of a hold is not heeded, on an archived or on a retrieved order."""
     call(shop, "retrieve", ONE, "return")
-    until = shop.value("SELECT (now() + '2 seconds'::interval)::text")
+    until = shop.value("SELECT (now() + '6 seconds'::interval)::text")
     for order in (1, 2):
         call(shop, "hold", number(order), "dispute", until)
     call(shop, "end_retrieval", ONE)
     shop.sql("UPDATE amazon_pii.order_state SET redact_due_at = now(), next_due_at = held_until WHERE order_key = '[\"2\"]'")
-    if shop.value("SELECT now() < %s::timestamptz - '1 second'::interval", [until]):
+    if shop.value("SELECT now() < %s::timestamptz - '4 seconds'::interval", [until]):
         run_cycle(shop)
         assert [order_value(shop, i) for i in (1, 2)] == ["retrieved", "archived"]
     wait_until(lambda: run_cycle(shop) and order_value(shop, 1) == order_value(shop, 2) == "redacted")

@@ -2,14 +2,11 @@
 a rollback reaches none of them."""
 import json
 import re
-import select
 
 import pytest
 from cluster import wait_until
 from conftest import new_database
-from support import (
-    PLACEHOLDER, add_customer, add_invoice, add_order, number, open_shop, order_value, refused, run_cycle, shop_policy,
-)
+from support import PLACEHOLDER, add_customer, add_invoice, add_order, number, open_shop, order_value, payloads, refused, run_cycle, shop_policy
 from test_quota import ADMIN, OPERATOR, OVER, REASON, call, peek, quota
 
 AUDITOR = "pii_auditor"
@@ -50,14 +47,9 @@ class Listener:
     def __init__(self, db, user="nobody_special"):
         self.session = db.connect(user)
         self.session.cursor().execute("LISTEN amazon_pii")
-        self.said = []
 
     def heard(self):
-        select.select([self.session], [], [], 0)
-        self.session.poll()
-        while self.session.notifies:
-            self.said.append(json.loads(self.session.notifies.pop(0).payload))
-        return [s for s in self.said if s["status"] == "alarm"]
+        return [told for told in map(json.loads, payloads(self.session)) if told["status"] == "alarm"]
 
 
 @pytest.mark.parametrize("function", ["peek", "retrieve"])
@@ -76,7 +68,7 @@ def test_opening_a_canary_raises_the_alarm_and_a_rollback_does_not_reach_it(shop
     assert alarms(shop) == [(OPERATOR, "agent 7", CANARY, REASON, f"canary order: {function}")]
     assert listener.heard() == [{"policy": "shop", "status": "alarm", "count": 0, "orders": [], "complete": True}]
     assert warnings(shop) == [f'amazon_pii: alarm: policy "shop", user "{OPERATOR}", actor "agent 7": canary order: {function}']
-    assert not [word for word in (*PII, CANARY, REASON) if word in str(warnings(shop)) + str(listener.said)]
+    assert not [word for word in (*PII, CANARY, REASON) if word in str(warnings(shop)) + str(payloads(listener.session))]
     assert shop.value("SELECT mac IS NOT NULL FROM amazon_pii.audit_log WHERE action = 'alarm'")
 
 

@@ -6,7 +6,7 @@ from cold import DATABASE, FOREIGN, ROLE, back, cold_server, shop_beside
 from conftest import server_with
 from network import FarServer
 from support import Background, fill, order_number, order_value, run_cycle, shop_policy, states
-from test_cold_faults import SLOW, recovers, says, shop_is_free
+from test_cold_faults import SLOW, recovers, says, shop_is_free, shop_is_free_meanwhile
 from test_cold_returns import waiting
 from test_returns import RETURNS, policy
 
@@ -18,14 +18,15 @@ WAYS = pytest.mark.parametrize("how", ["no answers", "unplugged"])
 
 @pytest.fixture(scope="module")
 def near():
-    server = server_with(conf=["amazon_pii.archive_timeout = '1500ms'"])
+    server = server_with(conf=["amazon_pii.archive_timeout = '5s'", "autovacuum = off"])
     yield server
     server.destroy()
 
 
 @pytest.fixture
 def cold():
-    server = cold_server(FarServer)
+    # It notices soon, too, that nobody is there any more.
+    server = cold_server(FarServer, conf=["tcp_keepalives_idle = 1", "tcp_keepalives_interval = 1", "tcp_keepalives_count = 3"])
     yield server
     server.destroy()
 
@@ -48,7 +49,7 @@ def nothing_is_left(db):
 
 def gives_up(db, cycle, orders):
     """The cycle ends by itself, and nothing was redacted."""
-    shop_is_free(db)
+    shop_is_free_meanwhile(db, cycle.pid)
     counts = cycle.result(PATIENCE)[0]
     assert counts[2:4] == (0, 0) and counts[4] == orders
     assert set(states(db).values()) == {"original"}

@@ -18,7 +18,9 @@ COPIES = "SELECT count(*), max(version) FROM amazon_pii_archive.document"
 def small_batches():
     """The worker is there, but does nothing until a test switches it on."""
     server = server_with(
-        preload=True, conf=["amazon_pii.batch_size = 10", "amazon_pii.naptime = '1s'", "amazon_pii.enabled = off"],
+        preload=True, conf=[
+            "amazon_pii.batch_size = 10", "amazon_pii.batch_time = '1h'", "amazon_pii.naptime = '1s'", "amazon_pii.enabled = off",
+        ],
     )
     yield server
     server.destroy()
@@ -72,8 +74,8 @@ def test_call_waits_for_a_cycle_that_is_under_way(shop):
     first = Background(shop, CALL)
     stopped(shop)
     second = Background(shop, CALL).wait_for_lock(shop)
-    shop.sql("SELECT pg_cancel_backend(%s)", [first.pid])
     go_on(shop)
+    shop.sql("SELECT pg_cancel_backend(%s)", [first.pid])
     with pytest.raises(psycopg2.errors.QueryCanceled):
         first.result()
     assert second.result()[0][2] == 30

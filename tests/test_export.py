@@ -5,8 +5,8 @@ from datetime import datetime, timedelta, timezone
 
 import pytest
 from support import (
-    add_customer, add_order, end_retrieval, fill, number, open_shop, order_value, record_states, refused, retrieve, run_cycle, shop_policy,
-    tables_with,
+    add_customer, add_order, end_retrieval, fill, number, open_shop, order_value, payloads, record_states, refused, retrieve,
+    run_cycle, shop_policy, tables_with,
 )
 
 
@@ -38,10 +38,8 @@ def told(db, policy=None):
     with closing(db.connect("pii_admin")) as session:
         session.cursor().execute("LISTEN amazon_pii")
         session.cursor().execute("CALL amazon_pii.run_cycle(%s)", [policy])
-        session.cursor().execute("SELECT 1")
-        session.poll()
-        payloads = [json.loads(n.payload) for n in session.notifies]
-        return [n for n in session.notices if "exported" in n], [p for p in payloads if p["status"] == "not_exported"]
+        heard = [json.loads(payload) for payload in payloads(session)]
+        return [n for n in session.notices if "exported" in n], [p for p in heard if p["status"] == "not_exported"]
 
 
 # What is asked for

@@ -16,8 +16,10 @@ def test_nothing_leaks_from_a_cycle(aviary):
     shout(aviary, "orders", "addresses", "customers", "invoices", "payloads")
     listener.call("SELECT * FROM amazon_pii.check_policy(%s::jsonb)", [json.dumps(policy())])
     aviary.sql("ALTER TABLE shop.orders DISABLE TRIGGER shout", user="shop_owner")
-    apply(aviary, policy(), listener)
+    # It is in force when all is in place: a worker is woken by it.
+    apply(aviary, policy(enabled=False), listener)
     aviary.sql("ALTER TABLE shop.orders ENABLE TRIGGER shout", user="shop_owner")
+    listener.call("SELECT amazon_pii.enable_policy('shop')")
     listener.call("CALL amazon_pii.run_cycle('shop', true)")
     listener.call("SELECT * FROM amazon_pii.preview('shop')")
     listener.call("SELECT * FROM amazon_pii.explain_order(%s)", [number(3)])
@@ -31,7 +33,7 @@ def test_nothing_leaks_from_a_cycle(aviary):
 def test_nothing_leaks_from_the_worker(aviary):
     """Breaks when the worker's session logs what the pins keep quiet elsewhere."""
     shout(aviary, "addresses", "customers", "invoices")
-    apply(aviary, policy())
+    apply(aviary, policy(enabled=False))
     aviary.sql("CREATE TRIGGER shout BEFORE UPDATE ON shop.orders FOR EACH ROW EXECUTE FUNCTION shop.shout()", user="shop_owner")
     aviary.sql("SELECT amazon_pii.enable_policy('shop')", user="pii_admin")
     wait_until(lambda: order_value(aviary, 1) == "redacted" and order_value(aviary, 3) == "failed")

@@ -20,6 +20,13 @@ def caged(db):
     assert set(tables_with(db, CANARY, TREATED)) == TREATED
 
 
+def put_in_force(db, document, listener=None):
+    """When the canaries have been seen, and not before: a worker is woken by it."""
+    apply(db, {**document, "enabled": False}, listener)
+    caged(db)
+    db.sql("SELECT amazon_pii.enable_policy('shop')", user="pii_admin")
+
+
 def archived(db):
     """After it: the archive has them all. The caller is the only one to see them."""
     with db.session("pii_operator").cursor() as cursor:
@@ -31,8 +38,7 @@ def archived(db):
 def test_what_is_planted_is_found(aviary):
     """Breaks when one of the searches looks at nothing, or at something else than it says."""
     listener = Listener(aviary)
-    apply(aviary, policy(), listener)
-    caged(aviary)
+    put_in_force(aviary, policy(), listener)
     run_cycle(aviary, "shop")
     archived(aviary)
     plain = places(aviary, ())
@@ -144,8 +150,7 @@ def test_a_cycle_that_is_watched(aviary):
 
 def test_bound_parameters_are_in_the_log_and_no_value_is(aviary):
     """Breaks when what a call opens becomes a parameter that the server logs: the client's are, in full."""
-    apply(aviary, policy())
-    caged(aviary)
+    put_in_force(aviary, policy())
     run_cycle(aviary, "shop")
     archived(aviary)
     script = aviary.cluster.base / "bound.sql"
@@ -166,8 +171,7 @@ def test_bound_parameters_are_in_the_log_and_no_value_is(aviary):
 def test_nothing_leaks_to_those_who_check(aviary):
     """Breaks when evidence, the check of the audit log, a used-up quota or an alarm shows a value."""
     listener = Listener(aviary)
-    apply(aviary, policy(retrievals_per_day=1), listener)
-    caged(aviary)
+    put_in_force(aviary, policy(retrievals_per_day=1), listener)
     run_cycle(aviary, "shop")
     archived(aviary)
     shout(aviary, "addresses", "customers")
@@ -194,8 +198,7 @@ def test_nothing_leaks_to_those_who_check(aviary):
 def test_an_archive_that_was_tampered_with(aviary):
     """Breaks when what does not open, or belongs elsewhere, is quoted in the error."""
     listener = Listener(aviary)
-    apply(aviary, policy(), listener)
-    caged(aviary)
+    put_in_force(aviary, policy(), listener)
     run_cycle(aviary, "shop")
     archived(aviary)
     aviary.sql("UPDATE amazon_pii_archive.document SET sealed = (SELECT d.sealed FROM amazon_pii_archive.document AS d "
@@ -240,8 +243,7 @@ def test_nothing_leaks_to_a_cold_server(aviary, cold):
     join(aviary, cold)
     cold.sql(SPY, dbname=DATABASE)
     listener = Listener(aviary)
-    apply(aviary, policy(archive=FOREIGN), listener)
-    caged(aviary)
+    put_in_force(aviary, policy(archive=FOREIGN), listener)
     listener.call("CALL amazon_pii.run_cycle('shop')")
     assert order_value(aviary, 2) != "redacted" and order_value(aviary, 1) == "redacted"
     archived(aviary)

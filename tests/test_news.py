@@ -5,9 +5,7 @@ import json
 import pytest
 from cluster import wait_until
 from conftest import add_extension, new_database
-from support import (
-    add_order, end_retrieval, fill, number, open_shop, order_number, retrieve, run_cycle, shop_policy, sweep,
-)
+from support import add_order, end_retrieval, fill, number, open_shop, order_number, payloads, retrieve, run_cycle, shop_policy, sweep
 
 
 class Ear:
@@ -19,14 +17,11 @@ class Ear:
 
     def heard(self):
         """Payloads since the last call: [(status, count, orders)]."""
-        # What a session committed before is in the queue before this answer.
-        self.connection.cursor().execute("SELECT 1")
-        self.connection.poll()
-        payloads = [json.loads(n.payload) for n in self.connection.notifies]
+        told = [json.loads(payload) for payload in payloads(self.connection)]
         self.connection.notifies.clear()
-        assert all(p["policy"] == "shop" for p in payloads)
-        assert all(p["complete"] == (p["count"] == len(p["orders"])) for p in payloads if "orders" in p)
-        return [(p["status"], p["count"], p.get("orders")) for p in payloads]
+        assert all(p["policy"] == "shop" for p in told)
+        assert all(p["complete"] == (p["count"] == len(p["orders"])) for p in told if "orders" in p)
+        return [(p["status"], p["count"], p.get("orders")) for p in told]
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 import json
 
 import pytest
+from support import payloads
 
 ORDERS = """
 CREATE SCHEMA shop AUTHORIZATION shop_owner;
@@ -71,8 +72,7 @@ def test_an_order_that_is_never_dispatched_is_shown_as_stale(shop):
     assert shop.value("SELECT stale FROM amazon_pii.status", user="pii_admin") == 1
     assert shop.sql("SELECT status, note FROM shop.orders JOIN amazon_pii.orders ON order_key = '[\"' || id || '\"]'") == [
         ("flagged", "Ada Invented")] * 2
-    listener.poll()
-    stale = [json.loads(n.payload) for n in listener.notifies if json.loads(n.payload)["status"] == "stale"]
+    stale = [told for told in map(json.loads, payloads(listener)) if told["status"] == "stale"]
     assert [n["orders"] for n in stale] == [['["1"]']]
 
 

@@ -148,6 +148,8 @@ def test_a_pause_of_the_worker_is_outside_of_transactions_and_ends_with_the_proc
     assert_nothing_is_held(db)
     assert db.sql("SELECT state, xact_start FROM pg_stat_activity WHERE pid = %s", [pid]) == [("idle", None)]
     assert db.value("SELECT count(*) FROM pg_locks WHERE pid = %s", [pid]) == 0
+    # The next worker is to do nothing.
+    set_up(db.cluster, enabled="off")
     db.sql("SELECT pg_terminate_backend(%s)", [pid])
     wait_until(lambda: (pid,) not in db.sql(WORKER))
     assert redacted(db) == 16
@@ -171,9 +173,11 @@ def test_helpers_pause_too_and_end_with_their_cycle(db):
     """Breaks when only the process that runs the cycle makes pauses."""
     set_up(db.cluster, workers="3", batch_size="20")
     fill(db, 1200, share=3)
+    close_gate(db, 100)
     call = Background(db, CALL)
-    wait_until(lambda: len(db.sql(HELPERS)) == 2, interval=0.005)
+    at_gate(db, 3)
     set_up(db.cluster, batch_pause="1h")
+    open_gate(db)
     processes = [call.pid] + [pid for (pid,) in db.sql(HELPERS)]
     assert len(processes) == 3
     for pid in processes[1:]:

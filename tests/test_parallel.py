@@ -5,10 +5,10 @@ import signal
 
 import psycopg2
 import pytest
-from cluster import Cluster, wait_until
+from cluster import Cluster, alive, wait_until
 from conftest import new_database, prepare
 from support import (
-    Background, at_gate, close_gate, fill, go_on, open_gate, open_shop, run_cycle, shop_policy, states, stop_at,
+    Background, at_gate, close_gate, fill, go_on, open_gate, open_shop, queue_for_turn, run_cycle, shop_policy, states, stop_at,
 )
 
 CALL = "CALL amazon_pii.run_cycle()"
@@ -40,11 +40,17 @@ def set_up(server, **settings):
         wait_until(lambda name=name, value=value: server.sql(f"SHOW amazon_pii.{name}") == [(str(value),)])
 
 
-def start(db, workers):
-    """A cycle, with as many processes if it finds enough to do."""
+def start(db, workers, gate=None):
+    """A cycle, with as many processes if it finds enough to do; with a gate, all of them wait there."""
     db.apply_policy(shop_policy())
+    if gate:
+        # The trial of the policy does not wait at it.
+        close_gate(db, gate)
     set_up(db.cluster, workers=workers)
-    return Background(db, CALL)
+    call = Background(db, CALL)
+    if gate:
+        at_gate(db, workers)
+    return call
 
 
 def entangle(db, orders, share):
@@ -126,12 +132,7 @@ def test_orders_of_a_customer_in_two_processes_at_the_same_time(db, workers):
     """P5. Both see the other's order as one that needs the row. Breaks when the one that commits later does not look again:
     the row would be left behind."""
     fill(db, 240, share=2)
-    db.apply_policy(shop_policy())
-    # The trial of the policy does not wait at the gate.
-    close_gate(db, 100)
-    set_up(db.cluster, workers=workers)
-    call = Background(db, CALL)
-    at_gate(db, workers)
+    call = start(db, workers, gate=100)
     open_gate(db)
     assert call.result()[0][2] == 240
     again = db.value("SELECT count(*) FROM amazon_pii.audit_log WHERE action = 'redact'") - 240
@@ -142,9 +143,12 @@ def test_orders_of_a_customer_in_two_processes_at_the_same_time(db, workers):
 def test_killed_helper(db):
     """A helper that is ended by SIGTERM, or cannot be had: the others do its part."""
     fill(db, 1200, share=3)
-    call = start(db, workers=3)
-    victim = wait_until(lambda: db.sql(HELPERS), interval=0.002)[0][0]
+    call = start(db, workers=3, gate=100)
+    # It has committed copies, and is about to overwrite.
+    victim = db.sql(HELPERS)[0][0]
     os.kill(victim, signal.SIGTERM)
+    wait_until(lambda: not alive(victim))
+    open_gate(db)
     assert_counts(call.result()[0], 1200)
     assert_done(db, 1200)
 
@@ -152,13 +156,12 @@ def test_killed_helper(db):
 def test_helper_killed_by_a_power_cut(db):
     """SIGKILL to a helper ends the server, as for any backend; the next cycle carries on."""
     fill(db, 1200, share=3)
-    call = start(db, workers=2)
-    victim = wait_until(lambda: db.sql(HELPERS), interval=0.002)[0][0]
-    wait_until(lambda: db.value("SELECT count(redacted_at) FROM amazon_pii.orders") > 300, interval=0.005)
-    os.kill(victim, signal.SIGKILL)
+    call = start(db, workers=2, gate=500)
+    os.kill(db.sql(HELPERS)[0][0], signal.SIGKILL)
     with pytest.raises(psycopg2.Error):
         call.result()
     wait_until(lambda: accepts(db))
+    open_gate(db)
     run_cycle(db)
     assert_done(db, 1200)
 
@@ -216,10 +219,11 @@ def test_two_calls_with_helpers(db):
 def test_maintenance_keeps_helpers_waiting(db):
     """take_turn() stops all processes of a cycle between two transactions. Breaks when helpers take no turns."""
     fill(db, 1200, share=3)
-    call = start(db, workers=2)
-    wait_until(lambda: db.sql(HELPERS), interval=0.002)
+    call = start(db, workers=2, gate=100)
     turn = db.connect(autocommit=False)
-    turn.cursor().execute("SELECT amazon_pii.take_turn('shop')")
+    waiter = queue_for_turn(db, turn)
+    open_gate(db)
+    waiter.join(30)
     before = db.value("SELECT count(redacted_at) FROM amazon_pii.orders")
     waiting = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
     wait_until(lambda: db.value(waiting) == 2)

@@ -17,7 +17,7 @@ LARGE = ("shop.orders", "shop.addresses", "shop.customers", "shop.invoices", "sh
 @pytest.fixture(scope="module")
 def unanalyzed():
     """A server without autovacuum; with pg_stat_statements, where there is one."""
-    conf = ["autovacuum = off", "amazon_pii.workers = 1"]
+    conf = ["autovacuum = off", "amazon_pii.workers = 1", "amazon_pii.batch_time = '1h'"]
     if (Path(pg_config("pkglibdir")) / "pg_stat_statements.so").exists():
         conf += ["shared_preload_libraries = 'pg_stat_statements'", "pg_stat_statements.track = all",
                  "pg_stat_statements.track_planning = on"]

@@ -4,7 +4,7 @@ import json
 
 import psycopg2
 import pytest
-from support import documents, number, order_value, psql_here, refused, retrieve, run_cycle
+from support import documents, number, order_value, payloads, psql_here, refused, retrieve, run_cycle
 from test_policy import POLICY, TABLES, assert_refused, lab, policy, shop, traces  # noqa: F401, fixtures among them
 
 
@@ -95,8 +95,7 @@ def test_a_trial_leaves_no_trace(own):
     assert own.sql("SELECT * FROM shop.seen") == [] and traces(own) == before
     own.apply_policy(POLICY)
     assert own.sql("SELECT * FROM shop.seen") == [] and traces(own)[0] == before[0]
-    listener.poll()
-    assert listener.notifies == []
+    assert payloads(listener) == []
 
 
 # Owners

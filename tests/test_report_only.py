@@ -77,7 +77,7 @@ def test_cycles_that_say_the_same_leave_one_row(shop):
 
 def test_when_the_grace_period_is_over_the_work_is_done(shop):
     """Breaks when the period does not end by itself, or a new version does not end it."""
-    shop.apply_policy(shop_policy(report_only_until=moment(seconds=4)))
+    shop.apply_policy(shop_policy(report_only_until=moment(seconds=10)))
     assert run_cycle(shop)["redacted"] == 0
     wait_until(lambda: run_cycle(shop)["redacted"] == 1, timeout=20)
     assert tables_with(shop, "Name1") == [] and shop.value("SELECT report_only_until FROM amazon_pii.status") is None

@@ -3,8 +3,8 @@ import json
 
 import pytest
 from support import (
-    PLACEHOLDER, Background, add_customer, add_order, end_retrieval, number, open_shop, order_value, refused, retrieve, run_cycle,
-    shop_policy,
+    PLACEHOLDER, Background, add_customer, add_order, end_retrieval, number, open_shop, order_value, payloads, refused,
+    retrieve, run_cycle, shop_policy,
 )
 
 RETURNS = """
@@ -194,11 +194,9 @@ def test_a_prepared_transaction_can_bring_an_order_back(redacted):
     listener = redacted.connect("pii_operator")
     listener.cursor().execute("LISTEN amazon_pii")
     comes_back(redacted, 1)
-    listener.poll()
-    assert listener.notifies == []
+    assert payloads(listener) == []
     run_cycle(redacted)
-    listener.poll()
-    told = [json.loads(n.payload) for n in listener.notifies]
+    told = [json.loads(payload) for payload in payloads(listener)]
     assert [(n["status"], n["orders"]) for n in told] == [("retrieved", ['["1"]'])]
 
 

@@ -411,17 +411,24 @@ def scans(db):
     return db.value("SELECT seq_scan FROM pg_stat_user_tables WHERE relname = 'notes'")
 
 
+def busy(db):
+    """A session that has locked some tables: each is waited for, for two seconds."""
+    names = [f"shop.busy{n}" for n in range(1, 10)]
+    db.sql("; ".join(f"CREATE TABLE {name} (v text)" for name in names), user="shop_owner")
+    session = db.connect("shop_owner", autocommit=False)
+    session.cursor().execute(f"LOCK TABLE {', '.join(names)}")
+    return session
+
+
 def test_others_see_how_far_it_is(redacted):
     """Breaks when progress is to be seen by the caller alone, or the session's query stays hidden afterwards."""
-    redacted.sql("CREATE TABLE shop.busy (v text)", user="shop_owner")
-    session = redacted.connect("shop_owner", autocommit=False)
-    session.cursor().execute("LOCK TABLE shop.busy")
+    session = busy(redacted)
     call = "SELECT * FROM amazon_pii.verify('shop', 'schema')"
     search = Background(redacted, call)
     query = "SELECT query FROM pg_stat_activity WHERE pid = %s"
-    seen = wait_until(lambda: [q for (q,) in redacted.sql(query, [search.pid]) if "shop.busy" in q], interval=0.005)[0]
+    seen = wait_until(lambda: [q for (q,) in redacted.sql(query, [search.pid]) if "shop.busy1" in q], interval=0.005)[0]
     session.rollback()
-    assert seen.startswith("amazon_pii verify, policy shop: 3 of 3 orders looked for, ") and seen.endswith(" rows searched, now in shop.busy, 0 orders counted")
+    assert seen.startswith("amazon_pii verify, policy shop: 3 of 3 orders looked for, ") and seen.endswith(" rows searched, now in shop.busy1, 0 orders counted")
     search.result()
     session = redacted.connect("pii_admin")
     with session.cursor() as cursor:
@@ -431,9 +438,7 @@ def test_others_see_how_far_it_is(redacted):
 
 def test_it_can_be_canceled(redacted):
     """Breaks when a cancel is taken for a table that cannot be read."""
-    redacted.sql("CREATE TABLE shop.busy (v text)", user="shop_owner")
-    session = redacted.connect("shop_owner", autocommit=False)
-    session.cursor().execute("LOCK TABLE shop.busy")
+    session = busy(redacted)
     search = Background(redacted, "SELECT * FROM amazon_pii.verify('shop', 'schema')").wait_for_lock(redacted)
     redacted.sql("SELECT pg_cancel_backend(%s)", [search.pid])
     with pytest.raises(psycopg2.errors.QueryCanceled):

@@ -414,7 +414,11 @@ pub fn settle(
         let mut back: Vec<&str> = Vec::new();
         for other in others {
             let theirs = || elsewhere.iter().filter(|((policy, _), _)| *policy == other.policy);
-            let gone = gone_elsewhere(other, clock, &theirs().map(|((_, order), _)| *order).collect::<Vec<_>>())?;
+            let gone = gone_elsewhere(
+                other,
+                clock,
+                &theirs().map(|((_, order), _)| *order).collect::<Vec<_>>(),
+            )?;
             let gone = theirs().filter(|((_, order), _)| gone.contains(*order));
             back.extend(gone.flat_map(|(_, waiting)| waiting));
         }
