@@ -251,6 +251,44 @@ def test_a_row_of_an_order_that_is_being_looked_at_again(shop):
     assert_done_with(shop, 6)
 
 
+def notes(db):
+    return db.sql("SELECT entry, row_key FROM amazon_pii.touched ORDER BY touched_id")
+
+
+def test_an_open_transaction_keeps_nobody_elses_note_waiting(shop):
+    """P3. Breaks when a cycle waits for the one order that somebody has, and forgets what it did for the others."""
+    fill(shop, 70, first=61)
+    with shop.connect("shop_owner", autocommit=False) as writer, shop.connect(autocommit=False) as cycle:
+        writer.cursor().execute("INSERT INTO shop.addresses (order_id, name) VALUES (66, 'Late')")
+        shop.sql("INSERT INTO shop.addresses (order_id, name) VALUES (66, 'Late')", user="shop_owner")
+        cycle.cursor().execute("""SELECT FROM amazon_pii.order_state WHERE order_key = '["68"]' FOR UPDATE""")
+        shop.sql("INSERT INTO shop.addresses (order_id, name) VALUES (68, 'Late')", user="shop_owner")
+        cycle.rollback()
+        assert notes(shop) == [("", '["66"]'), ("", '["68"]')]
+        run_cycle(shop)
+        assert notes(shop) == [("", '["66"]')] and order_row(shop, 66) == ("scheduled",)
+        assert shop.sql("SELECT DISTINCT order_id FROM shop.addresses WHERE name = 'Late'") == [(66,)]
+        writer.commit()
+    run_cycle(shop)
+    assert late(shop, "addresses") == 0
+    assert_done_with(shop, 66)
+
+
+def test_what_no_cycle_is_at_is_not_written(shop):
+    """Breaks when each row of an old order writes the order's state although nothing redacts it."""
+    states = "SELECT order_key, xmin::text FROM amazon_pii.order_state ORDER BY 1"
+    fill(shop, 70, first=61)
+    shop.sql("SELECT amazon_pii.disable_policy('shop', 'test')", user="pii_admin")
+    before = shop.sql(states)
+    assert len(before) == 10
+    shop.sql("INSERT INTO shop.addresses (order_id, name) VALUES (66, 'Late')", user="shop_owner")
+    assert shop.sql(states) == before and notes(shop) == []
+    shop.sql("SELECT amazon_pii.enable_policy('shop')", user="pii_admin")
+    run_cycle(shop)
+    assert late(shop, "addresses") == 0
+    assert_done_with(shop, 66)
+
+
 def test_a_row_that_went_to_another_order_between_the_two_transactions(shop):
     # Breaks when a row is overwritten for an order that it does not belong to any more.
     fill(shop, 1000, first=1000, channel="web", age="1 day")

@@ -142,7 +142,7 @@ fn mark(plan: &Plan, concerned: &Concerned) -> Result<()> {
         // moved since is noted.
         prepared::execute(
             "WITH locked AS MATERIALIZED (SELECT order_key, ctid AS place, \
-                next_due_at <= pg_catalog.clock_timestamp() + $4::interval AS taken, status <> 'redacted' AS waits \
+                $5 AND next_due_at <= pg_catalog.clock_timestamp() + $4::interval AS taken, status <> 'redacted' AS waits \
                 FROM amazon_pii.order_state WHERE policy IS NOT DISTINCT FROM $1 AND ctid = ANY ($3::tid[]) \
                 AND status IN ('scheduled', 'archived', 'failed', 'retrieved', 'redacted') FOR KEY SHARE SKIP LOCKED), \
              told AS (UPDATE amazon_pii.order_state SET next_due_at = next_due_at WHERE policy IS NOT DISTINCT FROM $1 \
@@ -155,6 +155,8 @@ fn mark(plan: &Plan, concerned: &Concerned) -> Result<()> {
                 Arg::texts(&keys),
                 Arg::texts(&places),
                 Arg::Text(Some(AHEAD[usize::from(plan.document.window.is_some())])),
+                // Otherwise no cycle is at it.
+                Arg::Bool(plan.enabled && plan.suspended.is_none()),
             ],
         )?;
     }

@@ -18,6 +18,9 @@ use crate::pg::subxact::subtransaction;
 /// Notes in one step.
 const STEP: i64 = 2000;
 
+/// So many orders that somebody has locked are waited for, one after the other, before the next cycle goes on.
+const PATIENCE: u32 = 3;
+
 struct Note {
     id: i64,
     entry: String,
@@ -26,10 +29,11 @@ struct Note {
     attempts: u32,
 }
 
-/// Flags what was noted. Returns how many orders are new, and the error of a note that still fails.
+/// Flags what was noted. Returns how many orders are new, and the error of a note that still fails. One whose order somebody's open
+/// transaction has stays, for the next cycle.
 ///
 /// # Errors
-/// A cancel, or a lock that somebody's open transaction has: the notes stay then.
+/// A cancel.
 pub fn settle(plan: &Plan) -> Result<(i64, Option<Error>)> {
     let mut flagged = 0;
     let mut trouble = None;
@@ -37,11 +41,13 @@ pub fn settle(plan: &Plan) -> Result<(i64, Option<Error>)> {
     let Some(last) = last(plan)? else {
         return Ok((flagged, trouble));
     };
+    let (mut after, mut locked) = (0, 0);
     loop {
-        let notes = take(plan, last)?;
-        if notes.is_empty() {
+        let notes = take(plan, after, last)?;
+        let Some(note) = notes.last() else {
             return Ok((flagged, trouble));
-        }
+        };
+        after = note.id;
         if notes.iter().any(|n| n.key.is_none()) {
             sweep::request(plan)?;
         }
@@ -50,16 +56,22 @@ pub fn settle(plan: &Plan) -> Result<(i64, Option<Error>)> {
                 flagged += new;
                 forget(&notes.iter().collect::<Vec<_>>())?;
             }
-            Err(e) if e.is_cancel() || e.is_lock() => return Err(e),
+            Err(e) if e.is_cancel() => return Err(e),
             Err(_) => {
-                // One by one: a bad row keeps no other waiting.
+                // One by one: a bad row, or one that somebody has, keeps no other waiting.
                 for note in &notes {
                     match subtransaction(|| evaluate(plan, &[note])) {
                         Ok(new) => {
                             flagged += new;
                             forget(&[note])?;
                         }
-                        Err(e) if e.is_cancel() || e.is_lock() => return Err(e),
+                        Err(e) if e.is_cancel() => return Err(e),
+                        Err(e) if e.is_lock() => {
+                            locked += 1;
+                            if locked == PATIENCE {
+                                return Ok((flagged, trouble));
+                            }
+                        }
                         Err(e) => {
                             postpone(plan, note, &e)?;
                             trouble = Some(e);
@@ -84,12 +96,17 @@ fn last(plan: &Plan) -> Result<Option<i64>> {
     }
 }
 
-fn take(plan: &Plan, last: i64) -> Result<Vec<Note>> {
+fn take(plan: &Plan, after: i64, last: i64) -> Result<Vec<Note>> {
     let rows = as_extension(|| {
         sql::write(
-            "SELECT touched_id, entry, row_key, attempts FROM amazon_pii.touched WHERE policy = $1 AND touched_id <= $3 \
+            "SELECT touched_id, entry, row_key, attempts FROM amazon_pii.touched WHERE policy = $1 AND touched_id > $3 AND touched_id <= $4 \
              AND next_attempt_at <= pg_catalog.now() ORDER BY touched_id LIMIT $2 FOR UPDATE SKIP LOCKED",
-            &[Arg::Text(Some(&plan.policy)), Arg::Int(STEP), Arg::Int(last)],
+            &[
+                Arg::Text(Some(&plan.policy)),
+                Arg::Int(STEP),
+                Arg::Int(after),
+                Arg::Int(last),
+            ],
         )
     })?;
     rows.iter()
@@ -166,7 +183,8 @@ fn evaluate(plan: &Plan, notes: &[&Note]) -> Result<i64> {
         if index == 0 {
             let facts = flag::by_keys(plan, &keys)?;
             flagged += settle_failed(plan, &keys, &facts)?;
-            flagged += flag::upsert(plan, &facts, "import", true, Tell::Now)?;
+            // One that is up to date is left alone, whoever has it.
+            flagged += flag::upsert(plan, &facts, "import", false, Tell::Now)?;
             again::look_again(plan, &keys.iter().map(|k| key_text(k)).collect::<Result<Vec<_>>>()?)?;
         }
         for (at, entry) in plan
