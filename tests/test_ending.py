@@ -5,8 +5,8 @@ import json
 
 import pytest
 from support import (
-    add_customer, add_invoice, add_order, between_archiving_and_redacting, documents, fill, number, open_shop, order_value, record_states,
-    refused, retrieve, run_cycle, shop_policy, snapshot, tables_with,
+    Background, add_customer, add_invoice, add_order, at_gate, between_archiving_and_redacting, close_gate, documents, fill, number,
+    open_gate, open_shop, order_value, record_states, refused, retrieve, run_cycle, shop_policy, snapshot, tables_with,
 )
 
 ONE, ADMIN = number(1), "pii_admin"
@@ -393,6 +393,21 @@ def test_nothing_is_kept_where_the_policy_says_so(shop):
     reimport(shop)
     run_cycle(shop)
     assert tables_with(shop, "Comeback") == [] and documents(shop) == {} and order_value(shop, 1) == "purged"
+
+
+def test_a_policy_that_was_stopped_ends_no_archive(shop):
+    """Breaks when a batch that has begun before a policy was stopped destroys what that policy did not keep."""
+    shop.apply_policy(shop_policy(archive_for="0 days", archive_after="0 days", redact_after="12 hours"))
+    close_gate(shop, 1)
+    call = Background(shop, "CALL amazon_pii.run_cycle()")
+    at_gate(shop)
+    shop.sql("SELECT amazon_pii.disable_policy('shop', 'test')", user="pii_admin")
+    open_gate(shop)
+    call.result()
+    assert [order_value(shop, i) for i in (1, 2)] == ["redacted", "redacted"] and documents(shop) != {}
+    shop.sql("SELECT amazon_pii.enable_policy('shop')", user="pii_admin")
+    run_cycle(shop)
+    assert [order_value(shop, i) for i in (1, 2)] == ["purged", "purged"] and documents(shop) == {}
 
 
 def test_what_cannot_be_read_back_is_not_overwritten_where_nothing_is_kept(shop):

@@ -190,11 +190,15 @@ pub fn let_go(policy: &str) -> Result<()> {
     Ok(())
 }
 
-/// Whether this version of the policy still says so; it stays until the transaction is over.
-fn still_says(plan: &Plan) -> Result<bool> {
+/// Whether this version of the policy is still in force; it stays so until the transaction is over. Who is about to change it is not
+/// waited for.
+///
+/// # Errors
+/// Errors of the server.
+pub fn still_says(plan: &Plan) -> Result<bool> {
     let rows = as_extension(|| {
         sql::write(
-            "SELECT true FROM amazon_pii.policy p WHERE p.policy = $1 AND p.version = $2 AND p.enabled AND p.suspended IS NULL FOR SHARE",
+            "SELECT true FROM amazon_pii.policy p WHERE p.policy = $1 AND p.version = $2 AND p.enabled AND p.suspended IS NULL FOR SHARE SKIP LOCKED",
             &[Arg::Text(Some(&plan.policy)), Arg::Int(plan.version)],
         )
     })?;
