@@ -300,8 +300,14 @@ pub fn settle(plan: &Plan, keys: &MasterKeys, cold: &Cold, unread: &HashSet<&str
         }
         let moved = subtransaction(|| follow(plan, keys, &notes[at..], cold));
         match moved {
-            // What kept it from being moved before is over.
-            Ok(()) => state::untroubled(plan, note.order.as_deref().unwrap_or(&note.new))?,
+            Ok(()) => {
+                // What kept it from being moved before is over. It is told when nobody has the order locked.
+                let order = note.order.as_deref().unwrap_or(&note.new);
+                match subtransaction(|| state::untroubled(plan, order)) {
+                    Err(e) if !e.is_lock() => return Err(e),
+                    _ => {}
+                }
+            }
             Err(e) if e.is_cancel() => return Err(e),
             Err(e) => failed.push((
                 note.order.clone().unwrap_or_else(|| last_key(&notes[at..]).to_owned()),
