@@ -18,7 +18,7 @@ def known(db):
 
 def analyzed(db):
     """When each table was analyzed last."""
-    db.sql("SELECT pg_stat_clear_snapshot()")
+    report_statistics(db)
     return dict(db.sql("SELECT relname, last_analyze FROM pg_stat_user_tables WHERE schemaname = 'shop'"))
 
 
