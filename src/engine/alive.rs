@@ -275,23 +275,23 @@ fn own_keys(table: &Table, entry: &Entry, rows: &[Values]) -> Option<Vec<(usize,
     Some(rows.iter().enumerate().map(|(i, row)| (i, link(row))).collect())
 }
 
-/// An order of the policy that asks lets go of shared rows once it is redacted and has nothing new to archive: a copy that
-/// was made earlier may be out of date by now.
-const LET_GO: &str =
-    "(o.status = 'redacted' AND (o.next_due_at IS NULL OR o.next_due_at > pg_catalog.clock_timestamp()))";
-
-/// An order of another policy lets go when it is due.
-fn let_go_elsewhere(other: &Plan) -> String {
-    format!(
-        "COALESCE(o.status = 'redacted' OR (o.status = 'archived' AND {}), false)",
-        redact_due(other)
-    )
-}
-
-/// Those users that still need the row, with the second in which they will let go at the earliest.
+/// The condition that an order lets go of shared rows, over `o` with the parameters of [`redact_due`]. One of the policy that asks does
+/// once it is redacted and has nothing new to archive: a copy that was made earlier may be out of date by now.
 ///
 /// Orders of other policies let go when they are due: their cycles take no turns with this one, and two that waited for
 /// each other would leave the row behind.
+fn let_go(user: &Plan, own: bool) -> String {
+    if own {
+        "(o.status = 'redacted' AND (o.next_due_at IS NULL OR o.next_due_at > pg_catalog.clock_timestamp()))".to_owned()
+    } else {
+        format!(
+            "COALESCE(o.status = 'redacted' OR (o.status = 'archived' AND {}), false)",
+            redact_due(user)
+        )
+    }
+}
+
+/// Those users that still need the row, with the second in which they will let go at the earliest.
 fn alive(
     plan: &Plan,
     users: Vec<User>,
@@ -313,17 +313,16 @@ fn alive(
         sql::read(
             // ident-ok: made of constants.
             &format!(
-                "SELECT o.order_key, {LET_GO} OR (NOT $5 AND {}), \
+                "SELECT o.order_key, {}, \
                     pg_catalog.date_part('epoch', LEAST(GREATEST(o.redact_due_at, o.retrieved_until, o.held_until), '9999-01-01'::timestamptz))::bigint \
                  FROM amazon_pii.order_state o WHERE o.policy IS NOT DISTINCT FROM $1 AND o.order_key = ANY ($3)",
-                let_go_elsewhere(plan)
+                let_go(plan, own)
             ),
             &[
                 Arg::Text(Some(&plan.policy)),
                 Arg::Text(Some(&clock.now)),
                 Arg::texts(&keys),
                 Arg::Text(Some(&clock.redact)),
-                Arg::Bool(own),
             ],
         )
     })?;
@@ -363,17 +362,20 @@ pub fn settle(
     waiting: &[Waiting],
     together: bool,
 ) -> Result<Vec<String>> {
-    let mut by_keeper: HashMap<&str, Vec<&str>> = HashMap::new();
-    let mut elsewhere: HashMap<(&str, &str), Vec<&str>> = HashMap::new();
+    let mut by_keeper: HashMap<(&str, &str), Vec<&str>> = HashMap::new();
     let mut unsure = Vec::new();
     for row in waiting {
-        match &row.keeper {
+        let keeper: (&str, &str) = match &row.keeper {
+            Keeper::Own(order) if together => (&plan.policy, order),
             // Who works alone saw everything that there is.
-            Keeper::Own(keeper) if together => by_keeper.entry(keeper).or_default().push(&row.order_key),
-            Keeper::Unsure => unsure.push(row.order_key.clone()),
-            Keeper::Own(_) => {}
-            Keeper::Other { policy, order } => elsewhere.entry((policy, order)).or_default().push(&row.order_key),
-        }
+            Keeper::Own(_) => continue,
+            Keeper::Other { policy, order } => (policy, order),
+            Keeper::Unsure => {
+                unsure.push(row.order_key.clone());
+                continue;
+            }
+        };
+        by_keeper.entry(keeper).or_default().push(&row.order_key);
     }
     if !unsure.is_empty() {
         on_keys(|| {
@@ -390,45 +392,30 @@ pub fn settle(
             )
         })?;
     }
-    if !by_keeper.is_empty() {
+    // Cycles of two policies take no turns: their lock comes last, so that no two wait for each other.
+    if by_keeper.keys().any(|(policy, _)| *policy == plan.policy) {
         turn::before_commit(&plan.policy)?;
-        let keepers: Vec<&str> = by_keeper.keys().copied().collect();
-        let gone = on_keys(|| {
-            sql::read(
-                &format!(
-                    "SELECT o.order_key FROM amazon_pii.order_state o WHERE o.policy IS NOT DISTINCT FROM $1 \
-                     AND o.order_key = ANY ($2) AND {LET_GO}"
-                ),
-                &[Arg::Text(Some(&plan.policy)), Arg::texts(&keepers)],
-            )
-        })?;
-        let mut back = Vec::new();
-        for row in &gone {
-            back.extend(by_keeper.remove(row.str(0)?).unwrap_or_default());
-        }
-        come_back(plan, clock, &back)?;
     }
-    if !elsewhere.is_empty() {
-        // Cycles of two policies take no turns: last of all, so that no two wait for each other.
+    if by_keeper.keys().any(|(policy, _)| *policy != plan.policy) {
         turn::before_commit_of_any()?;
-        let mut back: Vec<&str> = Vec::new();
-        for other in others {
-            let theirs = || elsewhere.iter().filter(|((policy, _), _)| *policy == other.policy);
-            let gone = gone_elsewhere(
-                other,
-                clock,
-                &theirs().map(|((_, order), _)| *order).collect::<Vec<_>>(),
-            )?;
-            let gone = theirs().filter(|((_, order), _)| gone.contains(*order));
-            back.extend(gone.flat_map(|(_, waiting)| waiting));
-        }
-        come_back(plan, clock, &back)?;
     }
+    let mut back: Vec<&str> = Vec::new();
+    for user in std::iter::once(plan).chain(others.iter().map(Rc::as_ref)) {
+        let theirs = || by_keeper.iter().filter(|((policy, _), _)| *policy == user.policy);
+        let keepers: Vec<&str> = theirs().map(|((_, order), _)| *order).collect();
+        let gone = gone(user, std::ptr::eq(user, plan), clock, &keepers)?;
+        back.extend(
+            theirs()
+                .filter(|((_, order), _)| gone.contains(*order))
+                .flat_map(|(_, waiting)| waiting),
+        );
+    }
+    come_back(plan, clock, &back)?;
     Ok(unsure)
 }
 
-/// Those of some orders of another policy that have let go of shared rows.
-fn gone_elsewhere(other: &Plan, clock: &Clock, orders: &[&str]) -> Result<HashSet<String>> {
+/// Those of some orders that have let go of shared rows.
+fn gone(user: &Plan, own: bool, clock: &Clock, orders: &[&str]) -> Result<HashSet<String>> {
     if orders.is_empty() {
         return Ok(HashSet::new());
     }
@@ -437,10 +424,10 @@ fn gone_elsewhere(other: &Plan, clock: &Clock, orders: &[&str]) -> Result<HashSe
             // ident-ok: made of constants.
             &format!(
                 "SELECT o.order_key FROM amazon_pii.order_state o WHERE o.policy IS NOT DISTINCT FROM $1 AND o.order_key = ANY ($3) AND {}",
-                let_go_elsewhere(other)
+                let_go(user, own)
             ),
             &[
-                Arg::Text(Some(&other.policy)),
+                Arg::Text(Some(&user.policy)),
                 Arg::Text(Some(&clock.now)),
                 Arg::texts(orders),
                 Arg::Text(Some(&clock.redact)),
