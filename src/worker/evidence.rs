@@ -143,13 +143,9 @@ pub extern "C-unwind" fn amazon_pii_evidence_main(argument: pg_sys::Datum) {
     while let Some(handle) = desk.next(LINGER) {
         worker::reload_if_asked();
         let segment = Segment::attach(handle);
-        if let Some(segment) = &segment {
-            serve(segment);
-        }
+        segment.iter().for_each(serve);
         desk.done();
-        if let Some(segment) = &segment {
-            segment.wake();
-        }
+        segment.iter().for_each(Segment::wake);
     }
 }
 
