@@ -282,23 +282,24 @@ def report_statistics(db, *users):
     wait_until(lambda: db.value("SELECT n_tup_ins = (SELECT count(*) FROM public.reports) FROM pg_stat_user_tables WHERE relname = 'reports'"))
 
 
-# Updates of addresses wait here, whoever makes them, while the gate is closed for their order and those after it.
+# Updates wait here, whoever makes them, while the gate is closed for their order and those after it.
 GATE = """
 CREATE TABLE shop.gate (closed_from bigint);
 CREATE FUNCTION shop.wait_at_gate() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
-    WHILE EXISTS (SELECT FROM shop.gate WHERE closed_from <= NEW.order_id) LOOP
+    WHILE EXISTS (SELECT FROM shop.gate WHERE closed_from <= (to_jsonb(NEW) ->> TG_ARGV[0])::bigint) LOOP
         PERFORM pg_catalog.pg_sleep(0.01);
     END LOOP;
     RETURN NEW;
 END $$;
-CREATE TRIGGER gate BEFORE UPDATE ON shop.addresses FOR EACH ROW EXECUTE FUNCTION shop.wait_at_gate();
 """
 
 
-def close_gate(db, order):
-    """From this order on, batches wait before they commit until open_gate()."""
+def close_gate(db, order, **tables):
+    """From this order on, batches wait before they commit until open_gate(): at their addresses, and at tables whose column names it."""
     db.sql(GATE, user="shop_owner")
+    for table, column in {"addresses": "order_id", **tables}.items():
+        db.sql(f"CREATE TRIGGER gate BEFORE UPDATE ON shop.{table} FOR EACH ROW EXECUTE FUNCTION shop.wait_at_gate('{column}')", user="shop_owner")
     db.sql("INSERT INTO shop.gate VALUES (%s)", [order], "shop_owner")
 
 
@@ -354,15 +355,17 @@ def documents(db, schema="amazon_pii_archive"):
     return {tuple(row[:4]): bytes(row[4]) for row in rows}
 
 
-WAITS_FOR_TURN = """SELECT count(*) FROM pg_locks WHERE locktype = 'object' AND classid = 'amazon_pii.policy'::regclass
-    AND NOT granted AND pid = %s"""
+def has_turn(db, pid):
+    """Whether a session has the turn of a policy; None if it does not even wait for it."""
+    held = "SELECT bool_and(granted) FROM pg_locks WHERE locktype = 'object' AND classid = 'amazon_pii.policy'::regclass AND pid = %s"
+    return db.value(held, [pid])
 
 
 def queue_for_turn(db, session):
     """A session that waits for the policy's turn, in a thread that ends when it has it."""
     waiter = threading.Thread(target=lambda: session.cursor().execute("SELECT amazon_pii.take_turn('shop')"), daemon=True)
     waiter.start()
-    wait_until(lambda: db.value(WAITS_FOR_TURN, [session.info.backend_pid]) == 1)
+    wait_until(lambda: has_turn(db, session.info.backend_pid) is False)
     return waiter
 
 
@@ -374,7 +377,7 @@ def between_archiving_and_redacting(db, turn):
     waiter = queue_for_turn(db, turn)
     table.commit()
     waiter.join(30)
-    wait_until(lambda: db.value(WAITS_FOR_TURN, [call.pid]) == 1)
+    wait_until(lambda: has_turn(db, call.pid) is False)
     return call
 
 

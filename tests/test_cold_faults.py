@@ -12,7 +12,7 @@ import pytest
 from cluster import wait_until
 from cold import DATABASE, FOREIGN, ROLE, back, cold_server, shop_beside, status
 from conftest import server_with
-from support import Background, fill, order_number, order_value, payloads, refused, retrieve, run_cycle, shop_policy, states
+from support import Background, fill, has_turn, order_number, order_value, payloads, refused, retrieve, run_cycle, shop_policy, states
 
 LOCAL = "SELECT count(*) FROM amazon_pii_archive.document"
 
@@ -60,16 +60,14 @@ def shop_is_free(db):
 
 def shop_is_free_meanwhile(db, pid):
     """While a cycle is at work, and waits. Before that it reads the shop's tables."""
-    has_turn = "SELECT 1 FROM pg_locks WHERE locktype = 'object' AND classid = 'amazon_pii.policy'::regclass AND granted AND pid = %s"
-
     def free():
-        if not db.sql(has_turn, [pid]):
+        if not has_turn(db, pid):
             return False
         try:
             shop_is_free(db)
         except psycopg2.errors.LockNotAvailable:
             return False
-        return db.sql(has_turn, [pid])
+        return has_turn(db, pid)
     wait_until(free, interval=0.005, message="the shop's tables are locked for as long as the cycle waits")
 
 

@@ -3,8 +3,8 @@ due, orders of other channels included; then they go with the last of them."""
 import pytest
 from cluster import wait_until
 from support import (
-    PLACEHOLDER, Background, add_customer, add_order, at_gate, number, open_shop, order_value, record_states, run_cycle, shop_policy, sweep,
-    tables_with,
+    PLACEHOLDER, Background, add_customer, add_order, at_gate, close_gate, number, open_gate, open_shop, order_value, record_states,
+    run_cycle, shop_policy, sweep, tables_with,
 )
 
 CUSTOMER = "shop.customers"
@@ -270,31 +270,17 @@ def test_the_last_order_may_be_another_policys(shop):
     assert customer(shop) == ALIVE, "retrieved under one policy, redacted under the other"
 
 
-GATE = """
-SET ROLE shop_owner;
-CREATE TABLE shop.gate ();
-INSERT INTO shop.gate DEFAULT VALUES;
-CREATE FUNCTION shop.wait_at_gate() RETURNS trigger LANGUAGE plpgsql AS $$
-BEGIN
-    WHILE EXISTS (SELECT FROM shop.gate) LOOP PERFORM pg_catalog.pg_sleep(0.01); END LOOP;
-    RETURN NEW;
-END $$;
-CREATE TRIGGER gate BEFORE UPDATE ON shop.orders FOR EACH ROW EXECUTE FUNCTION shop.wait_at_gate();
-CREATE TRIGGER gate BEFORE UPDATE ON shop.market_orders FOR EACH ROW EXECUTE FUNCTION shop.wait_at_gate();
-"""
-
-
 def test_the_last_orders_of_two_policies_at_the_same_time(shop):
     """P5. Breaks when cycles of two policies each see the other's order as one that needs the row, and both leave it."""
     shop.psql(MARKET)
     shop.sql("INSERT INTO shop.market_orders VALUES (7, %s, 1, current_date - 40, 'Market7')", [number(7)], "shop_owner")
     shop.apply_policy(shop_policy())
     shop.apply_policy(market_policy())
-    shop.psql(GATE)
+    close_gate(shop, 1, market_orders="id")
     cycles = [Background(shop, "CALL amazon_pii.run_cycle(%s)", [policy]) for policy in ("shop", "market")]
     # Both have looked who needs the customer, and neither has committed.
     at_gate(shop, 2)
-    shop.sql("DELETE FROM shop.gate", user="shop_owner")
+    open_gate(shop)
     for cycle in cycles:
         cycle.result()
     assert customer(shop) == GONE
