@@ -3,7 +3,7 @@ import copy
 import re
 import shutil
 import threading
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import psycopg2
@@ -69,7 +69,7 @@ def open_shop(db):
 def fill(db, last, first=1, age="40 days", share=1, channel="amazon"):
     """Orders `first` to `last`, dispatched `age` ago one after the other; `share` of them have one customer. Every third
     has an invoice."""
-    with db.connect("shop_owner") as connection, connection.cursor() as cursor:
+    with closing(db.connect("shop_owner")) as connection, connection.cursor() as cursor:
         cursor.execute(FILL.format(first=first, last=last, age=age, share=share, channel=channel))
 
 
